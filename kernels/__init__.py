@@ -1,0 +1,1 @@
+"""Triton kernels of ltfast, each beside its torch oracle (imported as ltfast.kernels)."""
