@@ -1,0 +1,119 @@
+"""Per-sample base losses, and their split into group losses.
+
+Shapes: B batch, C classes, G groups, P projection width. Every loss returns one value a sample, [B], so that groups
+are weighted means of them. All arithmetic is float32 or wider, also under bf16 autocast; the losses and group_losses
+never make the host wait.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMBSAM_ETA = 20  # ImbSAM's released default: the field's "few" classes
+FOCAL_GAMMA = 1.0  # Focal-SAM's released defaults
+FOCAL_SHARPNESS = 0.5
+MEMBERSHIPS = ("single", "groups", "classes", "head-tail", "focal")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log softmax(logits)[label]: [B, C], [B] -> [B]."""
+    return F.cross_entropy(_wide(logits), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def log_prior(counts: Tensor) -> Tensor:
+    """log(n_c / sum n), float32 [C], from the training counts [C]. ValueError if a class has no image."""
+    if counts.ndim != 1 or not bool((counts > 0).all()):
+        raise ValueError("counts: every class needs at least one training image (one-dimensional, all > 0)")
+    counts = counts.double()
+    return (counts / counts.sum()).log().float()
+
+
+def balanced_softmax(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tensor:
+    """Cross entropy of logits + tau * log prior: [B, C], [B], [C] -> [B].
+
+    tau = 1 is balanced softmax (Ren et al. 2020) and BCL's logit-compensated branch; any tau is the logit-adjusted
+    loss (Menon et al. 2021).
+    """
+    logits = _wide(logits)
+    return cross_entropy(logits + tau * log_prior.to(logits.dtype), labels)
+
+
+def balanced_supcon(z: Tensor, centers: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """BCL's balanced contrastive loss (Zhu et al. 2022, Eq. 8), [B]: mean over the two views' anchors of each image.
+
+    z [2B, P]: unit features, first all of view 2 and then all of view 3; centers [C, P]: unit class centres;
+    labels [B]. With s_ij = <z_i, v_j> / temperature over the contrast set v = (z, centers) and n_y the number of
+    members of class y in it (class-complement: the centre makes n_y >= 1),
+        l_i = log sum_{j != i} exp(s_ij) / (n_{y_j} - [y_j = y_i])  -  mean_{j != i, y_j = y_i} s_ij.
+    n_{y_i} - 1 >= 1 always: the other view and the centre are there. Memory: a few [2B, 2B + C] matrices.
+    """
+    if z.ndim != 2 or z.shape[0] != 2 * labels.shape[0]:
+        raise ValueError(f"z: shape {tuple(z.shape)} must be [2B, P] with B = {labels.shape[0]} labels")
+    if centers.ndim != 2 or centers.shape[1] != z.shape[1]:
+        raise ValueError(f"centers: shape {tuple(centers.shape)} must be [C, {z.shape[1]}]")
+    anchors, classes = z.shape[0], centers.shape[0]
+    with torch.autocast(z.device.type, enabled=False):
+        z, centers = _wide(z), _wide(centers)
+        views = labels.repeat(2)
+        members = torch.cat([views, torch.arange(classes, device=labels.device)])
+        counts = torch.ones(classes, dtype=z.dtype, device=z.device)
+        counts = counts.index_add(0, views, torch.ones_like(views, dtype=z.dtype))
+        scores = z @ torch.cat([z, centers]).T / temperature
+        same = views[:, None] == members[None, :]
+        own = torch.eye(anchors, anchors + classes, dtype=torch.bool, device=z.device)
+        averaged = scores - torch.where(same, (counts - 1).log()[views][:, None], counts.log()[members])
+        partition = averaged.masked_fill(own, -torch.inf).logsumexp(1)
+        positives = scores.masked_fill(~same | own, 0.0).sum(1) / (counts[views] - 1)
+        return (partition - positives).view(2, -1).mean(0)
+
+
+def group_losses(per_sample: Tensor, membership: Tensor) -> tuple[Tensor, Tensor]:
+    """(L [G], w [G]): L_k = sum_i m_ik l_i / sum_i m_ik (0 where the group is absent), w_k = sum_i m_ik / B.
+
+    per_sample [B], membership [B, G] >= 0, hard (one-hot) or soft. If its rows sum to 1, sum_k w_k L_k = mean loss.
+    """
+    membership = membership.to(per_sample.dtype)
+    mass = membership.sum(0)
+    total = (membership * per_sample[:, None]).sum(0)
+    losses = torch.where(mass > 0, total / mass.clamp_min(torch.finfo(mass.dtype).tiny), torch.zeros_like(total))
+    return losses, mass / per_sample.shape[0]
+
+
+def membership_for(
+    kind: str,
+    counts: Tensor,
+    group_of_class: Tensor | None = None,
+    *,
+    eta: int = IMBSAM_ETA,
+    gamma: float = FOCAL_GAMMA,
+    sharpness: float = FOCAL_SHARPNESS,
+) -> Tensor:
+    """Class table [C, G] float32 whose rows sum to 1; a batch's membership is table[labels]. Set-up time only.
+
+    single: one group (SAM, ASAM). groups: one-hot of group_of_class [C] (GSA). classes: identity, C^2 floats (CC-SAM).
+    head-tail: columns (head, tail), tail = classes with fewer than eta images (ImbSAM).
+    focal: columns (1 - t_c, t_c), t_c = sharpness * (1 - n_c / n)^gamma: the share of each sample's loss that is
+        sharpness-aware (Focal-SAM). counts [C]: training images a class. Raises ValueError.
+    """
+    if kind not in MEMBERSHIPS:
+        raise ValueError(f"kind: {kind!r} must be one of {', '.join(MEMBERSHIPS)}")
+    classes = counts.shape[0]
+    if kind == "single":
+        return torch.ones(classes, 1, device=counts.device)
+    if kind == "classes":
+        return torch.eye(classes, device=counts.device)
+    if kind == "groups":
+        if group_of_class is None or group_of_class.shape != (classes,):
+            raise ValueError(f"group_of_class: needs one group for each of the {classes} classes")
+        return F.one_hot(group_of_class.long()).float()
+    if kind == "head-tail":
+        tail = (counts < eta).double()
+    else:
+        if not 0 <= sharpness <= 1 or gamma < 0:
+            raise ValueError(f"sharpness, gamma: ({sharpness}, {gamma}) need 0 <= sharpness <= 1 and gamma >= 0")
+        tail = sharpness * (1 - counts.double() / counts.sum()) ** gamma
+    return torch.stack([1 - tail, tail], 1).float()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,150 @@
+"""Encoders by name: the CIFAR ResNets of resnet.py and every torchvision classifier with its last layer removed."""
+
+import difflib
+import re
+from typing import Any
+
+from torch import nn
+
+from ltfast.errors import UserError
+from ltfast.models.resnet import CIFAR_DEPTHS, CIFAR_STRIDES, SMALL_STRIDES, CifarResNet
+
+STEMS = ("default", "small")
+_CIFAR_NAME = re.compile(r"resnet(\d+)(?:-w(\d+))?")
+_IMAGENET_CLASSES = 1000
+_AUXILIARY = {"inception_v3": ("AuxLogits",), "googlenet": ("aux1", "aux2")}
+
+
+def encoder_names() -> list[str]:
+    """Every name create_encoder takes, ours first. resnet8..resnet110 also take a width: resnet8-w32."""
+    import torchvision
+
+    return [f"resnet{depth}" for depth in CIFAR_DEPTHS] + torchvision.models.list_models(module=torchvision.models)
+
+
+def create_encoder(
+    name: str,
+    in_channels: int = 3,
+    *,
+    width: int | None = None,
+    stem: str = "default",
+    image_size: int | None = None,
+    weights: str | None = None,
+) -> tuple[nn.Module, int]:
+    """(module [B, in_channels, H, W] -> [B, D], D) for a name of encoder_names().
+
+    width: channels of the first stage of a CIFAR ResNet (16; D = 4 * width), also as a suffix: resnet8-w32.
+    stem: "small" keeps resolution early: CIFAR ResNets use strides (1, 1, 2) (8 x 8 digits: maps of 8, 8, 4 pixels),
+        torchvision ResNets get a 3x3 stride-1 first convolution and no max-pool (32 x 32 or 64 x 64 pictures).
+    image_size: pixels a side, used by Vision Transformers only, whose position table depends on it (224).
+    weights: torchvision weight name ("IMAGENET1K_V1", "DEFAULT"), None = random.
+    Raises UserError naming the option for anything a user can get wrong.
+    """
+    if stem not in STEMS:
+        raise UserError(f"stem: {stem!r} is not one of {', '.join(STEMS)}")
+    match = _CIFAR_NAME.fullmatch(name)
+    if match and int(match[1]) in CIFAR_DEPTHS:
+        if weights is not None:
+            raise UserError(f"weights: {weights!r} is for torchvision models, {name} has none; leave it out")
+        width = width if width is not None else int(match[2] or 16)
+        if width < 1:
+            raise UserError(f"width: {width} must be at least 1")
+        cifar = CifarResNet(int(match[1]), in_channels, width, SMALL_STRIDES if stem == "small" else CIFAR_STRIDES)
+        return cifar, cifar.feature_dim
+    if name not in encoder_names():
+        raise UserError(_unknown(name))
+    if width is not None:
+        raise UserError(f"width: {width} is for the CIFAR ResNets, not {name}; leave it out")
+    return _torchvision_encoder(name, in_channels, stem, image_size, weights)
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, encoder_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "try resnet32 (small pictures) or resnet50"
+    return f"model: unknown name {name!r}; {hint}"
+
+
+def _torchvision_encoder(
+    name: str, in_channels: int, stem: str, image_size: int | None, weights: str | None
+) -> tuple[nn.Module, int]:
+    import torchvision
+
+    options: dict[str, Any] = {}
+    if name.startswith("vit_") and image_size is not None:
+        options["image_size"] = _checked_vit_size(name, image_size, weights)
+    if name in _AUXILIARY and weights is None:
+        options["init_weights"] = True
+    try:
+        model = torchvision.models.get_model(name, weights=weights, **options)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"weights: {weights!r} does not fit {name}: {error}") from error
+    except OSError as error:
+        raise UserError(f"weights: {weights!r} of {name} could not be downloaded ({error}); go online once") from error
+    for attribute in _AUXILIARY.get(name, ()):
+        setattr(model, attribute, None)
+        model.aux_logits = False
+    feature_dim = _remove_classifier(name, model)
+    if stem == "small":
+        _small_stem(name, model)
+    if in_channels != 3:
+        _replace_first_conv(name, model, in_channels)
+    return model, feature_dim
+
+
+def _checked_vit_size(name: str, image_size: int, weights: str | None) -> int:
+    patch = int(name.rsplit("_", 1)[1])
+    if image_size < patch or image_size % patch:
+        raise UserError(f"image_size: {image_size} is not a multiple of {name}'s patch of {patch} pixels")
+    if weights is not None and image_size != 224:
+        raise UserError(f"image_size: {image_size} does not fit {name}'s weights; use 224 or weights none")
+    return image_size
+
+
+def _remove_classifier(name: str, model: nn.Module) -> int:
+    """Replace the layer that makes the 1000 logits by the identity; its input width is the feature dimension.
+
+    Everything before it (norms, hidden layers, pooling) stays. SqueezeNet's is a 1x1 convolution before the pooling.
+    """
+    found = None
+    for path, module in model.named_modules():
+        if getattr(module, "out_features", None) == _IMAGENET_CLASSES and isinstance(module, nn.Linear):
+            found = path, module.in_features
+        if isinstance(module, nn.Conv2d) and module.out_channels == _IMAGENET_CLASSES:
+            found = path, module.in_channels
+    if found is None:
+        raise UserError(f"model: no layer with {_IMAGENET_CLASSES} outputs found in {name}; choose another model")
+    _set(model, found[0], nn.Identity())
+    return found[1]
+
+
+def _small_stem(name: str, model: nn.Module) -> None:
+    import torchvision
+
+    if not isinstance(model, torchvision.models.ResNet):
+        raise UserError(f"stem: 'small' exists for ResNets only, not {name}; use stem 'default'")
+    conv = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = conv
+    model.maxpool = nn.Identity()  # type: ignore[assignment]
+
+
+def _replace_first_conv(name: str, model: nn.Module, in_channels: int) -> None:
+    for path, old in model.named_modules():
+        if isinstance(old, nn.Conv2d):
+            new = nn.Conv2d(
+                in_channels,
+                old.out_channels,
+                old.kernel_size,  # type: ignore[arg-type]
+                old.stride,  # type: ignore[arg-type]
+                old.padding,  # type: ignore[arg-type]
+                bias=old.bias is not None,
+            )
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+            _set(model, path, new)
+            return
+    raise UserError(f"model: {name} has no convolution to adapt to {in_channels} channels; choose another model")
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
