@@ -1,0 +1,68 @@
+"""What every data source promises: batches whose order and augmentation are pure functions of (seed, epoch, position).
+
+Shapes: B batch of this rank, C classes, n training images. Groups for reporting follow the field: many-shot classes have more
+than 100 training images, medium-shot 20 to 100, few-shot fewer than 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "val", "test")
+SHOT_NAMES = ("many", "medium", "few")
+MANY_ABOVE = 100
+FEW_BELOW = 20
+
+
+class Batch(NamedTuple):
+    """One rank's part of one step.
+
+    views: 1 or 3 tensors [B, channels, H, W], float32, normalised; labels: [B] int64; index: [B] int64, position in the split.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor
+    index: Tensor
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set with its sampler and augmentation, ready to iterate; see `ltfast.data.load`.
+
+    train_counts is LongTensor[C] and train_labels LongTensor[n], both on the CPU; sizes maps each split to its number of images.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    train_counts: Tensor
+    train_labels: Tensor
+    input_shape: tuple[int, int, int]
+    sizes: dict[str, int]
+    steps_per_epoch: int
+
+    def train(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, from `start_step` on: ceil(n / batch) steps of a constant size."""
+        ...
+
+    def evaluate(self, split: str, indices: Tensor | None = None, batch: int | None = None) -> Iterator[Batch]:
+        """One plain view of every image of the split (or of `indices`), this rank's share of it, each image exactly once."""
+        ...
+
+    def set_groups(self, group_of_class: Tensor) -> None:
+        """Tell the group-stratified sampler which group each class belongs to (LongTensor[C])."""
+        ...
+
+
+def shot_groups(counts_C: Tensor) -> Tensor:
+    """Reporting group of each class, LongTensor[C]: 0 many (> 100 training images), 1 medium (20 to 100), 2 few (< 20)."""
+    counts = counts_C.to(torch.int64)
+    return torch.where(counts > MANY_ABOVE, 0, torch.where(counts < FEW_BELOW, 2, 1))
+
+
+def shot_names(counts_C: Tensor) -> tuple[str, ...]:
+    """The same as names, one of SHOT_NAMES for each class."""
+    return tuple(SHOT_NAMES[group] for group in shot_groups(counts_C).tolist())
