@@ -12,6 +12,7 @@ from ltfast.models.resnet import CIFAR_DEPTHS, CIFAR_STRIDES, SMALL_STRIDES, Cif
 STEMS = ("default", "small")
 _CIFAR_NAME = re.compile(r"resnet(\d+)(?:-w(\d+))?")
 _IMAGENET_CLASSES = 1000
+_MAXVIT_MULTIPLE = 224  # five halvings and windows of 7
 _AUXILIARY = {"inception_v3": ("AuxLogits",), "googlenet": ("aux1", "aux2")}
 
 
@@ -36,7 +37,7 @@ def create_encoder(
     width: channels of the first stage of a CIFAR ResNet (16; D = 4 * width), also as a suffix: resnet8-w32.
     stem: "small" keeps resolution early: CIFAR ResNets use strides (1, 1, 2) (8 x 8 digits: maps of 8, 8, 4 pixels),
         torchvision ResNets get a 3x3 stride-1 first convolution and no max-pool (32 x 32 or 64 x 64 pictures).
-    image_size: pixels a side, used by Vision Transformers only, whose position table depends on it (224).
+    image_size: pixels a side (224), used by vit_* and maxvit_* only: their position tables depend on it.
     weights: torchvision weight name ("IMAGENET1K_V1", "DEFAULT"), None = random.
     Raises UserError naming the option for anything a user can get wrong.
     """
@@ -69,9 +70,13 @@ def _torchvision_encoder(
 ) -> tuple[nn.Module, int]:
     import torchvision
 
+    if weights is not None and (in_channels != 3 or stem != "default"):
+        raise UserError(
+            f"weights: {weights!r} of {name} need 3 input channels and stem 'default'; use them or no weights"
+        )
     options: dict[str, Any] = {}
-    if name.startswith("vit_") and image_size is not None:
-        options["image_size"] = _checked_vit_size(name, image_size, weights)
+    if name.startswith(("vit_", "maxvit_")) and image_size is not None:
+        options.update(_size_option(name, image_size, weights))
     if name in _AUXILIARY and weights is None:
         options["init_weights"] = True
     try:
@@ -91,13 +96,17 @@ def _torchvision_encoder(
     return model, feature_dim
 
 
-def _checked_vit_size(name: str, image_size: int, weights: str | None) -> int:
-    patch = int(name.rsplit("_", 1)[1])
-    if image_size < patch or image_size % patch:
-        raise UserError(f"image_size: {image_size} is not a multiple of {name}'s patch of {patch} pixels")
+def _size_option(name: str, image_size: int, weights: str | None) -> dict[str, Any]:
+    """The constructor argument of the models that are built for one picture size."""
+    vit = name.startswith("vit_")
+    multiple = int(name.rsplit("_", 1)[1]) if vit else _MAXVIT_MULTIPLE
+    if image_size < multiple or image_size % multiple:
+        raise UserError(f"image_size: {image_size} is not a multiple of {multiple} pixels, as {name} needs")
     if weights is not None and image_size != 224:
-        raise UserError(f"image_size: {image_size} does not fit {name}'s weights; use 224 or weights none")
-    return image_size
+        raise UserError(
+            f"image_size: {image_size} does not fit the weights {weights!r} of {name}; use 224 or no weights"
+        )
+    return {"image_size": image_size} if vit else {"input_size": (image_size, image_size)}
 
 
 def _remove_classifier(name: str, model: nn.Module) -> int:
