@@ -1,0 +1,124 @@
+"""From a config to the objects of a run: device, data, model, objective, membership."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ltfast.config import Config
+from ltfast.data.base import Source
+from ltfast.dist import Ranks
+from ltfast.errors import UserError
+from ltfast.losses import membership_for
+from ltfast.models import LongTailModel, create_encoder
+from ltfast.optim.rules import Rule
+from ltfast.step import Objective
+
+MEMBERSHIP_KIND = {"one": "single", "class": "classes", "head-tail": "head-tail", "focal": "focal", "bank": "groups"}
+# CC-SAM evaluates one perturbed classifier a class; above this many classes that is more work than the encoder.
+CLASS_GROUPS_MAX = 128
+
+
+def build_device(config: Config, ranks: Ranks) -> torch.device:
+    """The device of this process; sets TF32 and determinism.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    name = config.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
+    device = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    tf32 = config.run.precision in ("auto", "tf32", "bf16")
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not config.run.deterministic
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    return device
+
+
+def build_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """A factory of autocast contexts for the run's precision."""
+    precision = config.run.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision in ("fp32", "tf32"):
+        return nullcontext
+    return partial(torch.autocast, device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
+    """The data source of the run; its errors name the option to change."""
+    from ltfast.data import load
+    from ltfast.data.registry import LARGE
+
+    data, views = config.data, 3 if config.loss.loss == "bcl" else 1
+    large = {
+        "image_size": data.image_size, "loader": data.loader, "workers": data.workers, "on_bad_image": data.on_bad_image,
+        "train_list": data.train_list, "val_list": data.val_list, "test_list": data.test_list,
+    }  # fmt: skip
+    source = load(
+        data.dataset, data_dir=data.data_dir, imbalance=data.imbalance, imbalance_type=data.imbalance_type,
+        limit_train=data.limit_train or None, val_per_class=data.val_per_class, batch=data.batch,
+        views=None if data.views == "auto" else data.views, num_views=views, sampler=data.sampler, seed=config.run.seed,
+        device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download,
+        **(large if data.dataset in LARGE else {}),
+    )  # fmt: skip
+    if config.preserve.groups > source.num_classes and (config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")):
+        raise UserError(f"--groups {config.preserve.groups}: more groups than the {source.num_classes} classes; use at most {source.num_classes}")
+    return source
+
+
+def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: int) -> LongTailModel:
+    """The network on the CPU, its weights drawn from the run's seed.
+
+    Raises:
+        UserError: unknown model, or weights that do not fit.
+    """
+    from pathlib import Path
+
+    from ltfast import checkpoint
+
+    torch.manual_seed(config.run.seed)
+    channels, side = input_shape[0], input_shape[-1]
+    cfg = config.model
+    stem = "small" if side <= 64 and not (cfg.model.startswith("resnet") and side == 32) else "default"
+    encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side if cfg.model.startswith("vit") else None)
+    projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None
+    model = LongTailModel(
+        encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier
+    )
+    if cfg.weights:
+        checkpoint.load_weights(model.encoder, Path(cfg.weights))
+    return model
+
+
+def build_objective(config: Config, counts: Tensor) -> Objective:
+    """The base loss over classes with `counts` [C] training images."""
+    loss = config.loss
+    return Objective(loss.loss, counts, loss.a_ce, loss.a_scl, loss.temperature, loss.tau)
+
+
+def build_membership(config: Config, rule: Rule | None, counts: Tensor, group_of_class: Tensor | None) -> Tensor:
+    """[C, G] membership of every class in the groups of `rule`; one group while bank groups do not exist yet.
+
+    Raises:
+        UserError: cc-sam with too many classes.
+    """
+    if rule is None or (rule.groups == "bank" and group_of_class is None):
+        return membership_for("single", counts)
+    if rule.groups == "class" and counts.numel() > CLASS_GROUPS_MAX:
+        raise UserError(f"cc-sam: {counts.numel()} classes, one group each, is more than {CLASS_GROUPS_MAX}; use gsa-paper, its grouped form")
+    sharp = config.sharpness
+    return membership_for(
+        MEMBERSHIP_KIND[rule.groups], counts, group_of_class,
+        eta=sharp.tail_below, gamma=sharp.focal_gamma, sharpness=sharp.focal_strength,
+    )  # fmt: skip

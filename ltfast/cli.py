@@ -1,0 +1,188 @@
+"""The command `ltfast`: train, eval, methods, datasets. A user's mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ltfast
+from ltfast.config import FIELDS, SECTIONS, base_type, check, flatten, load_toml, nearest
+from ltfast.errors import UserError
+
+TOPICS = {
+    "data": "data", "model": "network", "loss": "base loss", "sharpness": "sharpness (overrides of the method's rule)",
+    "preserve": "memory bank, groups and GKP", "optim": "descent", "run": "run",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        unknown = next((word for word in message.split() if word.startswith("--")), "")
+        known = [option for action in self._actions for option in action.option_strings]
+        hint = nearest(unknown.split("=")[0], known) if "unrecognized" in message else ""
+        raise UserError(f"{message}{hint}; see `{self.prog} --help`")
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every config field, grouped by topic."""
+    groups = {name: parser.add_argument_group(TOPICS[name]) for name in SECTIONS}
+    for name, (section, field) in FIELDS.items():
+        kind, paper = base_type(name), field.metadata["paper"]
+        default = "" if field.default is None else f" [{str(field.default).lower() if kind is bool else field.default}]"
+        text = field.metadata["help"] + default + (f" (paper: {paper})" if paper else "")
+        flag = "--" + name.replace("_", "-")
+        flags = [flag] if flag == flag.lower() else [flag.lower(), flag]
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if kind is bool:
+            groups[section].add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        else:
+            groups[section].add_argument(*flags, metavar="X" if kind in (int, float) else "NAME", **common)
+
+
+def parsed(name: str, text: Any) -> Any:
+    """A flag's text as the field's type."""
+    if not isinstance(text, str):
+        return text
+    kind = base_type(name)
+    try:
+        return check(name, kind(text))
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"--{name.replace('_', '-')} {text}: needs a number ({kind.__name__})") from None
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="ltfast", description=ltfast.__doc__)
+    parser.add_argument("--version", action="version", version=ltfast.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    train = commands.add_parser("train", help="train a model", description="Train a model; with no argument, gkp-gsa on digits-lt.")
+    train.add_argument("--method", default=None, help="method name, see `ltfast methods` [gkp-gsa]")
+    train.add_argument("--config", default=None, metavar="FILE", help="TOML file of settings; flags override it")
+    train.add_argument("--resume", default=None, metavar="RUN", help="continue this run folder")
+    train.add_argument("--dry-run", action="store_true", help="print the plan (steps, memory, FLOPs) and stop")
+    add_config_flags(train)
+    train.set_defaults(run=command_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run on its test split")
+    evaluate.add_argument("folder", metavar="RUN", help="run folder")
+    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
+    evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which split [test]")
+    evaluate.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=command_eval)
+
+    commands.add_parser("methods", help="list the methods").set_defaults(run=command_methods)
+    commands.add_parser("datasets", help="list the datasets").set_defaults(run=command_datasets)
+    return parser
+
+
+def command_train(args: argparse.Namespace) -> int:
+    from ltfast import dist
+    from ltfast.config import Config
+    from ltfast.progress import ConsoleProgress, Progress
+    from ltfast.recipes import build_config
+    from ltfast.train import train
+
+    flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
+    if args.resume:
+        if flags or args.method or args.config:
+            raise UserError("--resume: continues the run with its own settings; give no other option")
+        config = Config()
+    else:
+        values = load_toml(args.config) if args.config else {}
+        fields = flatten(values, args.config or "")
+        dataset = flags.pop("dataset", None) or fields.pop("dataset", "digits-lt")
+        config = build_config(dataset, args.method or values.get("method", "gkp-gsa"), fields, flags)
+    if args.dry_run:
+        from ltfast.plan import print_plan
+
+        print_plan(config)
+        return 0
+    ranks = dist.start()
+    try:
+        result = train(config, resume=args.resume, ranks=ranks, progress=ConsoleProgress() if ranks.main else Progress())
+        if ranks.main:
+            print_result(result)
+    finally:
+        dist.stop()
+    return 0
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The closing table of a training run."""
+    from ltfast.baselines import baseline_for
+    from ltfast.metrics import format_table
+    from ltfast.runs import RunFolder
+
+    folder = RunFolder.open(result["folder"])
+    config = folder.config
+    info = folder.metrics("data")[-1]
+    baseline = baseline_for(config)
+    kind = "best" if "best" in result else "last"
+    print(f"\ntest split, last checkpoint, {config.method}" + (" beside ce (mean of committed seeds)" if baseline else ""))
+    print(format_table(result["last"], info["class_names"], info["counts"], baseline, headings=(config.method, "ce")))
+    if kind == "best":
+        best = result["best"]
+        print(f"\nbest on validation (epoch {best['epoch'] + 1}): top-1 {best['top1']:.2f} %; last: top-1 {result['last']['top1']:.2f} %")
+    print(f"run folder: {folder.path}")
+
+
+def command_eval(args: argparse.Namespace) -> int:
+    from ltfast.evaluate import evaluate_run
+    from ltfast.metrics import format_table
+
+    result, source = evaluate_run(args.folder, args.checkpoint, args.split, data_dir=args.data_dir)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {result['n']:,} images")
+        print(format_table(result, source.class_names, source.train_counts))
+    return 0
+
+
+def command_methods(args: argparse.Namespace) -> int:
+    from ltfast.recipes import ALIASES, BASES, SHARPNESS_SOURCES
+
+    print("A method joins a base loss, at most one sharpness rule, and gkp with '+', e.g. balanced-softmax+sam; the base is bcl if not named.\n")
+    for title, rows in (
+        ("base losses", {k: v[1] for k, v in BASES.items()}),
+        ("sharpness rules", SHARPNESS_SOURCES),
+        ("knowledge", {"gkp": "grouped knowledge preservation: Fisher-weighted anchors of class groups (Chen et al., CVPR 2026)"}),
+        ("short names", ALIASES),
+    ):
+        print(title)
+        for name, text in rows.items():
+            print(f"  {name:18} {text}")
+    return 0
+
+
+def command_datasets(args: argparse.Namespace) -> int:
+    from ltfast.data import DATASETS
+
+    for name, info in DATASETS.items():
+        print(f"{name:14} {info.description}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        return int(args.run(args))
+    except UserError as error:
+        print(f"ltfast: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0

@@ -1,0 +1,267 @@
+"""Configuration: frozen dataclasses, one help line a field; TOML files and command-line flags share the same names.
+
+A run is decided in this order, later wins: defaults < recipe of the dataset < method < config file < flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from ltfast.errors import UserError
+
+
+def _opt(default: Any, text: str, *, paper: str = "", choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "paper": paper, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on."""
+
+    dataset: str = _opt("digits-lt", "dataset name (see `ltfast datasets`)")
+    data_dir: str | None = _opt(None, "folder, .npz pack, list root or shard pattern of the dataset")
+    imbalance: float = _opt(100.0, "largest over smallest class count of a thinned set; 1 = balanced", paper="100")
+    imbalance_type: str = _opt("exp", "shape of the long tail", choices=("exp", "step"))
+    limit_train: int = _opt(0, "keep this many training images, class proportions kept; 0 = all")
+    val_per_class: int = _opt(0, "images a class held out of train for choosing the best checkpoint; 0 = last epoch only")
+    sampler: str = _opt(
+        "instance", "order of training images",
+        choices=("instance", "class-balanced", "sqrt", "progressive", "group-stratified"), paper="instance",
+    )
+    batch: int = _opt(256, "global batch size (over all processes)", paper="256")
+    views: str = _opt("auto", "augmentation recipe; auto = the dataset's", choices=("auto", "digits", "cifar", "imagenet", "plain"))
+    image_size: int = _opt(224, "side of large images in pixels", paper="224")
+    loader: str = _opt("auto", "input pipeline of large images", choices=("auto", "dali", "torch"))
+    workers: int = _opt(-1, "loader threads or workers; -1 = number of cores")
+    on_bad_image: str = _opt("skip", "what an unreadable training image does", choices=("skip", "fail"))
+    train_list: str | None = _opt(None, "list file of training images ('<relative path> <label>' a line)")
+    val_list: str | None = _opt(None, "list file of validation images")
+    test_list: str | None = _opt(None, "list file of test images")
+    download: bool = _opt(False, "allow torchvision to download CIFAR when it is missing")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    model: str = _opt("resnet32", "encoder: resnet8|resnet20|resnet32 (CIFAR style) or a torchvision classifier", paper="resnet32")
+    classifier: str = _opt("cosine", "classifier layer", choices=("cosine", "linear"), paper="cosine")
+    scale: float = _opt(30.0, "scale of the cosine classifier", paper="30")
+    projection_hidden: int = _opt(512, "hidden width of the projection heads", paper="512 (CIFAR), 2048")
+    projection_out: int = _opt(128, "output width of the projection heads", paper="128 (CIFAR), 1024")
+    weights: str | None = _opt(None, "start from these encoder weights (.safetensors or state dict)")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The base loss."""
+
+    loss: str = _opt("bcl", "base loss", choices=("ce", "balanced-softmax", "bcl"), paper="bcl")
+    a_ce: float = _opt(1.0, "weight of the classification term of bcl", paper="2.0 (CIFAR), 1.0")
+    a_scl: float = _opt(0.35, "weight of the contrastive term of bcl", paper="0.6 (CIFAR), 0.35")
+    temperature: float = _opt(0.07, "temperature of the contrastive term", paper="0.1 (CIFAR), 0.07")
+    tau: float = _opt(1.0, "strength of the log prior in balanced softmax", paper="1.0")
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Sharpness-aware minimisation (GSA and its relatives)."""
+
+    sharpness: str = _opt("none", "rule (see `ltfast methods`); none = plain descent")
+    direction: str | None = _opt(None, "override: joint, none, orthogonal, projected, friendly", paper="orthogonal")
+    objective: str | None = _opt(None, "override: shared or per_group", paper="per_group")
+    scope: str | None = _opt(None, "override: all or classifier")
+    adaptive: bool | None = _opt(None, "override: scale perturbations by |theta|", paper="true")
+    rho: float | None = _opt(None, "override: fixed radius instead of Eq. 13")
+    radius_C: float | None = _opt(None, "override: C of Eq. 13", paper="0.1")
+    rho_min: float | None = _opt(None, "override: lower clip of the radius", paper="2e-3")
+    rho_max: float | None = _opt(None, "override: upper clip of the radius", paper="3e-3")
+    sigma: float | None = _opt(None, "override: strength of the moving average removed by `friendly`", paper="1")
+    lmbda: float | None = _opt(None, "override: decay of that moving average", paper="0.9")
+    aggregate: str | None = _opt(None, "override: uniform or share averaging of groups in a shared perturbation")
+    gram_every: int | None = _opt(None, "override: steps between exact group gradients; 1 = every step")
+    gram_ema: float | None = _opt(None, "override: weight of the old Gram matrix at a refresh")
+    tail_below: int = _opt(20, "imbsam: classes with fewer training images than this are tail")
+    focal_gamma: float = _opt(1.0, "focal-sam: t_c = focal_strength * (1 - pi_c) ** focal_gamma")
+    focal_strength: float = _opt(0.5, "focal-sam: see focal_gamma")
+
+
+@dataclass(frozen=True)
+class Preserve:
+    """Memory bank, grouping and grouped knowledge preservation (GKP)."""
+
+    gkp: bool = _opt(False, "add the GKP anchor", paper="true")
+    groups: int = _opt(4, "number of class groups G", paper="4")
+    scout: float = _opt(0.4, "share of the epochs that scouts: base loss only, filling the bank")
+    regroup: int = _opt(0, "epochs between regroupings; 0 = once, after scouting", paper="0")
+    center: bool = _opt(False, "subtract the initial weights before comparing snapshots", paper="false")
+    lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
+    gkp_lambda: float = _opt(10.0, "strength lambda of GKP", paper="10")
+    gkp_normalise: str = _opt("classes", "divide by classes or training images of a group", choices=("classes", "samples"), paper="classes")
+    fisher: str = _opt("per-sample", "squares of per-sample gradients or of batch means", choices=("per-sample", "batch"))
+    fisher_budget: int = _opt(512, "training images a group used for its Fisher")
+    alpha_start: float = _opt(0.9, "weight of GSA against GKP at the start (cosine schedule)", paper="0.9")
+    alpha_end: float = _opt(0.8, "the same at the end", paper="0.8")
+    bank: str | None = _opt(None, "start from the memory bank of this earlier run: grouped before training")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Descent."""
+
+    epochs: int = _opt(200, "passes over the training images", paper="200 (CIFAR), 90, 100, 30")
+    optimizer: str = _opt("sgd", "base optimizer", choices=("sgd", "adamw"), paper="sgd")
+    lr: float = _opt(0.15, "peak learning rate", paper="0.15 (CIFAR), 0.1, 0.2")
+    schedule: str = _opt("multistep", "multistep: x0.1 at 80 % and 90 % of the epochs; cosine: to 0", choices=("multistep", "cosine", "constant"))
+    warmup: float = _opt(5.0, "epochs of linear warm-up", paper="5 (CIFAR), 0")
+    momentum: float = _opt(0.9, "momentum of sgd, beta1 of adamw", paper="0.9")
+    nesterov: bool = _opt(False, "Nesterov momentum", paper="false")
+    weight_decay: float = _opt(5e-4, "weight decay", paper="5e-4 (iNaturalist 1e-4)")
+    clip: float = _opt(0.0, "clip the norm of the final gradient; 0 = off", paper="0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how it runs."""
+
+    out: str | None = _opt(None, "run folder; default runs/<dataset>-<method>-s<seed>, numbered if taken")
+    seed: int = _opt(0, "seed of weights, order and augmentation", paper="0")
+    device: str = _opt("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = _opt("auto", "auto = bf16 autocast on GPU, fp32 on CPU", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
+    compile: bool = _opt(False, "torch.compile forward and backward")
+    deterministic: bool = _opt(False, "bit-reproducible kernels")
+    checkpoint_every: int = _opt(1, "epochs between checkpoints")
+    checkpoint_minutes: float = _opt(0.0, "also checkpoint after this many minutes; 0 = off")
+    keep_checkpoints: int = _opt(2, "training states kept for --resume")
+    max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off")
+    max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row")
+    tensorboard: bool = _opt(True, "write TensorBoard events")
+
+
+SECTIONS: dict[str, type] = {
+    "data": Data, "model": Model, "loss": Loss, "sharpness": Sharpness, "preserve": Preserve, "optim": Optim, "run": Run,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; `method` records the name it was built from."""
+
+    method: str = "gkp-gsa"
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    sharpness: Sharpness = field(default_factory=Sharpness)
+    preserve: Preserve = field(default_factory=Preserve)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+
+    def with_(self, **values: Any) -> Config:
+        """A copy with these fields changed, each found by its (unique) name.
+
+        Raises:
+            UserError: unknown field (the nearest name is suggested), wrong type or a value outside the choices.
+        """
+        changed: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            section = section_of(name)
+            changed.setdefault(section, {})[name] = check(name, value)
+        parts = {s: dataclasses.replace(getattr(self, s), **v) for s, v in changed.items()}
+        return dataclasses.replace(self, **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values without None (TOML has none); `from_dict` inverts it."""
+        sections = {
+            s: {k: v for k, v in dataclasses.asdict(getattr(self, s)).items() if v is not None} for s in SECTIONS
+        }
+        return {"method": self.method, **sections}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
+        """Build from the nested form of `to_dict`; see `flatten` for the errors."""
+        return dataclasses.replace(Config().with_(**flatten(values, where)), method=str(values.get("method", "gkp-gsa")))
+
+
+FIELDS: dict[str, tuple[str, dataclasses.Field[Any]]] = {
+    f.name: (section, f) for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)
+}
+TYPES: dict[str, Any] = {name: hint for cls in SECTIONS.values() for name, hint in get_type_hints(cls).items()}
+
+
+def nearest(name: str, known: Any) -> str:
+    """' (did you mean X?)' or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def section_of(name: str) -> str:
+    """The section that holds field `name`."""
+    if name not in FIELDS:
+        raise UserError(f"unknown option {name!r}{nearest(name, FIELDS)}")
+    return FIELDS[name][0]
+
+
+def base_type(name: str) -> type:
+    """The type of a field, Optional stripped."""
+    hint = TYPES[name]
+    return next((t for t in get_args(hint) if t is not type(None)), hint)
+
+
+def check(name: str, value: Any) -> Any:
+    """The value in the field's own type.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    f, kind, optional = FIELDS[name][1], base_type(name), type(None) in get_args(TYPES[name])
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{name}={value!r}: needs {kind.__name__}, got {type(value).__name__}")
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{name}={value!r}: choose from {', '.join(choices)}{nearest(str(value), choices)}")
+    return value
+
+
+def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested TOML to flat fields.
+
+    Raises:
+        UserError: unknown section or key, or a key in the wrong section, naming `where` and the nearest name.
+    """
+    flat: dict[str, Any] = {}
+    for section, fields in values.items():
+        if section == "method":
+            continue
+        if section not in SECTIONS:
+            raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+        for name, value in fields.items():
+            if name not in FIELDS:
+                raise UserError(f"{where}: unknown key {section}.{name}{nearest(name, FIELDS)}")
+            if FIELDS[name][0] != section:
+                raise UserError(f"{where}: {name} belongs in [{FIELDS[name][0]}], not [{section}]")
+            flat[name] = value
+    return flat
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML config file.
+
+    Raises:
+        UserError: it is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None

@@ -1,0 +1,189 @@
+"""The one engine behind SAM, ASAM, Friendly-SAM, ImbSAM, CC-SAM, Focal-SAM and GSA.
+
+    rows  = group gradients [R, N]                      (autograd accumulates straight into them)
+    M     = gram(rows, theta)                            one read of the rows and theta
+    coef  = rule(M, |theta|, shares, counts)             one tiny launch, no host synchronisation
+    theta + eps = perturb(theta, rows, coef)             one pass; theta is kept aside, bit for bit
+    theta = update(kept theta, gradient at theta + eps)  one pass: restore, weight decay, anchor, momentum, step
+
+Mode R (rule.gram_every > 1): an ascent needs only sum_k c_k g_k, the gradient of sum_k c_k L_k: ONE backward. The
+coefficients come from a Gram matrix refreshed every few steps; the result is rescaled to the norm the rule intends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltfast.flat import FlatParameters
+from ltfast.kernels import ascent_coefficients, gram, gram_partials, perturb
+from ltfast.optim.rules import Rule
+
+# Mode R: below this ratio of |sum_j c_j u_j|^2 to (sum_j |c_j| |u_j|)^2 the groups' terms nearly cancel and a stale Gram
+# matrix no longer tells where their sum points: the step then takes the plain SAM direction at the intended norm.
+CANCELLATION = 1e-2
+
+
+class Engine:
+    """Climb from theta to theta + eps by `rule`, for parameters held by `flat`.
+
+    Args:
+        flat: the parameters. All of them are perturbed (classifier scope has its own, cheaper path in ltfast.step).
+        rule: the method.
+        counts: [G] training images of each group (Eq. 13).
+
+    Attributes:
+        kept: [N] theta as it was before the climb, bit-exact; meaningful while `climbed` is true.
+        stats: device tensors describing the last ascent, for logging.
+    """
+
+    def __init__(self, flat: FlatParameters, rule: Rule, counts: Tensor) -> None:
+        self.flat, self.rule = flat, rule
+        self.kept = torch.empty_like(flat.data)
+        self.stats: dict[str, Tensor] = {}
+        self.climbed = False
+        self.set_groups(counts)
+
+    def set_groups(self, counts: Tensor) -> None:
+        """Start afresh with groups of `counts` [G] images: gradient rows, Gram matrix and moving averages are reset."""
+        device = self.flat.device
+        self.counts = counts.to(device, torch.float32)
+        self.n_groups = counts.numel()
+        self.n_rows = self.n_groups * (2 if self.rule.direction == "friendly" else 1)
+        self.flat.resize_rows(self.n_rows + (self.rule.objective == "per_group"))
+        self.memory: Tensor | None = None  # [G, G] Gram matrix that mode R reads
+        self.theta_sq: Tensor | None = None
+        self.seen = torch.zeros(self.n_groups, device=device)
+        self.steps = 0
+
+    # -- the two passes ------------------------------------------------------------------------------------------------
+
+    def ascend(self, losses: Tensor, shares: Tensor) -> Tensor:
+        """First pass: from group losses [G] and batch shares [G] at theta to coefficients; leaves theta + eps in place.
+
+        Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
+        """
+        exact = self.rule.gram_every == 1 or self.memory is None or self.steps % self.rule.gram_every == 0
+        self.steps += 1
+        coef, rows = self._exact(losses, shares) if exact else self._stale(losses, shares)
+        self.kept.copy_(self.flat.data)
+        self.climbed = True
+        if self.rule.objective == "shared":
+            self.move_to(coef, rows)
+        return coef
+
+    def move_to(self, coef: Tensor, rows: Tensor | None = None) -> None:
+        """Put theta + s^2 * coef @ rows into the parameters (theta = `kept`)."""
+        perturb(self.kept, self.rows if rows is None else rows, coef, self.rule.adaptive, out=self.flat.data)
+
+    def restore(self) -> None:
+        """Bring theta back, bit for bit."""
+        if self.climbed:
+            self.flat.data.copy_(self.kept)
+            self.climbed = False
+
+    # -- mode E: every group's gradient ----------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> Tensor:
+        """[R, N] the gradient rows that the ascent combines."""
+        return self.flat.grads[: self.n_rows]
+
+    def _exact(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        for k in range(self.n_groups):
+            self.flat.attach(k)
+            # In a split rule row 0 is part of the final gradient, so it carries its share; directions ignore it.
+            loss = losses[k] * shares[k] if self.rule.split and k == 0 else losses[k]
+            loss.backward(retain_graph=k + 1 < self.n_groups)
+        return self.from_rows(shares), self.rows
+
+    def from_rows(self, shares: Tensor) -> Tensor:
+        """Coefficients from gradient rows that are already filled; updates mode R's memory and the moving averages."""
+        rule, g = self.rule, self.n_groups
+        if rule.gram_every > 1:
+            matrix, self.theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
+            self._remember(matrix, shares)
+            return self._coefficients(matrix, self.theta_sq, shares)
+        coef = self._coefficients(*gram_partials(self.rows, self.flat.data, rule.adaptive), shares)
+        if rule.direction == "friendly":
+            present = (shares > 0).float()
+            weight = present * torch.where(self.seen > 0, 1 - rule.lmbda, 1.0)
+            self.flat.grads[g : 2 * g].lerp_(self.flat.grads[:g], weight[:, None])
+            self.seen = torch.maximum(self.seen, present)
+        return coef
+
+    def _coefficients(self, matrix: Tensor, theta_sq: Tensor | None, shares: Tensor) -> Tensor:
+        rule = self.rule
+        options: dict[str, Any] = {
+            "direction": rule.direction,
+            "objective": rule.objective,
+            "rho": rule.rho,
+            "C": rule.radius_C,
+            "rho_min": rule.rho_min,
+            "rho_max": rule.rho_max,
+            "sigma": rule.sigma * self.seen if rule.direction == "friendly" else rule.sigma,
+            "aggregate": rule.aggregate,
+        }
+        weights = shares * torch.tensor([0.0, 1.0], device=shares.device) if rule.split else shares
+        coef, stats = ascent_coefficients(matrix, theta_sq, weights, self.counts, self.flat.numel, **options)
+        self.stats = stats._asdict()
+        return coef
+
+    # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
+
+    def _remember(self, matrix: Tensor, shares: Tensor) -> None:
+        present = shares > 0
+        both = present[:, None] & present[None, :]
+        if self.memory is None:
+            self.memory = torch.where(both, matrix, torch.zeros_like(matrix))
+            return
+        ema = self.rule.gram_ema
+        known = self.memory.diagonal() > 0
+        mixed = torch.where(known[:, None] & known[None, :], ema * self.memory + (1 - ema) * matrix, matrix)
+        self.memory = torch.where(both, mixed, self.memory)
+
+    def _stale(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.memory is not None
+        coef, intended = self.stale_coefficients(shares)
+        row = self.flat.attach(0)
+        (coef * losses).sum().backward()
+        actual, self.theta_sq = gram(row[None], self.flat.data, self.rule.adaptive)
+        scale = (intended / actual.reshape(()).clamp_min(1e-30).sqrt()).float()
+        scale = torch.where(torch.isfinite(scale), scale, 0.0)
+        return scale.reshape(1), row[None]
+
+    def stale_coefficients(self, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients [G] from the remembered Gram matrix and the norm |s^-1 eps| they intend (0-dim)."""
+        memory = self.memory
+        assert memory is not None
+        coef = self._coefficients(memory, self.theta_sq, shares)
+        c = coef.double()
+        square = c @ memory @ c
+        reach = (c.abs() * memory.diagonal().clamp_min(0).sqrt()).sum()
+        cancels = square <= CANCELLATION * reach * reach
+        plain = torch.where(cancels, shares, coef)
+        return plain, torch.where(cancels, CANCELLATION**0.5 * reach, square.clamp_min(0).sqrt())
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to checkpoint: Gram memory, moving averages, step count."""
+        g = self.n_groups
+        state = {"steps": torch.tensor(self.steps), "seen": self.seen}
+        if self.memory is not None and self.theta_sq is not None:
+            state |= {"memory": self.memory, "theta_sq": self.theta_sq}
+        if self.rule.direction == "friendly":
+            state["averages"] = self.flat.grads[g : 2 * g]
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state`."""
+        g, device = self.n_groups, self.flat.device
+        self.steps = int(state["steps"])
+        self.seen.copy_(state["seen"])
+        if "memory" in state:
+            self.memory, self.theta_sq = state["memory"].to(device), state["theta_sq"].to(device)
+        if "averages" in state:
+            self.flat.grads[g : 2 * g].copy_(state["averages"])

@@ -1,0 +1,64 @@
+"""From the memory bank's groups to the one anchor of GKP: theta*_j, its Fisher F_j, and their collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ltfast.data.base import Source
+from ltfast.dist import Ranks
+from ltfast.flat import FlatParameters
+from ltfast.models import LongTailModel
+from ltfast.preserve.anchor import Anchor, stream_anchor
+from ltfast.preserve.bank import MemoryBank
+from ltfast.preserve.fisher import fisher_diagonal, reestimate_batchnorm, sample_indices, swapped_parameters
+
+PREFIX = "encoder."
+
+
+def collapse_knowledge(
+    model: LongTailModel,
+    flat: FlatParameters,
+    source: Source,
+    bank: MemoryBank,
+    groups: Tensor,
+    sizes: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    strength: float,
+    fisher: str = "per-sample",
+    budget: int = 512,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+) -> Anchor:
+    """The collapsed anchor of all groups over the encoder's slice of `flat`; one group's Fisher is held at a time.
+
+    Args:
+        groups, sizes: group of each class [C] and |G^j| [G] (see `group_sizes`).
+        loss: (logits [B, C], labels [B]) -> -log p(y|x) of each sample [B].
+        strength: lambda. fisher: "per-sample" or "batch". budget: images a group for F_j, and for BatchNorm.
+    """
+    ranks = ranks or Ranks()
+    span = flat.span(model.encoder.parameters())
+    names = [PREFIX + name for name, _ in model.encoder.named_parameters()]
+    means = bank.group_means(groups, len(sizes))
+    everything = torch.zeros_like(groups)
+    calibration = sample_indices(everything, source.train_labels, 0, budget, seed)
+
+    def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
+        parts = {p: gradients[n] for n, p in model.named_parameters() if n in gradients}
+        return flat.flatten([parts.get(p) for p in flat.params])[span]
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for j, mean in enumerate(means):
+            theta_star = mean.to(flat.device)
+            chosen = sample_indices(groups, source.train_labels, j, budget, seed)
+            images = (batch.views[0] for batch in source.evaluate("train", calibration))
+            with swapped_parameters(flat.data[span], theta_star), reestimate_batchnorm(model, images):
+                batches = ((batch.views[0], batch.labels) for batch in source.evaluate("train", chosen))
+                diagonal = fisher_diagonal(model, names, batches, loss, mode=fisher, flatten=flatten)
+            yield theta_star, ranks.mean_(diagonal)
+
+    return stream_anchor(pairs(), sizes, strength)

@@ -1,0 +1,93 @@
+"""What a person sees while a run goes on: a live bar on a terminal, one line an epoch everywhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ltfast.train import Trainer
+
+# Seconds between reads of device values: the only regular host synchronisation of a run.
+REFRESH = 0.5
+
+
+class Progress:
+    """Silent base class; `ConsoleProgress` prints."""
+
+    def begin(self, trainer: Trainer) -> None:
+        """The run starts."""
+
+    def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
+        """A step was queued; `loss_sum` is the epoch's running sum on the device."""
+
+    def epoch(self, epoch: int, epochs: int, phase: str, summary: dict[str, float], val: dict[str, float]) -> None:
+        """An epoch ended."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened."""
+
+    def end(self) -> None:
+        """The run ended or failed."""
+
+
+class ConsoleProgress(Progress):
+    """Rich progress bar on stderr (only on a terminal) and plain lines on stdout."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.console = Console(highlight=False)
+        self.bar = Bar(
+            TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.percentage:3.0f} %  loss {task.fields[loss]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
+            disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.read_at = 0.0
+
+    def begin(self, trainer: Trainer) -> None:
+        cfg, src = trainer.config, trainer.source
+        steps = cfg.optim.epochs * src.steps_per_epoch
+        counts = src.train_counts
+        self.console.print(
+            f"{cfg.data.dataset}: {src.sizes['train']:,} training images, {src.num_classes} classes of "
+            f"{int(counts.max())} to {int(counts.min())} images, {src.sizes.get('val', 0):,} validation, {src.sizes['test']:,} test"
+        )
+        self.console.print(
+            f"{cfg.method} on {cfg.model.model} ({trainer.flat.numel:,} parameters), {trainer.device}, "
+            f"{cfg.optim.epochs} epochs x {src.steps_per_epoch} steps of {cfg.data.batch} images"
+        )
+        if trainer.folder is not None:
+            self.console.print(f"run folder {trainer.folder.path}")
+        self.task = self.bar.add_task("", total=steps, completed=trainer.steps, epoch=trainer.epoch + 1, loss="-")
+        self.bar.start()
+
+    def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
+        if self.bar.disable or time.monotonic() - self.read_at < REFRESH:
+            return
+        loss = "-" if loss_sum is None else f"{float(loss_sum) / batch:.3f}"
+        self.read_at = time.monotonic()
+        self.bar.update(self.task, completed=epoch * total + batch, epoch=epoch + 1, loss=loss)
+
+    def epoch(self, epoch: int, epochs: int, phase: str, summary: dict[str, float], val: dict[str, float]) -> None:
+        figures = "  ".join(f"{k} {v:5.1f}" for k, v in val.items() if k != "ece")
+        width = len(str(epochs))
+        self.console.print(
+            f"epoch {epoch + 1:{width}}/{epochs}  {phase:5}  loss {summary['loss']:.3f}"
+            + (f"  val: {figures}" if figures else "") + f"  {summary['seconds']:.1f} s"
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        self.console.print(text)
+
+    def end(self) -> None:
+        self.bar.stop()
+
+
+def json_only(result: dict[str, Any]) -> dict[str, Any]:
+    """A test result without the bulky confusion matrix, for one-line output."""
+    return {k: v for k, v in result.items() if k != "confusion"}

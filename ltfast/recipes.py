@@ -1,0 +1,134 @@
+"""Recipes: one function a dataset, one line a method. Figures are those of the released codes (docs/method.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ltfast.config import Config, nearest
+from ltfast.errors import UserError
+from ltfast.optim.rules import RULES, Rule
+
+Values = dict[str, Any]
+
+
+def digits() -> Values:
+    """scikit-learn's 8x8 digits, long-tailed: the embedded default, sized for two CPU cores and two minutes."""
+    return {
+        "model": "resnet8", "batch": 64, "epochs": 60, "lr": 0.1, "schedule": "cosine", "warmup": 3.0, "weight_decay": 5e-4,
+        "a_ce": 1.0, "a_scl": 0.35, "temperature": 0.1, "projection_hidden": 128, "projection_out": 64, "groups": 4,
+        "val_per_class": 10, "fisher_budget": 128,
+    }  # fmt: skip
+
+
+def cifar() -> Values:
+    """CIFAR-10/100-LT: BCL's recipe, ResNet-32, 200 epochs."""
+    return {
+        "model": "resnet32", "batch": 256, "epochs": 200, "lr": 0.15, "schedule": "multistep", "warmup": 5.0,
+        "weight_decay": 5e-4, "a_ce": 2.0, "a_scl": 0.6, "temperature": 0.1, "projection_hidden": 512, "projection_out": 128,
+    }  # fmt: skip
+
+
+def imagenet() -> Values:
+    """ImageNet-LT: ResNet-50, 90 epochs, cosine."""
+    return {
+        "model": "resnet50", "batch": 256, "epochs": 90, "lr": 0.1, "schedule": "cosine", "warmup": 0.0, "weight_decay": 5e-4,
+        "a_ce": 1.0, "a_scl": 0.35, "temperature": 0.07, "projection_hidden": 2048, "projection_out": 1024,
+    }  # fmt: skip
+
+
+def inat() -> Values:
+    """iNaturalist 2018: ResNet-50, 100 epochs, lr 0.2, weight decay 1e-4."""
+    return {**imagenet(), "epochs": 100, "lr": 0.2, "weight_decay": 1e-4}
+
+
+def places() -> Values:
+    """Places-LT: ResNet-152 from ImageNet weights (`--weights`), 30 epochs; lr 0.02 cosine is our choice, the papers state none."""
+    return {**imagenet(), "model": "resnet152", "epochs": 30, "lr": 0.02}
+
+
+RECIPES: dict[str, Callable[[], Values]] = {
+    "digits-lt": digits, "cifar10-lt": cifar, "cifar100-lt": cifar, "imagenet-lt": imagenet, "inat18": inat,
+    "places-lt": places, "folder": imagenet, "list": imagenet, "webdataset": imagenet,
+}  # fmt: skip
+
+# Parts that a method name joins with "+": a base loss, at most one sharpness rule, gkp.
+BASES: dict[str, tuple[Values, str]] = {
+    "ce": ({"loss": "ce"}, "plain cross-entropy on one view: the baseline"),
+    "balanced-softmax": ({"loss": "balanced-softmax"}, "logits + log prior, one view (Ren et al. 2020; Menon et al. 2021)"),
+    "bcl": ({"loss": "bcl"}, "balanced contrastive learning, three views (Zhu et al., CVPR 2022)"),
+}
+SHARPNESS_SOURCES: dict[str, str] = {
+    "sam": "sharpness-aware minimisation (Foret et al. 2021)",
+    "asam": "adaptive SAM (Kwon et al. 2021)",
+    "friendly-sam": "SAM freed from a moving average of the gradient (Li et al., CVPR 2024)",
+    "imbsam": "only tail classes ascend (Zhou et al., ICCV 2023)",
+    "cc-sam": "one radius a class, classifier only (Zhou et al., CVPR 2023)",
+    "focal-sam": "ascent weighted by (1 - prior)^gamma (Li et al., ICML 2025)",
+    "gsa-paper": "GSA as in the paper: orthogonal, per group, classifier only (Chen et al., CVPR 2026)",
+    "gsa-full": "GSA on all parameters, one shared perturbation, Gram matrix every 16 steps",
+    "gsa-exact": "the same with exact group gradients at every step",
+    "gsa-release": "GSA as in the released code: adaptive, moving-average direction, shared, all parameters",
+}
+ALIASES: dict[str, str] = {
+    "logit-adjustment": "balanced-softmax",
+    "gkp": "bcl+gkp",
+    "gkp-gsa": "bcl+gsa-paper+gkp",
+}
+
+
+def method_values(name: str) -> Values:
+    """Config fields of a method such as `ce`, `bcl+sam`, `gsa-paper` (base bcl) or `balanced-softmax+gsa-full+gkp`.
+
+    Raises:
+        UserError: a part is unknown, or two parts exclude each other.
+    """
+    values: Values = {"loss": "bcl", "sharpness": "none", "gkp": False}
+    seen: set[str] = set()
+    for part in ALIASES.get(name, name).split("+"):
+        part = ALIASES.get(part, part)
+        if part in BASES:
+            kind, new = "base loss", BASES[part][0]
+        elif part in RULES:
+            kind, new = "sharpness rule", {"sharpness": part}
+        elif part == "gkp":
+            kind, new = "gkp", {"gkp": True}
+        else:
+            known = [*BASES, *RULES, *ALIASES, "gkp"]
+            raise UserError(f"--method {name}: unknown part {part!r}{nearest(part, known)}; see `ltfast methods`")
+        if kind in seen:
+            raise UserError(f"--method {name}: names more than one {kind}; keep one")
+        seen.add(kind)
+        values |= new
+    return values
+
+
+def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> Config:
+    """Defaults < recipe < method < config file < flags."""
+    if dataset not in RECIPES:
+        raise UserError(f"--dataset {dataset}: unknown{nearest(dataset, RECIPES)}; see `ltfast datasets`")
+    layers = {**RECIPES[dataset](), **method_values(method), **file_values, **flags, "dataset": dataset}
+    return dataclasses.replace(Config().with_(**layers), method=method)
+
+
+def rule_of(config: Config) -> Rule | None:
+    """The sharpness rule of a config with its overrides, or None for plain descent."""
+    sharp = config.sharpness
+    if sharp.sharpness == "none":
+        return None
+    if sharp.sharpness not in RULES:
+        raise UserError(f"sharpness={sharp.sharpness!r}: unknown{nearest(sharp.sharpness, RULES)}; see `ltfast methods`")
+    names = {f.name for f in dataclasses.fields(Rule)}
+    overrides = {k: v for k, v in dataclasses.asdict(sharp).items() if k in names and v is not None}
+    try:
+        rule = dataclasses.replace(RULES[sharp.sharpness], **overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if rule.scope == "classifier" and rule.direction == "friendly":
+        raise UserError("direction=friendly keeps a moving average of full gradients: use scope=all with it")
+    if rule.gram_every > 1 and (rule.objective == "per_group" or rule.direction == "friendly" or rule.split):
+        raise UserError(f"gram_every={rule.gram_every}: only a shared objective with gradient directions can reuse the Gram matrix; use 1")
+    if rule.split and (rule.scope, rule.objective) != ("all", "shared"):
+        raise UserError(f"{sharp.sharpness}: only scope=all and objective=shared exist for it")
+    return rule

@@ -1,0 +1,160 @@
+"""The run folder: a run describes itself (config.toml, env.json, metrics.jsonl, TensorBoard events, checkpoints/)."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ltfast
+from ltfast.config import Config, load_toml
+from ltfast.errors import UserError
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the commit of the source tree, for env.json and result rows."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    cuda = torch.cuda.is_available()
+    return {
+        "ltfast": ltfast.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "torchvision": installed("torchvision"),
+        "numpy": installed("numpy"),
+        "dali": installed("nvidia-dali-cuda130"),
+        "cuda": torch.version.cuda if cuda else None,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree ltfast runs from, with '+' if it is modified; None outside a checkout."""
+    root = Path(ltfast.__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class RunFolder:
+    """Paths and logs of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.safetensors"
+        self.best = self.checkpoints / "best.safetensors"
+        self._events: Any = None
+
+    @staticmethod
+    def create(config: Config) -> RunFolder:
+        """Make the folder named by --out (or a fresh default one) and write config.toml and env.json.
+
+        Raises:
+            UserError: the folder exists and is not empty, or cannot be written.
+        """
+        import tomli_w
+
+        path = Path(config.run.out) if config.run.out else fresh_name(config)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--out {path}: already exists; choose another folder or continue it with --resume {path}")
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (path / "config.toml").write_text(tomli_w.dumps(config.to_dict()))
+            (path / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {path}: cannot write there ({error.strerror}); choose another folder") from None
+        return RunFolder(path)
+
+    @staticmethod
+    def open(path: str | Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            UserError: it is missing or holds no config.toml.
+        """
+        if not (Path(path) / "config.toml").is_file():
+            raise UserError(f"{path}: not a run folder (no config.toml in it)")
+        return RunFolder(Path(path))
+
+    @property
+    def config(self) -> Config:
+        """The resolved config of the run."""
+        path = self.path / "config.toml"
+        return Config.from_dict(load_toml(path), str(path))
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, of one kind if given; a line cut short by a crash is left out."""
+        path, rows = self.path / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if kind in (None, row.get("kind")):
+                rows.append(row)
+        return rows
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write TensorBoard scalars."""
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path / "events"))
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard events."""
+        if self._events is not None:
+            self._events.close()
+
+
+def fresh_name(config: Config) -> Path:
+    """runs/<dataset>-<method>-s<seed>, with -2, -3, ... if taken."""
+    base = Path("runs") / f"{config.data.dataset}-{config.method}-s{config.run.seed}"
+    path, n = base, 1
+    while path.exists():
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return path

@@ -1,0 +1,30 @@
+"""Schedules as pure functions of the position in the run, in epochs (fractions between epochs)."""
+
+from __future__ import annotations
+
+import math
+
+from ltfast.config import Optim, Preserve
+
+
+def lr_at(optim: Optim, epoch: float) -> float:
+    """Learning rate after `epoch` epochs: linear warm-up, then multistep (x0.1 at 80 % and 90 %), cosine or constant."""
+    if epoch < optim.warmup:
+        # Starts at one part of the first epoch, as the released recipe's (epoch + 1) / warmup does.
+        return optim.lr * min(1.0, (epoch + 1) / (optim.warmup + 1))
+    if optim.schedule == "multistep":
+        return float(optim.lr * 0.1 ** sum(epoch >= optim.epochs * m for m in (0.8, 0.9)))
+    if optim.schedule == "cosine":
+        progress = (epoch - optim.warmup) / max(optim.epochs - optim.warmup, 1e-9)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return optim.lr
+
+
+def alpha_at(preserve: Preserve, progress: float) -> float:
+    """Weight alpha of GSA against GKP: cosine from alpha_start to alpha_end; `progress` in [0, 1] of the run."""
+    return preserve.alpha_end + (preserve.alpha_start - preserve.alpha_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def scouting_epochs(preserve: Preserve, epochs: int) -> int:
+    """Epochs of plain base loss that fill the bank before the first grouping: at least 1, none with a given bank."""
+    return 0 if preserve.bank else max(1, round(preserve.scout * epochs))

@@ -1,0 +1,287 @@
+"""The training loop, top to bottom as in the paper: scout, fill the memory bank, group, preserve, descend.
+
+    for each epoch:
+        if it is time:  groups  <- spectral clustering of the bank            (MBG)
+                        anchor  <- Fisher-weighted anchors, collapsed to one  (GKP)
+        for each batch: L = alpha * L_gsa + (1 - alpha) * L_gkp               (GSA + GKP, ltfast/step.py)
+        bank            <- this epoch's encoder, for classes whose features were never better
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltfast import build, checkpoint
+from ltfast.config import Config
+from ltfast.dist import Ranks
+from ltfast.errors import UserError
+from ltfast.evaluate import evaluate
+from ltfast.flat import FlatBuffers, FlatParameters
+from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
+from ltfast.preserve.knowledge import collapse_knowledge
+from ltfast.progress import Progress
+from ltfast.recipes import rule_of
+from ltfast.runs import RunFolder
+from ltfast.schedule import alpha_at, lr_at, scouting_epochs
+from ltfast.step import TrainStep, Update
+
+
+class Trainer:
+    """Everything a run consists of; `fit` runs it, `state` and `load_state` make it resumable at any step."""
+
+    def __init__(self, config: Config, folder: RunFolder | None, ranks: Ranks, progress: Progress) -> None:
+        self.config, self.folder, self.ranks, self.progress = config, folder, ranks, progress
+        self.rule = rule_of(config)
+        self.device = build.build_device(config, ranks)
+        self.source = build.build_data(config, self.device, ranks)
+        self.counts = self.source.train_counts.to(self.device)
+        model = build.build_model(config, self.source.input_shape, self.source.num_classes)
+        self.model = model.to(self.device)
+        if self.device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.objective = build.build_objective(config, self.counts)
+        self.flat = FlatParameters(self.model.parameters())
+        self.buffers = FlatBuffers(self.model)
+        self.encoder = self.flat.span(self.model.encoder.parameters())
+        optim = config.optim
+        self.update = Update(
+            self.flat, kind=optim.optimizer, momentum=optim.momentum, weight_decay=optim.weight_decay,
+            nesterov=optim.nesterov, clip=optim.clip, betas=(optim.momentum, 0.999),
+        )  # fmt: skip
+        self.quality = QualityStats(self.source.num_classes, self.model.feature_dim, self.device)
+        theta = self.flat.data[self.encoder]
+        origin = theta if config.preserve.center else None
+        self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin)
+        self.needs_groups = config.preserve.gkp or (self.rule is not None and self.rule.groups == "bank")
+        self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
+        self.groups: Tensor | None = None  # [C] once the bank has been clustered
+        self.anchor: Anchor | None = None
+        self.epoch = self.batch = self.steps = 0
+        self.best: dict[str, Any] = {"score": -1.0, "epoch": -1}
+        self.make_step()
+
+    # -- the algorithm ---------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; returns the evaluation of the last and the best checkpoint on the test split."""
+        if self.config.preserve.bank and self.groups is None:
+            self.bank.load_state_dict(load_bank(Path(self.config.preserve.bank)))
+        for epoch in range(self.epoch, self.config.optim.epochs):
+            self.epoch = epoch
+            if self.grouping_due(epoch):
+                self.group()
+            started = time.perf_counter()
+            summary = self.train_epoch(epoch)
+            self.remember(epoch)
+            summary["seconds"] = time.perf_counter() - started
+            self.epoch, self.batch = epoch + 1, 0
+            self.finish_epoch(epoch, summary)
+        return self.finish()
+
+    def grouping_due(self, epoch: int) -> bool:
+        """After scouting, then every `regroup` epochs; not in the middle of an epoch that is being resumed."""
+        if not self.needs_groups or epoch < self.scouts or self.batch:
+            return False
+        every = self.config.preserve.regroup
+        return self.groups is None or bool(every and epoch > self.scouts and (epoch - self.scouts) % every == 0)
+
+    def group(self) -> None:
+        """MBG: cluster the bank into groups, then collapse the groups' Fisher-weighted anchors into one (GKP)."""
+        cfg = self.config.preserve
+        started = time.perf_counter()
+        counts = self.source.train_counts
+        self.groups = group_classes(self.bank, counts, cfg.groups, center=cfg.center, seed=self.config.run.seed)
+        self.source.set_groups(self.groups)
+        if cfg.gkp:
+            sizes = group_sizes(self.groups, counts, cfg.groups, cfg.gkp_normalise)
+            anchor = collapse_knowledge(
+                self.model, self.flat, self.source, self.bank, self.groups, sizes, self.objective.classification,
+                strength=cfg.gkp_lambda, fisher=cfg.fisher, budget=cfg.fisher_budget, seed=self.config.run.seed,
+                ranks=self.ranks,
+            )  # fmt: skip
+            self.anchor = anchor.expanded(self.flat.size, self.encoder.start)
+        self.make_step()
+        members = [(self.groups == k).sum().item() for k in range(cfg.groups)]
+        self.progress.note(f"grouped {len(self.bank)} snapshots into {cfg.groups} groups of {members} classes")
+        self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
+
+    def make_step(self) -> None:
+        """The step for the groups there are: plain descent while scouting for them."""
+        rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
+        membership = build.build_membership(self.config, rule, self.source.train_counts, self.groups)
+        autocast = build.build_autocast(self.config, self.device)
+        self.step = TrainStep(
+            self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, autocast=autocast,
+            reduce=self.ranks.mean_,
+        )  # fmt: skip
+        if self.anchor is not None:
+            self.update.anchor = (self.anchor.weight.to(self.device), self.anchor.target.to(self.device))
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training images; returns means over its steps."""
+        self.model.train()
+        sums: dict[str, Tensor] = {}
+        total = self.source.steps_per_epoch
+        for batch in self.source.train(epoch, self.batch):
+            self.set_schedules(epoch + self.batch / total)
+            result = self.step(batch)
+            assert self.step.features is not None
+            self.quality.update(self.step.features, batch.labels)
+            for name, value in result.items():
+                sums[name] = sums[name] + value.float().mean() if name in sums else value.float().mean()
+            self.batch += 1
+            self.steps += 1
+            self.progress.step(epoch, self.batch, total, sums.get("loss"))
+        return {name: float(value) / total for name, value in sums.items()}
+
+    def set_schedules(self, position: float) -> None:
+        """Learning rate, alpha and GKP strength at `position` epochs into the run."""
+        cfg = self.config
+        self.update.lr.fill_(lr_at(cfg.optim, position))
+        if self.anchor is not None:
+            alpha = alpha_at(cfg.preserve, position / cfg.optim.epochs)
+            self.update.alpha.fill_(alpha)
+            self.update.strength.fill_((1 - alpha) * cfg.preserve.gkp_lambda)
+
+    def remember(self, epoch: int) -> None:
+        """Give each class whose features were never better this epoch's encoder as its bank entry."""
+        if self.needs_groups and (epoch < self.scouts or self.config.preserve.regroup):
+            self.ranks.sum_(self.quality.flat)
+            quality = self.quality.compute(self.config.preserve.lambda_q).quality
+            self.bank.update(quality, self.flat.data[self.encoder], epoch)
+        self.quality.reset()
+
+    # -- after an epoch ------------------------------------------------------------------------------------------------
+
+    def finish_epoch(self, epoch: int, summary: dict[str, float]) -> None:
+        """Validate, log, keep the best, checkpoint."""
+        cfg = self.config
+        val: dict[str, Any] = {}
+        if self.source.sizes.get("val", 0):
+            val = self.evaluate("val")
+            score = val["macro"]
+            if score > self.best["score"]:
+                self.best = {"score": score, "epoch": epoch}
+                self.save_weights("best")
+        phase = "scout" if epoch < self.scouts else "train"
+        short = {k: val[k] for k in ("top1", "many", "medium", "few", "ece") if val.get(k) is not None}
+        self.log("epoch", epoch=epoch, phase=phase, lr=float(self.update.lr), **summary, val=short, bank=len(self.bank))
+        self.progress.epoch(epoch, cfg.optim.epochs, phase, summary, short)
+        if (epoch + 1) % cfg.run.checkpoint_every == 0 or epoch + 1 == cfg.optim.epochs:
+            self.save_state()
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the last (and the best-on-validation) weights on the test split; nothing was chosen by it."""
+        self.save_weights("last")
+        result = {"last": self.evaluate("test")}
+        if self.folder is not None and self.folder.best.exists() and self.best["epoch"] >= 0:
+            checkpoint.load_into(self.model, self.folder.best)
+            result["best"] = {**self.evaluate("test"), "epoch": self.best["epoch"]}
+            checkpoint.load_into(self.model, self.folder.last)
+        self.log("test", **result)
+        return result
+
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Accuracy and calibration of the current weights on a split, over all ranks."""
+        autocast = build.build_autocast(self.config, self.device)
+        return evaluate(self.model, self.source, split, self.device, self.ranks, autocast)
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    def log(self, kind: str, **values: Any) -> None:
+        if self.folder is not None and self.ranks.main:
+            self.folder.log(kind, **values)
+
+    def save_weights(self, name: str) -> None:
+        if self.folder is not None and self.ranks.main:
+            path = self.folder.checkpoints / f"{name}.safetensors"
+            checkpoint.save(path, dict(self.model.state_dict()), {"epoch": self.epoch, "model": self.config.model.model})
+
+    def save_state(self) -> None:
+        """Everything `--resume` needs, beside the weights."""
+        self.save_weights("last")
+        if self.folder is not None and self.ranks.main:
+            checkpoint.save(self.folder.checkpoints / "state.safetensors", *self.state())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able values that determine the rest of the run."""
+        tensors = {"theta": self.flat.data, "buffers": self.buffers.data, "quality": self.quality.flat}
+        tensors |= {f"counter.{i}": c for i, c in enumerate(self.buffers.counters)}
+        tensors |= {f"update.{k}": v for k, v in self.update.state().items()}
+        tensors |= {f"bank.{k}": v for k, v in self.bank.state_dict().items()}
+        if self.step.engine is not None:
+            tensors |= {f"engine.{k}": v for k, v in self.step.engine.state().items()}
+        if self.groups is not None:
+            tensors["groups"] = self.groups
+        meta: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "steps": self.steps, "best": self.best}
+        if self.anchor is not None:
+            tensors |= {"anchor.weight": self.anchor.weight, "anchor.target": self.anchor.target, "anchor.const": self.anchor.const}
+        return tensors, meta
+
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken.
+
+        Raises:
+            UserError: the state belongs to another model.
+        """
+        if tensors["theta"].shape != self.flat.data.shape or tensors["buffers"].shape != self.buffers.data.shape:
+            raise UserError("--resume: the checkpoint belongs to another model; keep the run's --model and --dataset")
+        self.flat.data.copy_(tensors["theta"])
+        self.buffers.data.copy_(tensors["buffers"])
+        for i, counter in enumerate(self.buffers.counters):
+            counter.copy_(tensors[f"counter.{i}"])
+        for name, value in self.update.state().items():
+            value.copy_(tensors[f"update.{name}"])
+        self.bank.load_state_dict({k.removeprefix("bank."): v for k, v in tensors.items() if k.startswith("bank.")})
+        if "groups" in tensors:
+            self.groups = tensors["groups"]
+            self.source.set_groups(self.groups)
+        if "anchor.weight" in tensors:
+            parts = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
+            self.anchor = Anchor(*parts, self.config.preserve.gkp_lambda)
+        self.make_step()
+        if self.step.engine is not None:
+            state = {k.removeprefix("engine."): v for k, v in tensors.items() if k.startswith("engine.")}
+            self.step.engine.load_state(state)
+        self.quality.flat.copy_(tensors["quality"])
+        self.epoch, self.batch, self.steps, self.best = meta["epoch"], meta["batch"], meta["steps"], meta["best"]
+
+
+def load_bank(run: Path) -> dict[str, Tensor]:
+    """The memory bank of an earlier run (`--bank RUN`).
+
+    Raises:
+        UserError: not a run folder, or it filled no bank.
+    """
+    tensors, _ = checkpoint.load(RunFolder.open(run).checkpoints / "state.safetensors")
+    bank = {k.removeprefix("bank."): v for k, v in tensors.items() if k.startswith("bank.")}
+    if bool((bank["entry"] < 0).all()):
+        raise UserError(f"--bank {run}: that run filled no memory bank; choose one trained with gkp or gsa-*")
+    return bank
+
+
+def train(config: Config, *, resume: str | None = None, ranks: Ranks | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Train by `config` (or continue the run folder `resume`); returns the test results, see `Trainer.fit`."""
+    ranks, progress = ranks or Ranks(), progress or Progress()
+    if resume:
+        folder = RunFolder.open(resume)
+        trainer = Trainer(folder.config, folder, ranks, progress)
+        state = folder.checkpoints / "state.safetensors"
+        if state.exists():
+            trainer.load_state(*checkpoint.load(state))
+    else:
+        trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
+        trainer.folder = RunFolder.create(config) if ranks.main else None
+    trainer.log("data", class_names=trainer.source.class_names, counts=trainer.source.train_counts.tolist(), sizes=trainer.source.sizes)
+    progress.begin(trainer)
+    try:
+        return {**trainer.fit(), "folder": str(trainer.folder.path) if trainer.folder else None}
+    finally:
+        progress.end()
+        if trainer.folder is not None:
+            trainer.folder.close()
