@@ -1,0 +1,111 @@
+"""Grouped knowledge preservation as one quadratic anchor (shared with the update kernels as (A, T, strength)).
+
+    L_gkp = (lam / 2) sum_g sum_{j != g} (1 / |G^j|) sum_i F_ji (theta_i - theta*_ji)^2
+          = (lam / 2) [ sum_i A_i (theta_i - T_i)^2 + const ]
+    c_j = (G - 1) / |G^j|,   A = sum_j c_j F_j,   T = sum_j c_j F_j theta*_j / A  (0 where A = 0)
+    const = sum_i sum_j c_j F_ji (theta*_ji - T_i)^2,   gradient = lam * A * (theta - T)
+
+Both are exact. Storing T, not A * T, keeps theta - T exact in float32 near the anchor. Source: arXiv 2603.21217, GKP.
+Legend: G groups, D elements of the flattened encoder, N elements of the whole flat model.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import ltfast.kernels as kernels
+
+
+class Anchor(NamedTuple):
+    """weight A >= 0 and target T, float32 [D]; const, float64 scalar; strength lam."""
+
+    weight: Tensor
+    target: Tensor
+    const: Tensor
+    strength: float
+
+    def expanded(self, n_elements: int, start: int = 0) -> "Anchor":
+        """The anchor of a flat model of N elements whose encoder begins at `start`; no force on the rest."""
+        if start < 0 or start + len(self.weight) > n_elements:
+            raise ValueError(f"{len(self.weight)} anchored elements from {start} do not fit into {n_elements}")
+        whole = self.weight.new_zeros(2, n_elements)
+        whole[0, start : start + len(self.weight)] = self.weight
+        whole[1, start : start + len(self.target)] = self.target
+        return self._replace(weight=whole[0], target=whole[1])
+
+
+def group_sizes(group_of_class: Tensor, counts_C: Tensor, num_groups: int, normalise: str = "classes") -> Tensor:
+    """|G^j| float64 [G]: classes of each group (the paper) or its training images ("samples", the released code)."""
+    if normalise not in ("classes", "samples"):
+        raise ValueError(f"normalise must be classes or samples, got {normalise!r}")
+    weights = torch.ones_like(counts_C, dtype=torch.float64) if normalise == "classes" else counts_C.double()
+    return torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group_of_class.cpu(), weights.cpu())
+
+
+def anchor_coefficients(sizes_G: Tensor) -> Tensor:
+    """c_j = (G - 1) / |G^j|, float64 [G]: each group's anchor holds all other groups. Zero for a single group."""
+    check_sizes(sizes_G)
+    return (len(sizes_G) - 1) / sizes_G.double()
+
+
+def share_coefficients(sizes_G: Tensor, shares_G: Tensor) -> Tensor:
+    """Per-batch weights of the released code, L = sum_g w_g L_gkp^g: c_j = (sum_g w_g - w_j) / |G^j|, float64 [G].
+
+    Shares stay on their device: no host synchronisation. Use with `penalty_by_shares`.
+    """
+    shares = shares_G.double()
+    return (shares.sum() - shares) / sizes_G.to(shares)
+
+
+def build_anchor(theta_star_GD: Tensor, fisher_GD: Tensor, sizes_G: Tensor, lam: float) -> Anchor:
+    """Collapse G anchors held at once. sizes_G: `group_sizes(...)`; lam: strength (paper: 10)."""
+    coef = anchor_coefficients(sizes_G).to(theta_star_GD.device)
+    weight, target, const = kernels.collapse_anchors(theta_star_GD, fisher_GD, coef)
+    return Anchor(weight, target, torch.as_tensor(const, dtype=torch.float64), lam)
+
+
+@torch.no_grad()
+def stream_anchor(pairs: Iterable[tuple[Tensor, Tensor]], sizes_G: Tensor, lam: float) -> Anchor:
+    """Collapse anchors that come one at a time, as (theta*_j, F_j) in group order; two float64 [D] are held, not G.
+
+    T is a running weighted mean, T += (w / A)(theta* - T), and const the running weighted variance that goes with it:
+    sums of positive terms in float64, so nothing cancels however close the anchors are.
+    """
+    zero = torch.zeros((), dtype=torch.float64)
+    total, mean, const = zero, zero, zero
+    for (theta, fisher), coef in zip(pairs, anchor_coefficients(sizes_G).tolist(), strict=True):
+        w, gap = fisher.double() * coef, theta.double() - mean
+        before, total = total, total + w
+        share = torch.where(total > 0, w / total, 0.0)
+        mean = mean + share * gap
+        const = const + (before * share * gap.square()).sum()
+    return Anchor(total.float(), mean.float(), const, lam)
+
+
+@torch.no_grad()
+def penalty_value(theta: Tensor, anchor: Anchor) -> Tensor:
+    """L_gkp at theta (same length as the anchor), float64 scalar on its device; no host synchronisation."""
+    gap = theta - anchor.target
+    quadratic = (anchor.weight * gap * gap).sum(dtype=torch.float64)
+    return 0.5 * anchor.strength * (quadratic + anchor.const.to(theta.device))
+
+
+@torch.no_grad()
+def penalty_gradient(theta: Tensor, anchor: Anchor) -> Tensor:
+    """lam * A * (theta - T): what the fused update adds; use it to log |grad L_gkp|."""
+    return anchor.strength * anchor.weight * (theta - anchor.target)
+
+
+def penalty_by_shares(
+    theta: Tensor, theta_star_GD: Tensor, fisher_GD: Tensor, sizes_G: Tensor, shares_G: Tensor, lam: float
+) -> Tensor:
+    """The G-anchor loss weighted by batch shares (released code), differentiable in theta; needs all G anchors."""
+    return lam * kernels.anchor_penalty(theta, theta_star_GD, fisher_GD, share_coefficients(sizes_G, shares_G))
+
+
+def check_sizes(sizes_G: Tensor) -> None:
+    """Raise ValueError unless every group has a class."""
+    if sizes_G.ndim != 1 or not len(sizes_G) or bool((sizes_G <= 0).any()):
+        raise ValueError(f"sizes_G must be positive with one size a group, got {sizes_G.tolist()}")
