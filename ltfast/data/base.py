@@ -1,7 +1,7 @@
 """What every data source promises: batches whose order and augmentation are pure functions of (seed, epoch, position).
 
-Shapes: B batch of this rank, C classes, n training images. Groups for reporting follow the field: many-shot classes have more
-than 100 training images, medium-shot 20 to 100, few-shot fewer than 20.
+Shapes: B batch of this rank, C classes, n training images. Groups for reporting follow the field: many-shot classes
+have more than 100 training images, medium-shot 20 to 100, few-shot fewer than 20.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ FEW_BELOW = 20
 class Batch(NamedTuple):
     """One rank's part of one step.
 
-    views: 1 or 3 tensors [B, channels, H, W], float32, normalised; labels: [B] int64; index: [B] int64, position in the split.
+    views: 1 or 3 tensors [B, channels, H, W], float32, normalised; labels: [B] int64; index: [B] int64, position in the
+    split.
     """
 
     views: tuple[Tensor, ...]
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
 
 
 @runtime_checkable
 class Source(Protocol):
     """A data set with its sampler and augmentation, ready to iterate; see `ltfast.data.load`.
 
-    train_counts is LongTensor[C] and train_labels LongTensor[n], both on the CPU; sizes maps each split to its number of images.
+    train_counts is LongTensor[C] and train_labels LongTensor[n], both on the CPU; sizes maps each split to its number
+    of images.
     """
 
     num_classes: int
@@ -49,7 +51,8 @@ class Source(Protocol):
         ...
 
     def evaluate(self, split: str, indices: Tensor | None = None, batch: int | None = None) -> Iterator[Batch]:
-        """One plain view of every image of the split (or of `indices`), this rank's share of it, each image exactly once."""
+        """One plain view of every image of the split (or of `indices`), this rank's share of it, each image exactly
+        once."""
         ...
 
     def set_groups(self, group_of_class: Tensor) -> None:
@@ -58,7 +61,8 @@ class Source(Protocol):
 
 
 def shot_groups(counts_C: Tensor) -> Tensor:
-    """Reporting group of each class, LongTensor[C]: 0 many (> 100 training images), 1 medium (20 to 100), 2 few (< 20)."""
+    """Reporting group of each class, LongTensor[C]: 0 many (> 100 training images), 1 medium (20 to 100), 2 few (<
+    20)."""
     counts = counts_C.to(torch.int64)
     return torch.where(counts > MANY_ABOVE, 0, torch.where(counts < FEW_BELOW, 2, 1))
 

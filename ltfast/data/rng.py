@@ -1,8 +1,9 @@
-"""Counter-based random numbers: what an image gets depends on (seed, epoch, view, position, draw number) and on nothing else.
+"""Counter-based random numbers: what an image gets depends on (seed, epoch, view, position, draw number) and on nothing
+else.
 
-splitmix64 (Steele, Lea, Flood 2014) in int64 tensor arithmetic, which wraps alike on CPU and CUDA. Because no generator state is
-carried, the numbers are the same on every device, for every world size, for every batch composition, and after a resume; and
-drawing them needs no host synchronisation.
+splitmix64 (Steele, Lea, Flood 2014) in int64 tensor arithmetic, which wraps alike on CPU and CUDA. Because no generator
+state is carried, the numbers are the same on every device, for every world size, for every batch composition, and after
+a resume; and drawing them needs no host synchronisation.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def generator(*values: int) -> torch.Generator:
 
 
 def epoch_key(seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
-    """The int64 scalar tensor that stands for (seed, epoch) in `uniforms`: a tensor, so that a compiled step is not rebuilt."""
+    """The int64 scalar tensor that stands for (seed, epoch) in `uniforms`: a tensor, so that a compiled step is not
+    rebuilt."""
     return torch.tensor(fold(seed, epoch), dtype=torch.int64, device=device)
 
 

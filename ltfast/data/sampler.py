@@ -1,17 +1,19 @@
 """Sampling orders: which image stands where in an epoch, as one pure, vectorised function of its arguments.
 
-An epoch has ceil(n / batch) steps of exactly `batch` images, so shapes are static: the ceil(n / batch) * batch - n images that are
-missing are the head of the same permutation, met a second time.
+An epoch has ceil(n / batch) steps of exactly `batch` images, so shapes are static: the ceil(n / batch) * batch - n
+images that are missing are the head of the same permutation, met a second time.
 
 - instance: every image once (plus the fill), in a fresh uniform permutation.
-- group-stratified: the same permutation and the same fill, so the same images exactly as often: what a batch holds in expectation,
-  and the epoch's gradient sum, are those of `instance`, with no re-weighting. Only the arrangement differs: the permutation is
-  stably sorted by group and dealt to the batches like cards, so batch b holds floor or ceil of n_k / steps images of group k:
-  a batch holds every group that has at least `steps` images, and a smaller group is never twice in one. The deal's batches are then
-  shuffled, and the images inside each batch, so that neither ranks nor positions know groups.
-- class-balanced (Kang et al. 2020; p_c = 1/C), sqrt (p_c ~ sqrt n_c), progressive (p_c goes linearly from n_c/n in the first epoch to
-  1/C in the last): class c gets floor or ceil of steps * batch * p_c places, unbiased by one random offset (systematic sampling);
-  inside a class the images come in fresh permutations one after another, so none repeats before all of its class were seen.
+- group-stratified: the same permutation and the same fill, so the same images exactly as often: what a batch holds in
+  expectation, and the epoch's gradient sum, are those of `instance`, with no re-weighting. Only the arrangement
+  differs: the permutation is stably sorted by group and dealt to the batches like cards, so batch b holds floor or ceil
+  of n_k / steps images of group k: a batch holds every group that has at least `steps` images, and a smaller group is
+  never twice in one. The deal's batches are then shuffled, and the images inside each batch, so that neither ranks nor
+  positions know groups.
+- class-balanced (Kang et al. 2020; p_c = 1/C), sqrt (p_c ~ sqrt n_c), progressive (p_c goes linearly from n_c/n in the
+  first epoch to 1/C in the last): class c gets floor or ceil of steps * batch * p_c places, unbiased by one random
+  offset (systematic sampling); inside a class the images come in fresh permutations one after another, so none repeats
+  before all of its class were seen.
 
 Legend: n images, C classes, N = steps * batch places.
 """
@@ -43,10 +45,12 @@ def epoch_order(
     epochs_total: int | None = None,
     group_of_class: Tensor | None = None,
 ) -> Tensor:
-    """Positions of the images of one epoch, LongTensor[steps * batch] on the CPU; row b of `.view(steps, batch)` is global batch b.
+    """Positions of the images of one epoch, LongTensor[steps * batch] on the CPU; row b of `.view(steps, batch)` is
+    global batch b.
 
-    labels: [n] int64, every class index at least 0; epochs_total: needed by "progressive"; group_of_class: LongTensor[C], needed by
-    "group-stratified". ValueError for an unknown kind, a batch outside 1..n or a missing argument.
+    labels: [n] int64, every class index at least 0; epochs_total: needed by "progressive"; group_of_class:
+    LongTensor[C], needed by "group-stratified". ValueError for an unknown kind, a batch outside 1..n or a missing
+    argument.
     """
     n = labels.numel()
     places = steps_per_epoch(n, batch) * batch
@@ -63,9 +67,12 @@ def epoch_order(
 
 
 def rank_slice(order: Tensor, batch: int, rank: int, world: int) -> Tensor:
-    """[steps, batch / world]: the rank-th contiguous part of every global batch. ValueError unless world divides batch."""
+    """[steps, batch / world]: the rank-th contiguous part of every global batch. ValueError unless world divides
+    batch."""
     if world < 1 or batch % world or not 0 <= rank < world:
-        raise ValueError(f"batch must be a multiple of world and 0 <= rank < world, got batch {batch}, rank {rank}, world {world}")
+        raise ValueError(
+            f"batch must be a multiple of world and 0 <= rank < world, got batch {batch}, rank {rank}, world {world}"
+        )
     part = batch // world
     return order.view(-1, batch)[:, rank * part : (rank + 1) * part].contiguous()
 
@@ -100,13 +107,14 @@ def _class_shares(kind: str, counts: Tensor, epoch: int, epochs_total: int | Non
 
 
 def _systematic(expected: Tensor, total: int, rng: torch.Generator) -> Tensor:
-    """Integers [C] that sum to total, each floor or ceil of its expectation and right on average."""
-    shuffle = torch.randperm(expected.numel(), generator=rng)
-    edges = expected[shuffle].cumsum(0) + torch.rand((), generator=rng, dtype=torch.float64)
-    edges[-1] = total  # the last edge is total + u up to rounding, its floor is total
+    """Integers [C] that sum to total, each floor or ceil of its expectation and right on average; 0 stays 0."""
+    wanted = expected.nonzero().squeeze(1)
+    wanted = wanted[torch.randperm(wanted.numel(), generator=rng)]
+    edges = expected[wanted].cumsum(0) + torch.rand((), generator=rng, dtype=torch.float64)
+    edges[-1] = total  # total + u up to rounding, whose floor is total
     edges = edges.floor().to(torch.int64).clamp_(max=total)
-    quota = torch.empty_like(edges)
-    quota[shuffle] = torch.diff(edges, prepend=edges.new_zeros(1))
+    quota = torch.zeros_like(expected, dtype=torch.int64)
+    quota[wanted] = torch.diff(edges, prepend=edges.new_zeros(1))
     return quota
 
 
@@ -120,8 +128,8 @@ def _drawn_by_class(labels: Tensor, shares: Tensor, places: int, rng: torch.Gene
     image = torch.arange(labels.numel()).repeat_interleave(repeats)
     start = repeats.cumsum(0) - repeats
     round_of = torch.arange(image.numel()) - start[image] + first_round[labels[image]]
-    shuffle = torch.randperm(image.numel(), generator=rng)
-    image = image[shuffle][torch.argsort(round_of[shuffle], stable=True)]
+    random_bits = torch.randint(1 << 31, (image.numel(),), generator=rng)
+    image = image[torch.argsort((round_of << 31) | random_bits)]
     size = rounds * counts
     place_in_class = torch.arange(image.numel()) - (size.cumsum(0) - size)[labels[image]]
     drawn = image[place_in_class < quota[labels[image]]]

@@ -1,0 +1,99 @@
+"""Long-tailed subsets as the field draws them (Cui et al. 2019, LDAM 2019 and everything after).
+
+Class c of C keeps int(n_max * (1/r)^(c / (C-1))) images (exp) or n_max / int(n_max / r) in its first / second half of
+classes (step). Which ones: one numpy RandomState(0) shuffles the positions of every class in turn, and the first n_c
+stay. Validation images are the LAST of the same shuffle, so a class keeps exactly the field's images unless head and
+tail of its shuffle meet: then the training subset gives way (at CIFAR-10, r = 100 and 50 a class, only class 0: 4,950
+instead of 5,000).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltfast.errors import UserError
+
+IMBALANCE_TYPES = ("exp", "step")
+SUBSET_SEED = 0
+
+IntArray = NDArray[np.int64]
+
+
+class Subset(NamedTuple):
+    """Positions in the full pool; train is grouped by class, each class in the order of its shuffle."""
+
+    train: IntArray
+    val: IntArray
+
+
+def long_tail_counts(n_max: int, num_classes: int, imbalance: float, kind: str = "exp") -> IntArray:
+    """Images to keep of each class, int64 [C], largest first. UserError for imbalance < 1 or an unknown kind.
+
+    The expression is LDAM's, factor 1/r raised to c/(C-1), so that rounding falls as in published counts.
+    """
+    if not imbalance >= 1:
+        raise UserError(f"--imbalance {imbalance:g}: it is n_max / n_min, so it must be at least 1 (1 = balanced)")
+    if kind not in IMBALANCE_TYPES:
+        raise UserError(f"--imbalance-type {kind!r}: choose one of {', '.join(IMBALANCE_TYPES)}")
+    factor = 1 / imbalance
+    if kind == "exp":
+        counts = [int(n_max * factor ** (c / max(1, num_classes - 1))) for c in range(num_classes)]
+    else:
+        head = num_classes // 2 if imbalance > 1 else num_classes
+        counts = [n_max] * head + [int(n_max * factor)] * (num_classes - head)
+    return np.array(counts, dtype=np.int64)
+
+
+def select_subset(labels: IntArray, counts: IntArray, val_per_class: int = 0, seed: int = SUBSET_SEED) -> Subset:
+    """Draw `counts[c]` training and `val_per_class` validation images of each class from the pool, disjointly.
+
+    labels: [n] class of each image of the pool. UserError where a class has no image left to train on.
+    """
+    if val_per_class < 0:
+        raise UserError(f"--val-per-class {val_per_class}: it must be 0 (no validation split) or more")
+    rng = np.random.RandomState(seed)  # noqa: NPY002 (the legacy stream is what published subsets were drawn with)
+    train, val = [], []
+    for c, keep in enumerate(counts.tolist()):
+        positions = np.where(labels == c)[0]
+        rng.shuffle(positions)
+        available = len(positions) - val_per_class
+        if len(positions) == 0:
+            raise UserError(f"class {c} has no image; every class needs at least one")
+        if min(keep, available) < 1:
+            raise UserError(
+                f"class {c} keeps no training image (it has {len(positions)}, --val-per-class takes {val_per_class}, "
+                f"the long-tail subset keeps {keep}); lower --val-per-class or --imbalance"
+            )
+        train.append(positions[: min(keep, available)])
+        val.append(positions[available:])
+    return Subset(np.concatenate(train), np.concatenate(val))
+
+
+def limited_counts(counts: IntArray, limit: int) -> IntArray:
+    """Counts [C] that sum to min(limit, total) in the same proportions, each at least 1 (largest remainders)."""
+    total = int(counts.sum())
+    if limit < len(counts):
+        raise UserError(f"--limit-train {limit}: at least one image for each of the {len(counts)} classes is needed")
+    if limit >= total:
+        return counts.copy()
+    exact = counts * (limit / total)
+    kept = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while kept.sum() != limit:
+        gap = exact - kept
+        step = 1 if kept.sum() < limit else -1
+        gap[kept + step < 1] = np.inf
+        gap[kept + step > counts] = -np.inf
+        chosen = np.argsort(-step * gap, kind="stable")[: abs(limit - int(kept.sum()))]
+        kept[chosen[np.isfinite(gap[chosen])]] += step
+    return kept
+
+
+def first_of_each_class(labels: IntArray, counts: IntArray) -> IntArray:
+    """Positions of the first `counts[c]` images of each class, in ascending order."""
+    by_class = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels, minlength=len(counts))
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(by_class[rank < counts[labels[by_class]]])

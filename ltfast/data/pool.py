@@ -1,0 +1,106 @@
+"""Small picture sets in memory: the full pool as read, and its long-tailed train / validation / test splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ltfast.data.longtail import IntArray, first_of_each_class, limited_counts, long_tail_counts, select_subset
+from ltfast.errors import UserError
+
+ImageArray = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Everything a reader found. images: uint8 [n, ch, H, W]; labels: int64 [n]; the test split never changes."""
+
+    images: ImageArray
+    labels: IntArray
+    test_images: ImageArray
+    test_labels: IntArray
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """images[split]: uint8 [n, ch, H, W]; labels[split]: int64 [n]; for train, val (may be empty) and test."""
+
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    class_names: tuple[str, ...]
+
+    @property
+    def train_counts(self) -> Tensor:
+        """Training images of each class, LongTensor[C]."""
+        return torch.bincount(self.labels["train"], minlength=len(self.class_names))
+
+
+def check_labels(labels: IntArray, num_classes: int, where: str) -> None:
+    """UserError naming `where` when a label is outside 0..C-1 or a class has no image."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise UserError(f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is outside 0..{num_classes - 1}")
+    missing = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+    if len(missing):
+        raise UserError(
+            f"{where}: class {missing[0]} has no image; every one of the {num_classes} classes needs at least one"
+        )
+
+
+def long_tail_splits(
+    pool: Pool,
+    *,
+    imbalance: float | None,
+    imbalance_type: str = "exp",
+    val_per_class: int = 0,
+    limit_train: int | None = None,
+    min_per_class: int = 0,
+    where: str = "data",
+) -> Splits:
+    """Draw train and val from the pool (longtail.py has the rule); n_max is the smallest class of the pool.
+
+    imbalance: n_max / n_min, None keeps the pool as it is; min_per_class: a floor for the counts; limit_train: keep at
+    most so many training images in the same proportions; where: the file or folder that an error names.
+    """
+    num_classes = len(pool.class_names)
+    check_labels(pool.labels, num_classes, where)
+    check_labels(pool.test_labels, num_classes, f"{where} (test split)")
+    present = np.bincount(pool.labels, minlength=num_classes)
+    counts = (
+        present if imbalance is None else long_tail_counts(int(present.min()), num_classes, imbalance, imbalance_type)
+    )
+    subset = select_subset(pool.labels, np.maximum(counts, min_per_class), val_per_class)
+    train = subset.train
+    if limit_train is not None:
+        labels = pool.labels[train]
+        kept = limited_counts(np.bincount(labels, minlength=num_classes), limit_train)
+        train = train[first_of_each_class(labels, kept)]
+    images = {"train": pool.images[train], "val": pool.images[subset.val], "test": pool.test_images}
+    labels_of = {"train": pool.labels[train], "val": pool.labels[subset.val], "test": pool.test_labels}
+    return Splits(
+        {split: torch.from_numpy(np.ascontiguousarray(array)) for split, array in images.items()},
+        {split: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for split, array in labels_of.items()},
+        pool.class_names,
+    )
+
+
+def hold_out_test(
+    images: ImageArray, labels: IntArray, class_names: tuple[str, ...], per_class: int, where: str = "data"
+) -> Pool:
+    """Split off a balanced test set, `per_class` images of every class, drawn once with the subset's fixed seed."""
+    num_classes = len(class_names)
+    check_labels(labels, num_classes, where)
+    everything = np.bincount(labels, minlength=num_classes)
+    if everything.min() <= per_class:
+        raise UserError(
+            f"{where}: class {everything.argmin()} has {everything.min()} images, too few to hold out {per_class} "
+            "for the test split"
+        )
+    drawn = select_subset(labels, everything, per_class)
+    rest = np.sort(drawn.train)
+    return Pool(images[rest], labels[rest], images[drawn.val], labels[drawn.val], class_names)

@@ -1,0 +1,136 @@
+"""SmallSource: every split lives on the device as uint8; a batch is an index gather and views made there, per sample.
+
+No workers, no host copies and no synchronisation inside an epoch: order and keys go to the device when it starts. What
+a step sees is a pure function of (seed, epoch, position), so CPU and CUDA, one rank and many, first run and resumed run
+see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ltfast.data.augment import Plain, View
+from ltfast.data.base import SPLITS, Batch
+from ltfast.data.pool import Splits
+from ltfast.data.rng import epoch_key, uniforms
+from ltfast.data.sampler import SAMPLERS, epoch_order, rank_slice, steps_per_epoch
+from ltfast.errors import UserError
+
+
+class SmallSource:
+    """A `Source` over splits that fit on the device. Attributes as in base.Source; `images[split]` and `labels[split]`
+    on `device`.
+
+    views: the training views (1 or 3); plain: the view of `evaluate`; batch: the global batch, a multiple of world and
+    at most the training images; epochs_total: needed by the progressive sampler. UserError for what a user can set
+    wrong.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        views: Sequence[View],
+        plain: Plain,
+        batch: int,
+        sampler: str = "instance",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        epochs_total: int | None = None,
+        eval_batch: int = 1024,
+        name: str = "data",
+    ) -> None:
+        self.class_names = splits.class_names
+        self.num_classes = len(splits.class_names)
+        self.train_labels = splits.labels["train"]
+        self.train_counts = splits.train_counts
+        self.sizes = {split: len(splits.labels[split]) for split in SPLITS}
+        check_batch(batch, self.sizes["train"], world, name)
+        check_sampler(sampler, epochs_total)
+        self.device = torch.device(device)
+        self.images = {split: splits.images[split].to(self.device) for split in SPLITS}
+        self.labels = {split: splits.labels[split].to(self.device) for split in SPLITS}
+        self.views, self.plain = tuple(view.to(self.device) for view in views), plain.to(self.device)
+        self.batch, self.eval_batch, self.sampler, self.seed = batch, eval_batch, sampler, seed
+        self.rank, self.world, self.epochs_total = rank, world, epochs_total
+        self.group_of_class: Tensor | None = None
+        self.steps_per_epoch = steps_per_epoch(self.sizes["train"], batch)
+        probe = self.plain(self.images["train"][:1])
+        self.input_shape: tuple[int, int, int] = (probe.shape[1], probe.shape[2], probe.shape[3])
+
+    def set_groups(self, group_of_class: Tensor) -> None:
+        """Groups for the group-stratified sampler, LongTensor[C]; takes effect at the next epoch."""
+        if group_of_class.shape != (self.num_classes,):
+            raise ValueError(f"group_of_class must have shape ({self.num_classes},), got {tuple(group_of_class.shape)}")
+        self.group_of_class = group_of_class.to("cpu", torch.int64)
+
+    def epoch_indices(self, epoch: int) -> Tensor:
+        """[steps, batch / world] int64 on the device: the positions this rank trains on, step by step."""
+        sampler = self.sampler
+        groups = self.group_of_class
+        if sampler == "group-stratified" and groups is None:  # no groups yet: one group, the same images as instance
+            groups = torch.zeros(self.num_classes, dtype=torch.int64)
+        order = epoch_order(
+            sampler,
+            self.train_labels,
+            batch=self.batch,
+            seed=self.seed,
+            epoch=epoch,
+            epochs_total=self.epochs_total,
+            group_of_class=groups,
+        )
+        return rank_slice(order, self.batch, self.rank, self.world).to(self.device)
+
+    def epoch_key(self, epoch: int) -> Tensor:
+        """Scalar int64 tensor on the device that stands for (seed, epoch) in `make_batch`."""
+        return epoch_key(self.seed, epoch, self.device)
+
+    def make_batch(self, index: Tensor, key: Tensor) -> Batch:
+        """The training batch for positions `index` [b]: tensor arithmetic only, so it can be compiled or captured in a
+        CUDA graph."""
+        images = self.images["train"][index]
+        views = []
+        for stream, view in enumerate(self.views):
+            numbers = uniforms(key, index, stream, view.draws) if view.draws else None
+            views.append(view(images, numbers))
+        return Batch(tuple(views), self.labels["train"][index], index)
+
+    def train(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """See Source.train."""
+        indices, key = self.epoch_indices(epoch), self.epoch_key(epoch)
+        for step in range(start_step, self.steps_per_epoch):
+            yield self.make_batch(indices[step], key)
+
+    def evaluate(self, split: str, indices: Tensor | None = None, batch: int | None = None) -> Iterator[Batch]:
+        """See Source.evaluate; ranks take contiguous, nearly equal parts, and the last batch may be smaller."""
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        chosen = torch.arange(self.sizes[split]) if indices is None else indices
+        mine = chosen.tensor_split(self.world)[self.rank].to(self.device)
+        for index in mine.split(batch or self.eval_batch):
+            if len(index):
+                yield Batch((self.plain(self.images[split][index]),), self.labels[split][index], index)
+
+
+def check_batch(batch: int, n: int, world: int, name: str) -> None:
+    """UserError when the global batch is below 1, above the n training images, or no multiple of the number of
+    processes."""
+    if batch < 1:
+        raise UserError(f"--batch {batch}: it must be at least 1")
+    if batch > n:
+        raise UserError(f"--batch {batch} is larger than the {n} training images of {name}; choose at most {n}")
+    if batch % world:
+        raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}")
+
+
+def check_sampler(sampler: str, epochs_total: int | None) -> None:
+    """UserError for an unknown sampler, or the progressive one without the number of epochs."""
+    if sampler not in SAMPLERS:
+        raise UserError(f"--sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    if sampler == "progressive" and epochs_total is None:
+        raise UserError("--sampler progressive: it needs the number of epochs (--epochs)")
