@@ -60,7 +60,7 @@ def create_encoder(
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, encoder_names(), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), encoder_names(), n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "try resnet32 (small pictures) or resnet50"
     return f"model: unknown name {name!r}; {hint}"
 

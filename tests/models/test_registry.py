@@ -1,0 +1,134 @@
+"""Encoders by name; torchvision networks are built on the meta device, which costs no memory."""
+
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+
+from ltfast.errors import UserError
+from ltfast.models import CifarResNet, create_encoder, encoder_names
+from ltfast.models.resnet import CIFAR_DEPTHS
+
+WIDTHS = {
+    "resnet50": 2048,
+    "resnext50_32x4d": 2048,
+    "resnet152": 2048,
+    "convnext_tiny": 768,
+    "vit_b_16": 768,
+    "swin_t": 768,
+    "mobilenet_v3_small": 1024,
+    "densenet121": 1024,
+    "efficientnet_b0": 1280,
+    "squeezenet1_1": 512,
+    "vgg11_bn": 4096,
+    "googlenet": 1024,
+    "inception_v3": 2048,
+}
+
+
+def feature_width(name: str, in_channels: int, size: int, **options) -> tuple[int, int]:
+    """(the stated width, the width of what comes out in training mode)."""
+    with torch.device("meta"):
+        encoder, width = create_encoder(name, in_channels, **options)
+        out = encoder(torch.empty(2, in_channels, size, size))
+    assert out.shape[0] == 2
+    return width, out.shape[1]
+
+
+@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+def test_cifar_names(depth: int) -> None:
+    encoder, width = create_encoder(f"resnet{depth}")
+    assert isinstance(encoder, CifarResNet)
+    assert width == 64
+    assert len(encoder.layer1) == (depth - 2) // 6
+
+
+def test_cifar_options() -> None:
+    assert create_encoder("resnet8-w24")[1] == create_encoder("resnet8", width=24)[1] == 96
+    encoder, width = create_encoder("resnet8", 1, stem="small")
+    assert encoder(torch.randn(2, 1, 8, 8)).shape == (2, width)
+    assert encoder.layer2[0].stride == 1
+    assert create_encoder("resnet8", 1)[0].layer2[0].stride == 2
+
+
+@pytest.mark.parametrize(("name", "width"), WIDTHS.items())
+def test_torchvision_width_is_the_feature_width(name: str, width: int) -> None:
+    size = 299 if name == "inception_v3" else 224
+    assert feature_width(name, 1, size) == (width, width)
+
+
+@pytest.mark.slow
+def test_every_name_builds() -> None:
+    for name in encoder_names():
+        if not name.startswith("regnet"):  # their constructor reads a tensor, which the meta device has not
+            stated, found = feature_width(name, 3, 299 if name == "inception_v3" else 224)
+            assert stated == found, name
+
+
+def test_a_real_forward_and_backward() -> None:
+    encoder, width = create_encoder("regnet_y_400mf", 2)
+    out = encoder(torch.randn(2, 2, 32, 32))
+    assert out.shape == (2, width)
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_resnet50_has_the_fields_161_tensors() -> None:
+    with torch.device("meta"):
+        full = list(torchvision.models.resnet50().parameters())
+        encoder, _ = create_encoder("resnet50")
+    ours = list(encoder.parameters())
+    assert len(full) == 161
+    assert [p.shape for p in ours] == [p.shape for p in full[:-2]]
+    assert sum(p.numel() for p in ours) == 25_557_032 - 2_049_000
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_b_16", 32), ("vit_h_14", 28), ("maxvit_t", 448)])
+def test_picture_size_of_position_tables(name: str, size: int) -> None:
+    stated, found = feature_width(name, 3, size, image_size=size)
+    assert stated == found
+
+
+def test_small_stem_keeps_the_resolution() -> None:
+    maps = []
+    with torch.device("meta"):
+        for stem in ("default", "small"):
+            encoder, _ = create_encoder("resnet18", stem=stem)
+            encoder.layer1.register_forward_hook(lambda _m, _i, out: maps.append(out.shape[2]))
+            encoder(torch.empty(2, 3, 32, 32))
+    assert maps == [8, 32]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet_32"}, "unknown name 'resnet_32'; did you mean 'resnet32'"),
+        ({"name": "ResNet50"}, "did you mean 'resnet50'"),
+        ({"name": "qqqqq"}, "try resnet32"),
+        ({"name": "resnet26"}, "unknown name 'resnet26'"),
+        ({"name": "resnet8", "stem": "tiny"}, "stem: 'tiny'"),
+        ({"name": "vgg11", "stem": "small"}, "stem: 'small' exists for ResNets only"),
+        ({"name": "resnet8", "width": 0}, "width: 0"),
+        ({"name": "resnet50", "width": 8}, "width: 8 is for the CIFAR ResNets"),
+        ({"name": "resnet32", "weights": "DEFAULT"}, "weights: 'DEFAULT' is for torchvision"),
+        ({"name": "resnet18", "weights": "IMAGENET2K"}, "weights: 'IMAGENET2K' does not fit resnet18"),
+        ({"name": "resnet18", "weights": "DEFAULT", "in_channels": 1}, "need 3 input channels"),
+        ({"name": "resnet18", "weights": "DEFAULT", "stem": "small"}, "stem 'default'"),
+        ({"name": "vit_b_16", "image_size": 30}, "image_size: 30 is not a multiple of 16"),
+        ({"name": "maxvit_t", "image_size": 32}, "image_size: 32 is not a multiple of 224"),
+        ({"name": "vit_b_16", "image_size": 384, "weights": "DEFAULT"}, "image_size: 384 does not fit"),
+    ],
+)
+def test_user_errors_name_the_option_and_the_fix(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        create_encoder(**options)
+
+
+def test_weights_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_args, **_options):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(UserError, match=r"could not be downloaded .*go online once"):
+        create_encoder("resnet18", weights="DEFAULT")
