@@ -73,8 +73,7 @@ SHARPNESS_SOURCES: dict[str, str] = {
 }
 ALIASES: dict[str, str] = {
     "logit-adjustment": "balanced-softmax",
-    "gkp": "bcl+gkp",
-    "gkp-gsa": "bcl+gsa-paper+gkp",
+    "gkp-gsa": "gsa-paper+gkp",
 }
 
 
@@ -86,8 +85,8 @@ def method_values(name: str) -> Values:
     """
     values: Values = {"loss": "bcl", "sharpness": "none", "gkp": False}
     seen: set[str] = set()
-    for part in ALIASES.get(name, name).split("+"):
-        part = ALIASES.get(part, part)
+    parts = [word for part in name.split("+") for word in (ALIASES[part].split("+") if part in ALIASES else [part])]
+    for part in parts:
         if part in BASES:
             kind, new = "base loss", BASES[part][0]
         elif part in RULES:
