@@ -12,7 +12,13 @@ from ltfast.preserve.anchor import (
     stream_anchor,
 )
 from ltfast.preserve.bank import Lumps, MemoryBank
-from ltfast.preserve.fisher import fisher_diagonal, reestimate_batchnorm, sample_indices, swapped_parameters
+from ltfast.preserve.fisher import (
+    fisher_diagonal,
+    fisher_sums,
+    reestimate_batchnorm,
+    sample_indices,
+    swapped_parameters,
+)
 from ltfast.preserve.grouping import group_by_frequency, group_classes, similarities, spectral_groups
 from ltfast.preserve.quality import Quality, QualityStats
 
@@ -25,6 +31,7 @@ __all__ = [
     "anchor_coefficients",
     "build_anchor",
     "fisher_diagonal",
+    "fisher_sums",
     "group_by_frequency",
     "group_classes",
     "group_sizes",

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import ltfast.kernels as kernels
 
+BLOCK = 1 << 20  # elements of one float64 temporary in `stream_anchor` (8 MiB): six of them, not six of length D
+
 
 class Anchor(NamedTuple):
     """weight A >= 0 and target T, float32 [D]; const, float64 scalar; strength lam."""
@@ -73,15 +75,20 @@ def stream_anchor(pairs: Iterable[tuple[Tensor, Tensor]], sizes_G: Tensor, lam: 
     T is a running weighted mean, T += (w / A)(theta* - T), and const the running weighted variance that goes with it:
     sums of positive terms in float64, so nothing cancels however close the anchors are.
     """
-    zero = torch.zeros((), dtype=torch.float64)
-    total, mean, const = zero, zero, zero
+    state: Tensor | None = None
     for (theta, fisher), coef in zip(pairs, anchor_coefficients(sizes_G).tolist(), strict=True):
-        w, gap = fisher.double() * coef, theta.double() - mean
-        before, total = total, total + w
-        share = torch.where(total > 0, w / total, 0.0)
-        mean = mean + share * gap
-        const = const + (before * share * gap.square()).sum()
-    return Anchor(total.float(), mean.float(), const, lam)
+        if state is None:
+            state = torch.zeros(2, len(theta), dtype=torch.float64, device=theta.device)
+            const = state.new_zeros(())
+        for total, mean, t, f in zip(*(x.split(BLOCK) for x in (state[0], state[1], theta, fisher)), strict=True):
+            w, gap = f.double() * coef, t.double() - mean
+            before = total.clone()
+            total += w
+            share = torch.where(total > 0, w / total, 0.0)
+            mean += share * gap
+            const += (before * share * gap.square_()).sum()
+    assert state is not None  # anchor_coefficients refuses an empty sizes_G
+    return Anchor(state[0].float(), state[1].float(), const, lam)
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ def concatenate(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors.values()])
 
 
-@torch.no_grad()  # torch.func differentiates all the same; no graph of the other parameters is kept
 def fisher_diagonal(
     model: nn.Module,
     names: Sequence[str],
@@ -44,10 +43,31 @@ def fisher_diagonal(
 ) -> Tensor:
     """Mean of squared gradients over the samples (or batches) of `batches`, float32, in `flatten`'s order [D].
 
-    names: parameters to differentiate, as in `model.named_parameters()`. loss_fn: per-sample -log p(y|x).
-    chunk: samples differentiated together, by default what CHUNK_BYTES holds. Squares are summed in float64.
-    In mode "batch" the squared means are averaged with the batch sizes as weights. The model is run in eval mode and
-    its modes are restored; gradients of parameters are not touched. Raises ValueError if there is no sample.
+    Arguments as `fisher_sums`. Raises ValueError if there is no sample.
+    """
+    sums, seen = fisher_sums(model, names, batches, loss_fn, mode=mode, chunk=chunk, flatten=flatten)
+    if not seen:
+        raise ValueError("batches are empty: the Fisher needs at least one sample")
+    return (sums / seen).float()
+
+
+@torch.no_grad()  # torch.func differentiates all the same; no graph of the other parameters is kept
+def fisher_sums(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_fn: LossFn,
+    *,
+    mode: str = "per-sample",
+    chunk: int | None = None,
+    flatten: Flatten = concatenate,
+) -> tuple[Tensor, int]:
+    """Sum of squared gradients, float64 in `flatten`'s order [D], and the number of samples behind it (0 is allowed).
+
+    Ranks add both up and divide: exact for shares of any size. names: parameters to differentiate, as in
+    `model.named_parameters()`. loss_fn: per-sample -log p(y|x). chunk: samples differentiated together, by default what
+    CHUNK_BYTES holds. In mode "batch" a squared batch mean counts as often as the batch has samples. The model is run
+    in eval mode and its modes are restored; gradients of parameters are not touched.
     """
     if mode not in ("per-sample", "batch"):
         raise ValueError(f"mode must be per-sample or batch, got {mode!r}")
@@ -63,11 +83,9 @@ def fisher_diagonal(
     with _modes(model, training=False):
         for images, labels in batches:
             seen += len(labels)
-            for name, value in squares(params, images, labels):
+            for name, value in squares(params, images, labels) if len(labels) else ():
                 sums[name] += value
-    if not seen:
-        raise ValueError("batches are empty: the Fisher needs at least one sample")
-    return flatten({n: (s / seen).float() for n, s in sums.items()})
+    return flatten(sums), seen
 
 
 Squares = Callable[[dict[str, Tensor], Tensor, Tensor], Iterator[tuple[str, Tensor]]]

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ltfast.preserve.fisher import fisher_diagonal, reestimate_batchnorm, sample_indices, swapped_parameters
+from ltfast.preserve.fisher import (
+    fisher_diagonal,
+    fisher_sums,
+    reestimate_batchnorm,
+    sample_indices,
+    swapped_parameters,
+)
 
 
 class Net(nn.Module):
@@ -96,11 +102,20 @@ def test_batches_of_unequal_size_are_weighted_by_size():
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_ranks_of_unequal_share_add_up():
+    net, names, images, labels = setup(n=7)
+    parts = [fisher_sums(net, names, split(images[a:b], labels[a:b], 3), adjusted) for a, b in [(0, 5), (5, 7), (7, 7)]]
+    assert [n for _, n in parts] == [5, 2, 0]
+    assert not parts[2][0].any()
+    whole = fisher_diagonal(net, names, split(images, labels, 7), adjusted)
+    torch.testing.assert_close((sum(s for s, _ in parts) / 7).float(), whole, rtol=1e-5, atol=1e-7)
+
+
 def test_flatten_order_and_padding():
     net, names, images, labels = setup()
 
     def padded(tensors):
-        flat = torch.zeros(1000)
+        flat = torch.zeros(1000, dtype=torch.float64)
         flat[500 : 500 + tensors["conv.weight"].numel()] = tensors["conv.weight"].flatten()
         return flat
 
