@@ -1,0 +1,250 @@
+"""Image lists: '<relative path> <label>' text files, CSV and iNaturalist's JSON; folders.py reads image-folder trees.
+
+Everything ends as an `ImageList`: compact paths, int32 labels, class names. Parsing is vectorised over the whole
+file: a million lines take about a second and stay under 1 GiB (benchmarks/data.py measures it).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices
+from ltfast.errors import UserError
+
+MAX_LABEL_DIGITS = 7
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
+LABEL_COLUMNS = ("label", "class", "class_id", "category", "category_id", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageList:
+    """One split: file i is root / paths[i], its class labels[i] (int32 [n]); source is the list file or folder it
+    came from.
+    """
+
+    root: Path
+    paths: PathTable
+    labels: np.ndarray
+    source: str
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Largest label plus one, or the number of names where the format carries names."""
+        if self.class_names is not None:
+            return len(self.class_names)
+        return int(self.labels.max()) + 1 if len(self) else 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Images in each class, int64 [C]."""
+        return np.bincount(self.labels, minlength=self.num_classes)
+
+    def file(self, index: int) -> str:
+        """Full name of file `index`."""
+        return os.path.join(self.root, self.paths[index])
+
+    def select(self, indices: np.ndarray) -> ImageList:
+        """The sub-list at `indices`, in that order; classes keep their numbers."""
+        return replace(self, paths=self.paths.select(indices), labels=self.labels[indices])
+
+
+def read_list(path: str | Path, root: str | Path) -> ImageList:
+    """Reads one list file, format by suffix: .txt / .lst (space or tab), .csv, .json (iNaturalist), each also as .gz.
+
+    Paths must be relative to `root` (or absolute inside it). Raises UserError naming the file, the line and the fix.
+    """
+    path, root = Path(path), Path(root)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"list file {path} does not exist; check the option that names it") from error
+    except OSError as error:
+        raise UserError(f"list file {path} cannot be read: {error.strerror}") from error
+    kind = path.suffix.lower()
+    if kind == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise UserError(f"list file {path} is not a complete gzip file ({error}); obtain it again") from error
+        kind = Path(path.stem).suffix.lower()
+    parsers: dict[str, Callable[[bytes, str], tuple[PathTable, np.ndarray, tuple[str, ...] | None]]] = {
+        ".csv": _parse_csv,
+        ".json": _parse_json,
+    }
+    names, labels, classes = parsers.get(kind, _parse_text)(data, str(path))
+    if not len(labels):
+        raise UserError(f"list file {path} holds no image; expected lines '<relative path> <label>'")
+    return ImageList(root, contained(names, root, str(path)), labels, str(path), classes)
+
+
+def _parse_text(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:
+    """'<path> <label>' lines; the label is what follows the last blank, so paths may hold blanks."""
+    text = np.frombuffer(data.removeprefix(b"\xef\xbb\xbf"), dtype=np.uint8)
+    ends = np.flatnonzero(text == 10)
+    if len(text) and text[-1] != 10:
+        ends = np.append(ends, len(text))
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends + 1])[: len(ends)]
+    blank = (text == 32) | (text == 9) | (text == 13)
+    ends = _trim_right(blank, starts, ends)
+    lines = np.flatnonzero(ends > starts)
+    starts, ends = starts[lines], ends[lines]
+    blanks = np.flatnonzero(blank)
+    nearest = np.searchsorted(blanks, ends) - 1
+    cuts = blanks[np.maximum(nearest, 0)] if len(blanks) else np.full(len(ends), -1)
+    path_ends = _trim_right(blank, starts, cuts)
+    bad = (nearest < 0) | (cuts < starts) | (path_ends <= starts)
+    labels = _digits(text, cuts + 1, ends, bad)
+    if bad.any():
+        first = int(np.argmax(bad))
+        shown = text[starts[first] : ends[first]].tobytes()[:120].decode(errors="replace")
+        raise UserError(
+            f"{source}: line {int(lines[first]) + 1}: {shown!r} is not '<relative path> <label>' with a label >= 0"
+        )
+    edge = np.zeros(len(text) + 1, dtype=np.int8)
+    edge[starts] += 1
+    edge[path_ends] -= 1
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(path_ends - starts)])
+    return PathTable(text[np.cumsum(edge[:-1], dtype=np.int8).astype(bool)].tobytes(), offsets), labels, None
+
+
+def _trim_right(blank: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    ends = ends.copy()
+    while len(ends):
+        loose = (ends > starts) & blank[np.maximum(ends - 1, 0)]
+        if not loose.any():
+            break
+        ends -= loose
+    return ends
+
+
+def _digits(text: np.ndarray, starts: np.ndarray, ends: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """Decimal numbers text[starts:ends] as int32; entries that are none are marked in `bad` (changed in place)."""
+    values = np.zeros(len(starts), dtype=np.int64)
+    lengths = np.where(bad, 0, ends - starts)
+    bad |= (lengths < 1) | (lengths > MAX_LABEL_DIGITS)
+    for place in range(int(lengths.max(initial=0)) if not bad.any() else MAX_LABEL_DIGITS):
+        active = (place < lengths) & ~bad
+        digit = text[np.where(active, starts + place, 0)].astype(np.int64) - 48
+        bad |= active & ((digit < 0) | (digit > 9))
+        values = np.where(active, values * 10 + digit, values)
+    return values.astype(np.int32)
+
+
+def _parse_csv(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:
+    """Two columns by header name (see PATH_COLUMNS, LABEL_COLUMNS), or the first two when there is no header."""
+    rows = csv.reader(io.StringIO(data.decode("utf-8-sig", errors="surrogateescape"), newline=""))
+    path_at, label_at = 0, 1
+    names: list[str] = []
+    labels: list[int] = []
+    for row in rows:
+        if not row:
+            continue
+        if not names and rows.line_num == 1:
+            header = [cell.strip().lower() for cell in row]
+            found = [
+                next((header.index(c) for c in known if c in header), -1) for known in (PATH_COLUMNS, LABEL_COLUMNS)
+            ]
+            if min(found) >= 0:
+                path_at, label_at = found
+                continue
+        try:
+            label = int(row[label_at])
+            names.append(row[path_at])
+        except (ValueError, IndexError):
+            label = -1
+        if not 0 <= label < 10**MAX_LABEL_DIGITS:
+            raise UserError(
+                f"{source}: line {rows.line_num}: {','.join(row)[:120]!r} is not '<relative path>,<label>' "
+                "with a label >= 0"
+            )
+        labels.append(label)
+    return (
+        PathTable.of(name.encode("utf-8", "surrogateescape") for name in names),
+        np.array(labels, dtype=np.int32),
+        None,
+    )
+
+
+def _parse_json(data: bytes, source: str) -> tuple[PathTable, np.ndarray, tuple[str, ...]]:
+    """iNaturalist's COCO-like file: images {id, file_name}, annotations {image_id, category_id}, categories {id,
+    name}.
+
+    Labels are the categories in the order of their ids (in 2018 the ids are already 0..8141).
+    """
+    try:
+        content = json.loads(data)
+        order = sorted((int(c["id"]), str(c.get("name", c["id"]))) for c in content["categories"])
+        label_of = {identity: label for label, (identity, _) in enumerate(order)}
+        class_of = {a["image_id"]: label_of[int(a["category_id"])] for a in content["annotations"]}
+        labels = np.fromiter((class_of[image["id"]] for image in content["images"]), dtype=np.int32)
+        names = PathTable.of(image["file_name"] for image in content["images"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{source} is not an iNaturalist annotation file ({type(error).__name__}: {error}); "
+            "it needs images, annotations and categories"
+        ) from error
+    return names, labels, tuple(name for _, name in order)
+
+
+def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
+    """Checks the splits of one data set together and returns C.
+
+    train must hold every class 0..C-1 at least once; no other split may name a class beyond them; no path twice in a
+    split; with `exist` every file must be there. Raises UserError naming the list, an example and the fix.
+    """
+    train = lists["train"]
+    num_classes = train.num_classes
+    empty = np.flatnonzero(train.counts == 0)
+    if len(empty):
+        shown = ", ".join(map(str, empty[:5].tolist())) + (", ..." if len(empty) > 5 else "")
+        raise UserError(
+            f"{train.source}: {len(empty)} of {num_classes} classes have no image (class {shown}); "
+            "labels must be 0..C-1 without gaps"
+        )
+    for split, images in lists.items():
+        if len(images) and int(images.labels.max()) >= num_classes:
+            raise UserError(
+                f"{images.source}: label {int(images.labels.max())} in {split}, "
+                f"but {train.source} has classes 0..{num_classes - 1}"
+            )
+        repeats = duplicate_indices(images.paths, limit=1)
+        if repeats:
+            first, again = repeats[0]
+            raise UserError(
+                f"{images.source}: {images.paths[first]!r} stands twice (entries {first + 1} and {again + 1}); "
+                "remove one"
+            )
+        absent = missing_indices(images.root, images.paths) if exist else []
+        if absent:
+            raise UserError(
+                f"{images.source}: {len(absent)} of {len(images)} files are not below {images.root}, "
+                f"first {images.paths[absent[0]]!r}; check --data-dir, or see `ltfast data check`"
+            )
+    return num_classes
+
+
+def hold_out(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
+    """(rest, held out): about `share` of each class drawn with `seed`, never a class's last image."""
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie in (0, 1), got {share}")
+    rng = np.random.default_rng(seed)
+    taken = np.zeros(len(images), dtype=bool)
+    order = rng.permutation(len(images))
+    by_class = order[np.argsort(images.labels[order], kind="stable")]
+    for block in np.split(by_class, np.cumsum(images.counts)[:-1]):
+        taken[block[: min(math.ceil(len(block) * share), max(len(block) - 1, 0))]] = True
+    return images.select(np.flatnonzero(~taken)), images.select(np.flatnonzero(taken))

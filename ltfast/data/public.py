@@ -1,0 +1,160 @@
+"""The public long-tailed sets: what their lists must hold, where to get them, and finding the lists of any data
+set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ltfast.data.folders import scan_folder
+from ltfast.data.lists import ImageList, hold_out, read_list
+from ltfast.errors import UserError
+
+HELD_OUT_SHARE = 0.1  # of each class, when a set has no validation split of its own
+LIST_FOLDERS = ("", "lists", "data_txt", "splits", "annotations")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitFacts:
+    """Published size of one split; largest and smallest are images of a class."""
+
+    images: int
+    classes: int
+    largest: int
+    smallest: int
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.images:,} images, {self.classes:,} classes, {self.largest:,}..{self.smallest} a class"
+
+
+@dataclass(frozen=True, slots=True)
+class PublicSet:
+    """Facts of one public set; mean and std are the normalisation of its published recipes (RGB, 0..1 scale)."""
+
+    title: str
+    splits: dict[str, SplitFacts]
+    lists_from: str
+    images_from: str
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+_LISTS_FROM = (
+    "the public GitHub repository facebookresearch/classifier-balancing (folder data/) or "
+    "FlamieZhu/Balanced-Contrastive-Learning (folder dataset/), or the drives that their READMEs name"
+)
+_INAT_VAL = SplitFacts(24_426, 8_142, 3, 3, ("iNaturalist18_val.txt", "val2018.json"))
+_INAT_TRAIN = SplitFacts(437_513, 8_142, 1_000, 2, ("iNaturalist18_train.txt", "train2018.json"))
+
+PUBLIC: dict[str, PublicSet] = {
+    "imagenet-lt": PublicSet(
+        "ImageNet-LT",
+        {
+            "train": SplitFacts(115_846, 1_000, 1_280, 5, ("ImageNet_LT_train.txt",)),
+            "val": SplitFacts(20_000, 1_000, 20, 20, ("ImageNet_LT_val.txt",)),
+            "test": SplitFacts(50_000, 1_000, 50, 50, ("ImageNet_LT_test.txt",)),
+        },
+        _LISTS_FROM,
+        "ILSVRC2012, folders train/ and val/ with one folder a class, from image-net.org",
+    ),
+    "inat18": PublicSet(
+        "iNaturalist 2018",
+        {"train": _INAT_TRAIN, "val": _INAT_VAL, "test": _INAT_VAL},
+        _LISTS_FROM + ", or train2018.json and val2018.json of GitHub visipedia/inat_comp",
+        "train_val2018.tar.gz of GitHub visipedia/inat_comp (2018)",
+        (0.466, 0.471, 0.380),
+        (0.195, 0.194, 0.192),
+    ),
+    "places-lt": PublicSet(
+        "Places-LT",
+        {
+            "train": SplitFacts(62_500, 365, 4_980, 5, ("Places_LT_train.txt",)),
+            "val": SplitFacts(7_300, 365, 20, 20, ("Places_LT_val.txt",)),
+            "test": SplitFacts(36_500, 365, 100, 100, ("Places_LT_test.txt",)),
+        },
+        _LISTS_FROM,
+        "Places365-Standard, 256 x 256, folders train/ and val/, from places2.csail.mit.edu",
+    ),
+}
+
+
+def find_lists(
+    dataset: str,
+    data_dir: str | Path,
+    *,
+    train_list: str | Path | None = None,
+    val_list: str | Path | None = None,
+    test_list: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, ImageList]:
+    """The splits 'train', 'val', 'test' of imagenet-lt, inat18, places-lt, list or folder below `data_dir`.
+
+    The *_list options name files (relative to the working folder, then to data_dir); a public set also finds its
+    lists by their published names in data_dir, data_dir/lists and the like. Without a validation split
+    HELD_OUT_SHARE of each class of train is held out (drawn with `seed`, never a class's last image); without a test
+    split test is val.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
+    given = {"train": train_list, "val": val_list, "test": test_list}
+    if dataset == "folder":
+        lists = scan_folder(root)
+    elif dataset == "list":
+        if train_list is None:
+            raise UserError("dataset 'list' needs --train-list FILE with lines '<relative path> <label>'")
+        lists = {split: read_list(_locate(name, root), root) for split, name in given.items() if name is not None}
+    elif dataset in PUBLIC:
+        lists = _public_lists(PUBLIC[dataset], root, given)
+    else:
+        raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join([*PUBLIC, 'folder', 'list'])}")
+    if "val" not in lists:
+        if "test" in lists:
+            lists["val"] = lists["test"]
+        else:
+            lists["train"], lists["val"] = hold_out(lists["train"], HELD_OUT_SHARE, seed)
+    lists.setdefault("test", lists["val"])
+    return lists
+
+
+def _locate(name: str | Path, root: Path) -> Path:
+    path = Path(name)
+    return path if path.exists() or path.is_absolute() or not (root / path).exists() else root / path
+
+
+def _public_lists(public: PublicSet, root: Path, given: dict[str, str | Path | None]) -> dict[str, ImageList]:
+    lists: dict[str, ImageList] = {}
+    for split, facts in public.splits.items():
+        path = _find_public(public, facts, split, root, given[split])
+        repeat = next((images for images in lists.values() if images.source == str(path)), None)
+        lists[split] = repeat or read_list(path, root)
+        _check_facts(public, facts, split, lists[split])
+    return lists
+
+
+def _find_public(public: PublicSet, facts: SplitFacts, split: str, root: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        return _locate(given, root)
+    for folder in LIST_FOLDERS:
+        for name in facts.files:
+            for suffix in ("", ".gz"):
+                if (root / folder / (name + suffix)).is_file():
+                    return root / folder / (name + suffix)
+    raise UserError(
+        f"{public.title}: no {split} list ({' or '.join(facts.files)}, also .gz) in {root}; give --{split}-list, or "
+        f"obtain it from {public.lists_from}; it must hold {facts}. Images: {public.images_from}"
+    )
+
+
+def _check_facts(public: PublicSet, facts: SplitFacts, split: str, images: ImageList) -> None:
+    classes = len(np.unique(images.labels))
+    if len(images) != facts.images or classes != facts.classes:
+        raise UserError(
+            f"{images.source} is not the {split} list of {public.title}: it holds {len(images):,} images in "
+            f"{classes:,} classes, expected {facts}; obtain it from {public.lists_from}, or use --dataset list for a "
+            "list of your own"
+        )
