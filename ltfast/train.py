@@ -104,11 +104,25 @@ class Trainer:
                 strength=cfg.gkp_lambda, fisher=cfg.fisher, budget=cfg.fisher_budget, seed=self.config.run.seed,
                 ranks=self.ranks,
             )  # fmt: skip
-            self.anchor = anchor.expanded(self.flat.size, self.encoder.start)
+            self.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
         self.make_step()
         members = [(self.groups == k).sum().item() for k in range(cfg.groups)]
         self.progress.note(f"grouped {len(self.bank)} snapshots into {cfg.groups} groups of {members} classes")
         self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
+
+    def stable(self, anchor: Anchor) -> Anchor:
+        """Cap A where the descent would overshoot the anchor: lr * (1 - alpha) * lambda * A <= 1.
+
+        Fishers of early snapshots reach A of 30 and more; uncapped, lambda = 10 then diverges within an epoch.
+        """
+        cfg = self.config
+        strongest = (1 - cfg.preserve.alpha_end) * cfg.preserve.gkp_lambda
+        limit = 1 / max(cfg.optim.lr * strongest, 1e-12)
+        capped = float((anchor.weight > limit).sum() / self.flat.numel)
+        if capped:
+            self.progress.note(f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, to stay stable")
+        self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()))
+        return anchor._replace(weight=anchor.weight.clamp_max(limit))
 
     def make_step(self) -> None:
         """The step for the groups there are: plain descent while scouting for them."""

@@ -23,6 +23,12 @@ def encoder_names() -> list[str]:
     return [f"resnet{depth}" for depth in CIFAR_DEPTHS] + torchvision.models.list_models(module=torchvision.models)
 
 
+def is_cifar_encoder(name: str) -> bool:
+    """True for our CIFAR-style ResNets (resnet8 ... resnet110, with or without a width), False for torchvision's."""
+    match = _CIFAR_NAME.fullmatch(name)
+    return bool(match) and int(match[1]) in CIFAR_DEPTHS
+
+
 def create_encoder(
     name: str,
     in_channels: int = 3,

@@ -1,0 +1,109 @@
+"""`--dry-run`: what a run will do and need, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ltfast import build
+from ltfast.config import Config
+from ltfast.dist import Ranks
+from ltfast.flat import FlatParameters
+from ltfast.optim.rules import Rule
+from ltfast.recipes import rule_of
+from ltfast.schedule import scouting_epochs
+
+FLOAT = 4
+GIB = 1 << 30
+
+
+def flops_ratio(rule: Rule | None, n_groups: int) -> float:
+    """FLOPs of a step over those of an SGD step on the same batch, backward counted as two forwards.
+
+    E: 1 forward and G backwards, then 1 + 1: (1 + 2G)/3 + 1. R: 2 + (E - 2)/gram_every. Classifier scope: about 1.
+    Per group on all parameters: (1 + 2G)/3 + G.
+    """
+    if rule is None or rule.scope == "classifier":
+        return 1.0
+    first = (1 + 2 * n_groups) / 3
+    if rule.objective == "per_group":
+        return first + n_groups
+    exact = first + 1
+    return 2 + (exact - 2) / rule.gram_every if rule.gram_every > 1 else exact
+
+
+def gradient_rows(rule: Rule | None, n_groups: int) -> int:
+    """Rows of the gradient buffer: one a group, twice that with moving averages, one more for a per-group objective."""
+    if rule is None or rule.scope == "classifier":
+        return 1
+    return n_groups * (2 if rule.direction == "friendly" else 1) + (rule.objective == "per_group")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run; memory in bytes."""
+
+    train_images: int
+    classes: int
+    steps_per_epoch: int
+    steps: int
+    scouting_epochs: int
+    parameters: int
+    encoder_parameters: int
+    groups: int
+    flops_vs_sgd: float
+    state_bytes: int
+    bank_bytes_max: int
+
+
+def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
+    """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing."""
+    ranks = ranks or Ranks()
+    rule = rule_of(config)
+    source = build.build_data(config, torch.device("cpu"), ranks)
+    model = build.build_model(config, source.input_shape, source.num_classes)
+    flat = FlatParameters(model.parameters())
+    needs_groups = config.preserve.gkp or (rule is not None and rule.groups == "bank")
+    kinds = {"bank": config.preserve.groups, "class": source.num_classes, "head-tail": 2, "focal": 2}
+    groups = kinds.get(rule.groups, 1) if rule else 1
+    rows = gradient_rows(rule, groups)
+    slots = 1 if config.optim.optimizer == "sgd" else 2
+    kept = rule is not None and rule.scope == "all"
+    anchor = 2 if config.preserve.gkp else 0
+    scouts = scouting_epochs(config.preserve, config.optim.epochs) if needs_groups else 0
+    span = flat.span(model.encoder.parameters())
+    snapshots = min(source.num_classes, scouts if not config.preserve.regroup else config.optim.epochs)
+    return Plan(
+        train_images=source.sizes["train"],
+        classes=source.num_classes,
+        steps_per_epoch=source.steps_per_epoch,
+        steps=source.steps_per_epoch * config.optim.epochs,
+        scouting_epochs=scouts,
+        parameters=flat.numel,
+        encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
+        groups=groups,
+        flops_vs_sgd=flops_ratio(rule, groups),
+        state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
+        bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if needs_groups else 0,
+    )
+
+
+def print_plan(config: Config) -> None:
+    """Print the plan for a person."""
+    plan = make_plan(config)
+    optim = config.optim
+    lines = {
+        "method": f"{config.method} on {config.model.model}",
+        "data": f"{config.data.dataset}, {plan.train_images:,} training images, {plan.classes:,} classes",
+        "steps": f"{optim.epochs} epochs x {plan.steps_per_epoch:,} steps of {config.data.batch} images = {plan.steps:,}"
+        + (f"; the first {plan.scouting_epochs} epochs scout" if plan.scouting_epochs else ""),
+        "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
+        "groups": str(plan.groups),
+        "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch (after scouting)",
+        "memory": f"{plan.state_bytes / GIB:.3f} GiB for weights, gradients, optimizer state and anchor (without activations)",
+        "memory bank": f"at most {plan.bank_bytes_max / GIB:.3f} GiB of host memory",
+    }
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        print(f"{name:{width}}  {text}")
