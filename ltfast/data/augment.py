@@ -7,10 +7,14 @@ rng.py). Constants are buffers: building them from lists on the way would synchr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from ltfast.data import augment_color as color
 from ltfast.data import augment_geometry as geometry
+from ltfast.data.augment_auto import AutoAugmentCifar
 
 DIGITS_MEAN, DIGITS_STD = (0.3053,), (0.3760,)
 """Of all 1,797 digits, 0..1 scale."""
@@ -84,11 +88,117 @@ class DigitsView(View):
         return self.normalize(geometry.warp(to_unit(images_u8), inverse, "bilinear"))
 
 
-RECIPES = ("plain", "digits")
+class StrongDraw(NamedTuple):
+    """What CifarStrong drew for B samples: crop corner, mirror, cutout centre (pixels), numbers for the policy [B,
+    5]."""
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+    hole_y: Tensor
+    hole_x: Tensor
+    policy: Tensor
 
 
-def recipe(name: str, num_views: int, *, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[View, ...]:
-    """The views of a named recipe, one of RECIPES; num_views 1 (classifier only) or 3 (BCL). ValueError otherwise."""
+class CifarStrong(View):
+    """View 1 of the CIFAR recipe: random crop with padding 4, flip, AutoAugment-CIFAR, cutout 16 (black), normalise."""
+
+    padding = 4
+    hole = 16
+    draws = 5 + AutoAugmentCifar.draws
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(mean, std)
+        self.auto = AutoAugmentCifar()
+
+    def draw(self, uniforms: Tensor, height: int, width: int) -> StrongDraw:
+        """Parameters from [B, draws] uniform numbers for pictures of this size."""
+        top, left = (geometry.integers(uniforms[:, i], 2 * self.padding + 1) for i in (0, 1))
+        hole_y, hole_x = geometry.integers(uniforms[:, 3], height), geometry.integers(uniforms[:, 4], width)
+        return StrongDraw(top, left, uniforms[:, 2] < 0.5, hole_y, hole_x, uniforms[:, 5:])
+
+    def forward(self, images_u8: Tensor, uniforms: Tensor | None = None) -> Tensor:
+        """See View.forward."""
+        assert uniforms is not None
+        drawn = self.draw(uniforms, *images_u8.shape[-2:])
+        images = geometry.crop_flip(images_u8, drawn.top, drawn.left, drawn.flip, self.padding).to(torch.float32)
+        images = self.auto(images, drawn.policy)
+        return self.normalize(geometry.cutout(images, drawn.hole_y, drawn.hole_x, self.hole) * (1 / 255))
+
+
+class ContrastiveDraw(NamedTuple):
+    """What Contrastive drew: crop boxes, mirror, jitter factors and order [B, 4], jitter on, gray."""
+
+    boxes: geometry.Boxes
+    flip: Tensor
+    factors: Tensor
+    order: Tensor
+    jittered: Tensor
+    gray: Tensor
+
+
+class Contrastive(View):
+    """Views 2 and 3: random resized crop, flip, colour jitter, grayscale, normalise.
+
+    size: side of the result; scale: range of the crop's share of the area; strength: brightness, contrast, saturation,
+    hue.
+    """
+
+    draws = geometry.RRC_DRAWS + 11
+    low: Tensor
+    span: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        scale: tuple[float, float] = (0.2, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+        jitter_share: float = 0.8,
+        gray_share: float = 0.2,
+    ) -> None:
+        super().__init__(mean, std)
+        self.size, self.area, self.ratio = size, scale, ratio
+        self.jitter_share, self.gray_share = jitter_share, gray_share
+        low = [max(0.0, 1 - s) for s in strength[:3]] + [-strength[3]]
+        high = [1 + s for s in strength[:3]] + [strength[3]]
+        self.register_buffer("low", torch.tensor(low), persistent=False)
+        self.register_buffer("span", torch.tensor(high) - torch.tensor(low), persistent=False)
+
+    def draw(self, uniforms: Tensor, height: int, width: int) -> ContrastiveDraw:
+        """Parameters from [B, draws] uniform numbers for pictures of this size."""
+        box, rest = uniforms.split([geometry.RRC_DRAWS, 11], dim=1)
+        return ContrastiveDraw(
+            boxes=geometry.random_boxes(box, height, width, self.area, self.ratio),
+            flip=rest[:, 0] < 0.5,
+            factors=self.low + rest[:, 1:5] * self.span,
+            order=rest[:, 5:9].argsort(dim=1),
+            jittered=rest[:, 9] < self.jitter_share,
+            gray=rest[:, 10] < self.gray_share,
+        )
+
+    def forward(self, images_u8: Tensor, uniforms: Tensor | None = None) -> Tensor:
+        """See View.forward."""
+        assert uniforms is not None
+        drawn = self.draw(uniforms, *images_u8.shape[-2:])
+        images = geometry.resized_crop(to_unit(images_u8), drawn.boxes, drawn.flip, self.size)
+        images = color.jitter(images, drawn.order, drawn.factors, drawn.jittered)
+        return self.normalize(color.apply_where(drawn.gray, color.to_gray, images))
+
+
+RECIPES = ("plain", "digits", "cifar")
+
+
+def recipe(
+    name: str, num_views: int, *, mean: tuple[float, ...], std: tuple[float, ...], size: int = 32
+) -> tuple[View, ...]:
+    """The views of a named recipe, one of RECIPES; num_views 1 (classifier only) or 3 (BCL). ValueError otherwise.
+
+    size: side of the pictures that the "cifar" recipe makes.
+    """
     if num_views not in (1, 3):
         raise ValueError(f"num_views must be 1 or 3, got {num_views}")
     views: tuple[View, ...]
@@ -96,6 +206,8 @@ def recipe(name: str, num_views: int, *, mean: tuple[float, ...], std: tuple[flo
         views = (Plain(mean, std),) * 3
     elif name == "digits":
         views = (DigitsView(10.0, 0.1, 0.75, mean, std), *(DigitsView(15.0, 0.15, 1.0, mean, std),) * 2)
+    elif name == "cifar":
+        views = (CifarStrong(mean, std), *(Contrastive(size, mean, std),) * 2)
     else:
         raise ValueError(f"name must be one of {', '.join(RECIPES)}, got {name!r}")
     return views[:num_views]
