@@ -271,7 +271,7 @@ class TrainStep:
         """Perturbations [G or 1, C*D] of the classifier weight, the unperturbed loss and the shares [G]."""
         rule = self.rule
         assert rule is not None
-        weight = self.model.classifier.weight
+        weight = self.model.classifier.weight.view_as(self.model.classifier.weight)  # not a leaf: FLOP counters need that
         with self.autocast():
             per_sample = self.objective(self.model, features, z, labels, weight)
         losses, shares = group_losses(per_sample, member)
