@@ -38,13 +38,14 @@ def load(
     download: bool = False,
     epochs_total: int | None = None,
     eval_batch: int | None = None,
+    image_size: int | None = None,
     **options: Any,
 ) -> Source:
     """The named data set, ready to iterate. None means the data set's own default (`DATASETS[dataset]`).
 
     batch: global batch; views: a recipe name or view modules, num_views of them used (1 or 3); val_per_class: images a
-    class held out of train for checkpoint choice; download: may fetch a public set that is missing; options: of the
-    large sets only. UserError, one line, for anything a user can fix.
+    class held out of train for checkpoint choice; download: may fetch a public set that is missing; image_size: side to
+    resize pictures to; options: of the large sets only. UserError, one line, for anything a user can fix.
     """
     if dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
@@ -66,6 +67,7 @@ def load(
         "world": world,
         "epochs_total": epochs_total,
         "eval_batch": eval_batch,
+        "image_size": image_size,
     }
     if dataset in LARGE:
         from ltfast.data.large import load_large

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ltfast.data import cifar
 from ltfast.data.augment import DIGITS_MEAN, DIGITS_STD, RECIPES, Plain, View, recipe
 from ltfast.data.digits import MIN_PER_CLASS, read_digits
-from ltfast.data.pool import Pool, long_tail_splits
+from ltfast.data.pack import read_pack
+from ltfast.data.pool import Pool, Splits, long_tail_splits
 from ltfast.data.registry import DATASETS
 from ltfast.data.small import SmallSource
+from ltfast.data.tree import read_tree
 from ltfast.errors import UserError
 
 
@@ -34,10 +37,11 @@ def load_small(
     download: bool,
     epochs_total: int | None,
     eval_batch: int | None,
+    image_size: int | None,
 ) -> SmallSource:
     """See `ltfast.data.load`."""
     info = DATASETS[dataset]
-    pool, where = _read(dataset, data_dir, download)
+    pool, where = _read(dataset, data_dir, download, image_size)
     splits = long_tail_splits(
         pool,
         imbalance=info.imbalance if imbalance is None else imbalance,
@@ -47,10 +51,10 @@ def load_small(
         min_per_class=MIN_PER_CLASS if dataset == "digits-lt" else 0,
         where=where,
     )
-    mean, std = DIGITS_MEAN, DIGITS_STD
+    mean, std = _normalisation(dataset, splits)
     return SmallSource(
         splits,
-        views=_views(info.views if views is None else views, num_views, mean, std),
+        views=_views(info.views if views is None else views, num_views, mean, std, splits),
         plain=Plain(mean, std),
         batch=info.batch if batch is None else batch,
         sampler=sampler,
@@ -64,16 +68,46 @@ def load_small(
     )
 
 
-def _read(dataset: str, data_dir: Path | None, download: bool) -> tuple[Pool, str]:
+def _read(dataset: str, data_dir: Path | None, download: bool, image_size: int | None) -> tuple[Pool, str]:
     """The pool and the name that errors give it."""
-    return read_digits(), dataset
+    if dataset == "digits-lt":
+        return read_digits(), dataset
+    if dataset.startswith("cifar"):
+        return cifar.read_cifar(dataset, data_dir, download), str(data_dir or cifar.DEFAULT_DIR)
+    if data_dir is None:
+        raise UserError(
+            f"{dataset}: --data-dir is needed, a folder with train/<class>/ and test/<class>/, or an .npz pack"
+        )
+    return read_pack(data_dir) if data_dir.is_file() else read_tree(data_dir, image_size), str(data_dir)
+
+
+def _normalisation(dataset: str, splits: Splits) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation per channel: the field's constants, or those of the training split."""
+    if dataset == "digits-lt":
+        return DIGITS_MEAN, DIGITS_STD
+    if dataset.startswith("cifar"):
+        return cifar.MEAN, cifar.STD
+    pixels = splits.images["train"]
+    totals = [_moments(pixels[:, channel]) for channel in range(pixels.shape[1])]
+    return tuple(mean for mean, _ in totals), tuple(deviation for _, deviation in totals)
+
+
+def _moments(channel: torch.Tensor) -> tuple[float, float]:
+    count = channel.flatten().bincount(minlength=256).double()
+    level = torch.arange(256, dtype=torch.float64) / 255
+    mean = (count * level).sum() / count.sum()
+    variance = (count * (level - mean) ** 2).sum() / count.sum()
+    return float(mean), max(float(variance.sqrt()), 1 / 255)
 
 
 def _views(
-    views: str | Sequence[View], num_views: int, mean: tuple[float, ...], std: tuple[float, ...]
+    views: str | Sequence[View], num_views: int, mean: tuple[float, ...], std: tuple[float, ...], splits: Splits
 ) -> tuple[View, ...]:
     if not isinstance(views, str):
         return tuple(views)
     if views not in RECIPES:
         raise UserError(f"--views {views!r}: choose one of {', '.join(RECIPES)}")
-    return recipe(views, num_views, mean=mean, std=std)
+    channels, side = splits.images["train"].shape[1:3]
+    if views == "cifar" and channels != 3:
+        raise UserError(f"--views cifar needs colour pictures, these have {channels} channel; choose digits or plain")
+    return recipe(views, num_views, mean=mean, std=std, size=side)

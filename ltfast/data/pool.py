@@ -24,6 +24,8 @@ class Pool:
     test_images: ImageArray
     test_labels: IntArray
     class_names: tuple[str, ...]
+    val: tuple[ImageArray, IntArray] | None = None
+    """A validation split of the data's own; None holds val_per_class out of train."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,19 @@ def long_tail_splits(
     counts = (
         present if imbalance is None else long_tail_counts(int(present.min()), num_classes, imbalance, imbalance_type)
     )
+    if pool.val is not None and val_per_class:
+        raise UserError(
+            f"--val-per-class {val_per_class}: {where} has a validation split of its own; leave the option out"
+        )
     subset = select_subset(pool.labels, np.maximum(counts, min_per_class), val_per_class)
     train = subset.train
     if limit_train is not None:
         labels = pool.labels[train]
         kept = limited_counts(np.bincount(labels, minlength=num_classes), limit_train)
         train = train[first_of_each_class(labels, kept)]
-    images = {"train": pool.images[train], "val": pool.images[subset.val], "test": pool.test_images}
-    labels_of = {"train": pool.labels[train], "val": pool.labels[subset.val], "test": pool.test_labels}
+    val_images, val_labels = (pool.images[subset.val], pool.labels[subset.val]) if pool.val is None else pool.val
+    images = {"train": pool.images[train], "val": val_images, "test": pool.test_images}
+    labels_of = {"train": pool.labels[train], "val": val_labels, "test": pool.test_labels}
     return Splits(
         {split: torch.from_numpy(np.ascontiguousarray(array)) for split, array in images.items()},
         {split: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for split, array in labels_of.items()},
