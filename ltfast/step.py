@@ -203,10 +203,14 @@ class TrainStep:
         return self.engine.n_rows if self.engine is not None and self.engine.rule.objective == "per_group" else 0
 
     @property
+    def ascent_stats(self) -> dict[str, Tensor]:
+        """Statistics of the last ascent, one value a direction; empty without one."""
+        return self.classifier_stats if self.engine is None else self.engine.stats
+
+    @property
     def _stats(self) -> dict[str, Tensor]:
-        """Statistics of the last ascent, 0-dim: each averaged over its directions."""
-        stats = self.classifier_stats if self.engine is None else self.engine.stats
-        return {name: value.mean() for name, value in stats.items()}
+        """The same, 0-dim: each averaged over its directions."""
+        return {name: value.mean() for name, value in self.ascent_stats.items()}
 
     # -- the four kinds of step ----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
+from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
 from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
@@ -61,6 +62,7 @@ class Trainer:
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
         self.anchor: Anchor | None = None
+        self.meter = AscentMeter(self.source.steps_per_epoch)
         self.epoch = self.batch = self.steps = 0
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1}
         self.make_step()
@@ -80,6 +82,7 @@ class Trainer:
             self.remember(epoch)
             summary["seconds"] = time.perf_counter() - started
             self.epoch, self.batch = epoch + 1, 0
+            observe_epoch(self, epoch)
             self.finish_epoch(epoch, summary)
         return self.finish()
 
@@ -146,6 +149,7 @@ class Trainer:
             result = self.step(batch)
             assert self.step.features is not None
             self.quality.update(self.step.features, batch.labels)
+            self.meter.add(self.batch, self.step.ascent_stats)
             for name, value in result.items():
                 sums[name] = sums[name] + value.float().mean() if name in sums else value.float().mean()
             self.batch += 1
@@ -164,10 +168,11 @@ class Trainer:
 
     def remember(self, epoch: int) -> None:
         """Give each class whose features were never better this epoch's encoder as its bank entry."""
+        self.ranks.sum_(self.quality.flat)
+        quality = self.quality.compute(self.config.preserve.lambda_q)
         if self.needs_groups and (epoch < self.scouts or self.config.preserve.regroup):
-            self.ranks.sum_(self.quality.flat)
-            quality = self.quality.compute(self.config.preserve.lambda_q).quality
-            self.bank.update(quality, self.flat.data[self.encoder], epoch)
+            self.bank.update(quality.quality, self.flat.data[self.encoder], epoch)
+        self.log("quality", epoch=epoch, **quality_row(quality, self.source.train_counts))
         self.quality.reset()
 
     # -- after an epoch ------------------------------------------------------------------------------------------------

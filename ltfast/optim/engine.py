@@ -57,6 +57,8 @@ class Engine:
         self.theta_sq: Tensor | None = None
         self.seen = torch.zeros(self.n_groups, device=device)
         self.steps = 0
+        # Cosines at Gram refreshes of mode R since the last reset: sum, count, smallest.
+        self.refresh = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device)
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -104,8 +106,12 @@ class Engine:
         rule, g = self.rule, self.n_groups
         if rule.gram_every > 1:
             matrix, self.theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
+            stale = None if self.memory is None else self.stale_coefficients(shares)[0]
             self._remember(matrix, shares)
-            return self._coefficients(matrix, self.theta_sq, shares)
+            coef = self._coefficients(matrix, self.theta_sq, shares)
+            if stale is not None:
+                self._compare(stale.double(), coef.double(), matrix.double())
+            return coef
         coef = self._coefficients(*gram_partials(self.rows, self.flat.data, rule.adaptive), shares)
         if rule.direction == "friendly":
             present = (shares > 0).float()
@@ -143,6 +149,12 @@ class Engine:
         known = self.memory.diagonal() > 0
         mixed = torch.where(known[:, None] & known[None, :], ema * self.memory + (1 - ema) * matrix, matrix)
         self.memory = torch.where(both, mixed, self.memory)
+
+    def _compare(self, stale: Tensor, exact: Tensor, matrix: Tensor) -> None:
+        """Log the cosine between the direction of the remembered Gram matrix and the exact one, at a refresh."""
+        lengths = (stale @ matrix @ stale) * (exact @ matrix @ exact)
+        cosine = torch.where(lengths > 0, (stale @ matrix @ exact) / lengths.clamp_min(1e-300).sqrt(), 1.0)
+        self.refresh = torch.stack([self.refresh[0] + cosine, self.refresh[1] + 1, self.refresh[2].minimum(cosine)])
 
     def _stale(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         assert self.memory is not None
