@@ -58,6 +58,8 @@ class Trainer:
         theta = self.flat.data[self.encoder]
         origin = theta if config.preserve.center else None
         self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin)
+        if config.preserve.bank:
+            self.bank.load_state_dict(load_bank(Path(config.preserve.bank)))
         self.needs_groups = config.preserve.gkp or (self.rule is not None and self.rule.groups == "bank")
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
@@ -71,8 +73,6 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the evaluation of the last and the best checkpoint on the test split."""
-        if self.config.preserve.bank and self.groups is None:
-            self.bank.load_state_dict(load_bank(Path(self.config.preserve.bank)))
         for epoch in range(self.epoch, self.config.optim.epochs):
             self.epoch = epoch
             if self.grouping_due(epoch):

@@ -1,0 +1,132 @@
+"""The command line as a user meets it: help, listings, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ltfast.cli import main
+
+QUICK = ["--epochs", "2", "--scout", "0.5", "--fisher-budget", "32", "--no-tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "r"
+    assert main(["train", "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def test_help_lists_every_topic_default_and_paper_value(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for piece in ("memory bank, groups and GKP", "--rho-max", "[0.15]", "(paper: 0.15 (CIFAR), 0.1, 0.2)", "--dry-run", "--resume"):
+        assert piece in text
+
+
+def test_listings(capsys) -> None:
+    assert main(["methods"]) == 0
+    assert main(["datasets"]) == 0
+    text = capsys.readouterr().out
+    for name in ("gsa-paper", "focal-sam", "logit-adjustment", "digits-lt", "inat18"):
+        assert name in text
+
+
+def test_run_folder_describes_itself(run: Path) -> None:
+    for name in ("config.toml", "env.json", "metrics.jsonl", "checkpoints/last.safetensors", "checkpoints/best.safetensors"):
+        assert (run / name).exists(), name
+    assert json.loads((run / "env.json").read_text())["torch"]
+    kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("epoch") == 2
+    assert {"data", "group", "test"} <= set(kinds)
+
+
+def test_eval_json(run: Path, capsys) -> None:
+    assert main(["eval", str(run), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"top1", "top5", "many", "medium", "few", "per_class", "ece", "confusion"} <= set(result)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert result["top1"] == next(r for r in rows if r["kind"] == "test")["last"]["top1"]
+    assert main(["eval", str(run), "--checkpoint", "best"]) == 0
+    assert "few-shot %" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--method", "gsa-exact", "--dry-run"]) == 0
+    assert "4.00 x an SGD step" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_bank_of_an_earlier_run(run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["train", "--bank", str(run), "--out", str(tmp_path / "b"), *QUICK]) == 0
+    assert "grouped" in capsys.readouterr().out
+
+
+BAD = [
+    (["train", "--method", "gsa-papr"], "did you mean gsa-paper"),
+    (["train", "--dataset", "digit-lt"], "did you mean digits-lt"),
+    (["train", "--epochs", "ten"], "--epochs ten: needs a number"),
+    (["train", "--epoch-s", "3"], "unrecognized arguments"),
+    (["train", "--lerning-rate", "3"], "unrecognized arguments"),
+    (["train", "--sampler", "stratfied"], "choose from"),
+    (["train", "--groups", "11"], "more groups than the 10 classes"),
+    (["train", "--batch", "5000"], "5000"),
+    (["train", "--imbalance", "0.5"], "imbalance"),
+    (["train", "--dataset", "cifar10-lt", "--data-dir", "/nowhere"], "/nowhere"),
+    (["train", "--config", "/nowhere.toml"], "no such config file"),
+    (["train", "--model", "resnt8"], "resnt8"),
+    (["train", "--device", "cuda:7"], "cuda"),
+    (["train", "--resume", "/nowhere"], "not a run folder"),
+    (["train", "--bank", "/nowhere"], "not a run folder"),
+    (["train", "--resume", "/nowhere", "--lr", "1"], "give no other option"),
+    (["train", "--weights", "/nowhere.pt"], "no such file"),
+    (["eval", "/nowhere"], "not a run folder"),
+    (["fly"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=[" ".join(a)[:40] for a, _ in BAD])
+def test_mistakes_are_one_line_and_exit_code_2(argv: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("ltfast: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_an_existing_run_is_not_overwritten(run: Path, capsys) -> None:
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert main(["train", "--out", str(run)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_config_typo_and_foreign_checkpoint(run: Path, tmp_path: Path, capsys) -> None:
+    bad = tmp_path / "c.toml"
+    bad.write_text("[optim]\nepoch = 3\n")
+    assert main(["train", "--config", str(bad)]) == 2
+    assert "did you mean epochs" in capsys.readouterr().err
+
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    text = (other / "config.toml").read_text().replace('model = "resnet8"', 'model = "resnet14"')
+    (other / "config.toml").write_text(text)
+    for argv in (["eval", str(other)], ["train", "--resume", str(other)]):
+        assert main(argv) == 2
+        assert "another model" in capsys.readouterr().err
+
+
+def test_import_is_light() -> None:
+    """`import ltfast` needs no GPU, no DALI and none of the heavy libraries."""
+    code = "import sys, ltfast; print([m for m in ('torch', 'sklearn', 'matplotlib', 'nvidia', 'tensorboard') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
