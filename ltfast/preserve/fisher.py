@@ -3,7 +3,8 @@
 "per-sample" (default) squares each sample's gradient; "batch" squares the mean gradient of a batch, as the released
 code does, and comes out about 1 / batch size of it. BatchNorm runs on its running statistics, so samples do not mix; a
 mean of snapshots has none of its own, hence `reestimate_batchnorm`. Only the anchored (encoder) parameters are
-differentiated; the classifier is the model's current one.
+differentiated; the classifier is the model's current one. A network that torch's vmap cannot batch: feed it batches of
+one image in mode "batch", which is the same number, slower.
 
     with swapped_parameters(flat_encoder, theta_star), reestimate_batchnorm(model, images):
         fisher = fisher_diagonal(model, names, batches, loss_fn)
@@ -11,12 +12,14 @@ differentiated; the classifier is the model's current one.
 Legend: B batch, D elements of the flattened encoder.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # Bytes of per-sample gradients held at once when `chunk` is not given: 9 samples of a ResNet-50, 512 of a ResNet-32.
@@ -101,10 +104,20 @@ def _sample_squares(model: nn.Module, loss_fn: LossFn, chunk: int) -> Squares:
 
     def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
         for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-            for name, g in per_sample(params, x, y).items():
-                yield name, g.square_().sum(0)
+            with _vmap_friendly():
+                gradients = per_sample(params, x, y)
+            for name, g in gradients.items():
+                yield name, g.square().sum(0)  # never in place: gradients of two parameters may share memory
 
     return squares
+
+
+@contextmanager
+def _vmap_friendly() -> Iterator[None]:
+    """Attention by plain products, which vmap can batch; no warning about operations that it runs one by one."""
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
+        yield
 
 
 def _batch_squares(model: nn.Module, loss_fn: LossFn) -> Squares:
@@ -115,7 +128,7 @@ def _batch_squares(model: nn.Module, loss_fn: LossFn) -> Squares:
 
     def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name, g in grad(loss)(params, images, labels).items():
-            yield name, g.square_().mul_(len(labels))
+            yield name, g.square() * len(labels)
 
     return squares
 

@@ -153,6 +153,41 @@ def test_bad_arguments():
     assert bank.entry.tolist() == [-1, -1, -1]
 
 
+class FakeCuda(torch.Tensor):
+    """A host tensor that says it is on CUDA."""
+
+    is_cuda = property(lambda self: True)
+
+
+class FakeEvent:
+    """A copy that lands only when its event is waited for."""
+
+    landed = 0
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        FakeEvent.landed += 1
+
+
+def test_asynchronous_copies_are_waited_for_before_any_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    bank = MemoryBank(3, 4)
+    bank._pinned = torch.empty(4)  # real pinned memory needs a driver
+    theta = torch.zeros(4).as_subclass(FakeCuda)
+    for epoch in range(4):
+        theta.fill_(epoch + 1)
+        bank.update(torch.tensor([float(epoch), -float(epoch), torch.nan]), theta, epoch)
+        assert FakeEvent.landed == epoch  # the copy before was settled, this one is on its way
+    assert bank.lumps().masses.tolist() == [1, 1]
+    assert FakeEvent.landed == 3
+    assert torch.equal(bank.snapshot(int(bank.entry[0])), torch.full((4,), 4.0))
+    assert torch.equal(bank.snapshot(int(bank.entry[1])), torch.ones(4))
+    assert FakeEvent.landed == 4
+    assert bank.num_bytes == (2 + 1) * 16
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_copy_is_the_value_at_update():

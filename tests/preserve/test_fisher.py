@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import VisionTransformer
 
+from ltfast.models import LongTailModel, create_encoder
 from ltfast.preserve.fisher import (
     fisher_diagonal,
     fisher_sums,
@@ -100,6 +102,33 @@ def test_batches_of_unequal_size_are_weighted_by_size():
     expected = explicit(net, names, batches, "batch")
     got = fisher_diagonal(net, names, batches, adjusted, mode="batch")
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def residual():
+    encoder, dim = create_encoder("resnet8", 3)
+    return LongTailModel(encoder, dim, 5, projection=None).to(memory_format=torch.channels_last)
+
+
+def attention():
+    return VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
+
+
+@pytest.mark.parametrize("make", [residual, attention])
+def test_networks_in_use(make):
+    """Channels-last convolutions with in-place activations; attention and layer norm."""
+    torch.manual_seed(1)
+    net = make()
+    names = [k for k, _ in net.named_parameters() if not k.startswith(("classifier", "heads"))]
+    images, labels = torch.randn(6, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.arange(6) % 5
+    for p in net.parameters():  # torchvision starts some at zero, which would hide gradients
+        p.data.add_(0.05 * torch.randn_like(p))
+    expected = explicit(net, names, split(images, labels, 3))
+    got = fisher_diagonal(net, names, split(images, labels, 3), adjusted, chunk=2)
+    scale = expected.square().mean().sqrt()
+    torch.testing.assert_close(got.double() / scale, expected / scale, rtol=1e-3, atol=1e-4)
+    assert (expected / scale).max() > 1
+    singly = fisher_diagonal(net, names, split(images, labels, 1), adjusted, mode="batch")
+    torch.testing.assert_close(singly.double() / scale, expected / scale, rtol=1e-3, atol=1e-4)
 
 
 def test_ranks_of_unequal_share_add_up():

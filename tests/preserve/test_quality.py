@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltfast.preserve.quality import VARIANCE_FLOOR, QualityStats, nearest_other
 
@@ -129,6 +130,26 @@ def test_inaturalist_class_count():
     pick = torch.tensor([0, 511, 512, 4097, 8141])
     table = torch.cdist(features.double()[pick], features.double())
     torch.testing.assert_close(got[pick], table.topk(2, largest=False).values[:, 1], rtol=1e-6, atol=1e-9)
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_update_reads_nothing_back_to_the_host():
+    stats = QualityStats(5, 3)
+    features, labels = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 4, 4, 1])
+    with Ops() as ops:
+        stats.update(features, labels)
+    assert any("index_add" in name for name in ops.names)
+    assert not [n for n in ops.names if any(sync in n for sync in ("_local_scalar_dense", "nonzero", "_to_copy.cpu"))]
+    assert not stats.flat.requires_grad
 
 
 def test_bad_arguments():
