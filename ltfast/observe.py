@@ -84,7 +84,7 @@ class AscentMeter:
         radius, clipped = stats["radius"], stats["clipped"]
         rows = torch.stack([
             radius > 0, radius, clipped > 0, clipped < 0, stats["fallback"], stats["norm_sq"].sqrt(),
-            stats["length_sq"].sqrt().expand_as(radius),
+            stats["length_sq"].sqrt() * (radius > 0),
         ])  # fmt: skip
         self.sums = rows if self.sums is None or self.sums.shape != rows.shape else self.sums + rows
 
