@@ -1,9 +1,18 @@
-"""Checkpoints: tensors plus JSON in one safetensors file, written atomically. No pickle is read or written."""
+"""Checkpoints: tensors plus JSON in one safetensors file, written atomically, checked when read. No pickle anywhere.
+
+The header carries a SHA-256 over the JSON and every tensor's name, type, shape and bytes. A file is written beside its
+place, flushed to the disk and renamed, then the folder is flushed: after a crash at any moment a reader finds the old
+file or the new one. Files are plain safetensors that any other reader opens.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +22,91 @@ from torch import Tensor
 from ltfast.errors import UserError
 
 META = "ltfast"
+DIGEST = "ltfast-sha256"
+PART = ".part"
+CHUNK = 16 << 20  # bytes a write call: large enough for any disk, small enough to be interrupted
+DTYPES = {
+    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `tensors` and `meta` (JSON-able) to `path`: a reader sees the old file or the new one, never a part."""
-    from safetensors.torch import save_file
+def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """Write `tensors` and `meta` (JSON-able) to `path`, whose folder must exist; returns the digest.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, {META: json.dumps(meta)})
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    A reader sees the old file or the new one, never a part, also after a power cut.
+
+    Raises:
+        OSError: disk full, no permission, the folder is gone; `path` is then what it was before.
+    """
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(meta)
+    digest = digest_of(host, text)
+    write_atomically(path, file_content(host, {META: text, DIGEST: digest}))
+    return digest
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256, hex, over the metadata text and every host tensor: name, type, shape and bytes, sorted by name."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"|{name}|{DTYPES[tensor.dtype]}|{list(tensor.shape)}|".encode())
+        digest.update(raw(tensor))
+    return digest.hexdigest()
+
+
+def file_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file in pieces: length, JSON header, tensors (widest types first, so all are aligned)."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in names:
+        data = raw(tensors[name])
+        for start in range(0, len(data), CHUNK):
+            yield data[start : start + CHUNK]
+
+
+def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write beside `path`, flush to the disk, rename over it, flush the folder. OSError leaves `path` untouched."""
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    try:
+        with open(part, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        flush_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by `save`.
+    """Read a file written by `save` (its checksum is verified) or any other safetensors file.
 
     Raises:
         UserError: missing, damaged, or not a safetensors file.
@@ -37,12 +115,29 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get(META, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+            metadata = file.metadata() or {}
+            # A copy: safetensors maps the file, and a map of a file that is cut short kills the process.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        meta = json.loads(metadata.get(META, "{}"))
+        intact = DIGEST not in metadata or metadata[DIGEST] == digest_of(tensors, metadata.get(META, "{}"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({error})") from None
+    if not intact:
+        raise UserError(f"{path}: damaged (its checksum does not match); use another checkpoint")
+    return tensors, meta
+
+
+def load_meta(path: Path) -> dict[str, Any]:
+    """The JSON part of a file written by `save`, without reading its tensors; {} if there is none or it is unreadable."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get(META, "{}")))
+    except (SafetensorError, OSError, ValueError):
+        return {}
 
 
 def load_into(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
@@ -59,7 +154,9 @@ def load_into(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
         for k, v in state.items() if k in tensors and tensors[k].shape != v.shape
     ]  # fmt: skip
     if problems:
-        raise UserError(f"{path}: belongs to another model ({problems[0]}; {len(problems)} differences); use the run's own --model and --dataset")
+        raise UserError(
+            f"{path}: belongs to another model ({problems[0]}; {len(problems)} differences); use the run's own --model and --dataset"
+        )
     with torch.no_grad():
         for k, v in state.items():
             v.copy_(tensors[k])
@@ -89,10 +186,14 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     tensors = {k.removeprefix("module.").removeprefix("encoder."): v for k, v in tensors.items()}
     missing = [k for k in state if k not in tensors and not k.endswith("num_batches_tracked")]
     if missing:
-        raise UserError(f"--weights {path}: {missing[0]} is missing ({len(missing)} of {len(state)} tensors); is it another --model?")
+        raise UserError(
+            f"--weights {path}: {missing[0]} is missing ({len(missing)} of {len(state)} tensors); is it another --model?"
+        )
     with torch.no_grad():
         for k, v in state.items():
             if k in tensors:
                 if tensors[k].shape != v.shape:
-                    raise UserError(f"--weights {path}: {k} is {list(tensors[k].shape)}, the model needs {list(v.shape)}")
+                    raise UserError(
+                        f"--weights {path}: {k} is {list(tensors[k].shape)}, the model needs {list(v.shape)}"
+                    )
                 v.copy_(tensors[k])

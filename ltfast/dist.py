@@ -2,50 +2,176 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ltfast.errors import UserError
+
+T = TypeVar("T")
+HASH_BLOCK = 1 << 22  # elements hashed at once: 32 MiB of int64 products
+# A peer that dies closes its connections (gloo) or is noticed by the launcher (NCCL); this only ends a true hang.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass
+class Traffic:
+    """Collectives this process took part in and the bytes it handed to them."""
+
+    calls: int = 0
+    bytes: int = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Count one collective on `tensor`."""
+        self.calls += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of the run."""
+    """This process among all of the run.
+
+    Every method that takes part in a collective must be called by all ranks, in the same order. `host` is a group for
+    decisions of the host (gloo): using it never waits for a device. `traffic` counts what goes over the wire.
+    """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    host: Any = field(default=None, compare=False, repr=False)
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @property
     def main(self) -> bool:
         """True on the one process that writes files and prints."""
         return self.rank == 0
 
-    def mean_(self, tensor: Tensor) -> Tensor:
-        """Average a float tensor over the ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-            tensor /= self.world
-        return tensor
+    # -- tensors -------------------------------------------------------------------------------------------------------
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over the ranks, in place."""
+        """Add a tensor up over the ranks, in place; every rank gets the same bits."""
         if self.world > 1:
+            self.traffic.add(tensor)
             dist.all_reduce(tensor)
         return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Average a float tensor over the ranks, in place; every rank gets the same bits."""
+        return self.sum_(tensor).div_(self.world) if self.world > 1 else tensor
+
+    def sum_async(self, tensor: Tensor) -> Any:
+        """Start `sum_`; returns an object whose wait() ends it, or None when alone."""
+        if self.world == 1:
+            return None
+        self.traffic.add(tensor)
+        return dist.all_reduce(tensor, async_op=True)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Overwrite a tensor with rank 0's, in place."""
+        if self.world > 1:
+            self.traffic.add(tensor)
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[world, ...] the tensors of all ranks, on every rank (shapes must agree)."""
+        if self.world == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        self.traffic.add(tensor)
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    # -- decisions of the host -----------------------------------------------------------------------------------------
+
+    def share(self, value: T) -> T:
+        """Rank 0's `value` (anything JSON holds) on every rank."""
+        if self.world == 1:
+            return value
+        text = json.dumps(value).encode() if self.main else b""
+        length = torch.tensor([len(text)])
+        dist.broadcast(length, 0, group=self.host)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if self.main:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(data, 0, group=self.host)
+        return json.loads(bytes(data.numpy()))  # type: ignore[no-any-return]
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Run `work` on rank 0 only; its UserError is raised on every rank. Returns its result there, None elsewhere."""
+        result, error = None, None
+        if self.main:
+            try:
+                result = work()
+            except UserError as problem:
+                error = str(problem)
+        error = self.share(error)
+        if error is not None:
+            raise UserError(error)
+        return result
+
+    def tensors(self, named: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Rank 0's host tensors on every rank (a checkpoint: only rank 0 needs to see the file system it lies on)."""
+        if self.world == 1:
+            return named or {}
+        plan = None if named is None else [[k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in named.items()]
+        result = {}
+        for name, shape, dtype in self.share(plan) or []:
+            tensor = named[name].contiguous() if named is not None else torch.empty(shape, dtype=getattr(torch, dtype))
+            if tensor.numel():
+                dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0, group=self.host)
+            result[name] = tensor
+        return result
+
+    def check_same(self, tensor: Tensor, what: str) -> None:
+        """Compare a float32 tensor over the ranks, bit for bit, by a 64-bit checksum.
+
+        Raises:
+            UserError: some rank holds other bits: a hardware fault, or an operation that differs between devices.
+        """
+        if self.world == 1:
+            return
+        sums = self.gather(checksum(tensor).reshape(1)).flatten().tolist()
+        wrong = [r for r, value in enumerate(sums) if value != sums[0]]
+        if wrong:
+            raise UserError(
+                f"ranks {wrong} hold other {what} than rank 0: a faulty device, or kernels that differ between them; "
+                "continue from the last checkpoint with --resume, on healthy and equal devices"
+            )
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """int64 0-dim: sum_i bits_i * (2 i + 1) mod 2^64 of a float32 tensor. Any single changed element changes it."""
+    bits = tensor.detach().reshape(-1).view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), HASH_BLOCK):
+        part = bits[start : start + HASH_BLOCK].long()
+        odd = torch.arange(2 * start + 1, 2 * (start + part.numel()) + 1, 2, device=tensor.device)
+        total += (part * odd).sum()
+    return total
+
+
+def launched() -> bool:
+    """True inside a process that torchrun (or anything that sets its variables) has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def start() -> Ranks:
     """Join the process group that torchrun's environment describes, or be alone."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
     if world == 1:
         return Ranks()
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return Ranks(rank, world, local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    return Ranks(rank, world, local, host=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
 
 def stop() -> None:
