@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
     from ltfast.data.registry import LARGE
 
     data, views = config.data, 3 if config.loss.loss == "bcl" else 1
-    large = {
+    large: dict[str, Any] = {
         "image_size": data.image_size, "loader": data.loader, "workers": data.workers, "on_bad_image": data.on_bad_image,
         "train_list": data.train_list, "val_list": data.val_list, "test_list": data.test_list,
     }  # fmt: skip
@@ -73,8 +74,12 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
         device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download,
         **(large if data.dataset in LARGE else {}),
     )  # fmt: skip
-    if config.preserve.groups > source.num_classes and (config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")):
-        raise UserError(f"--groups {config.preserve.groups}: more groups than the {source.num_classes} classes; use at most {source.num_classes}")
+    if config.preserve.groups > source.num_classes and (
+        config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")
+    ):
+        raise UserError(
+            f"--groups {config.preserve.groups}: more groups than the {source.num_classes} classes; use at most {source.num_classes}"
+        )
     return source
 
 
@@ -93,11 +98,11 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     cfg = config.model
     # CIFAR ResNets keep their own stem at any size: on 8x8 digits it is 3 to 4 points better than a full-resolution one.
     stem = "small" if side <= 64 and not is_cifar_encoder(cfg.model) else "default"
-    encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side if cfg.model.startswith("vit") else None)
-    projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None
-    model = LongTailModel(
-        encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier
+    encoder, dim = create_encoder(
+        cfg.model, channels, stem=stem, image_size=side if cfg.model.startswith("vit") else None
     )
+    projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None
+    model = LongTailModel(encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier)
     if cfg.weights:
         checkpoint.load_weights(model.encoder, Path(cfg.weights))
     return model
@@ -118,7 +123,9 @@ def build_membership(config: Config, rule: Rule | None, counts: Tensor, group_of
     if rule is None or (rule.groups == "bank" and group_of_class is None):
         return membership_for("single", counts)
     if rule.groups == "class" and counts.numel() > CLASS_GROUPS_MAX:
-        raise UserError(f"cc-sam: {counts.numel()} classes, one group each, is more than {CLASS_GROUPS_MAX}; use gsa-paper, its grouped form")
+        raise UserError(
+            f"cc-sam: {counts.numel()} classes, one group each, is more than {CLASS_GROUPS_MAX}; use gsa-paper, its grouped form"
+        )
     sharp = config.sharpness
     return membership_for(
         MEMBERSHIP_KIND[rule.groups], counts, group_of_class,

@@ -63,7 +63,9 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=ltfast.__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
-    train = commands.add_parser("train", help="train a model", description="Train a model; with no argument, gkp-gsa on digits-lt.")
+    train = commands.add_parser(
+        "train", help="train a model", description="Train a model; with no argument, gkp-gsa on digits-lt."
+    )
     train.add_argument("--method", default=None, help="method name, see `ltfast methods` [gkp-gsa]")
     train.add_argument("--config", default=None, metavar="FILE", help="TOML file of settings; flags override it")
     train.add_argument("--resume", default=None, metavar="RUN", help="continue this run folder")
@@ -108,7 +110,9 @@ def command_train(args: argparse.Namespace) -> int:
         return 0
     ranks = dist.start()
     try:
-        result = train(config, resume=args.resume, ranks=ranks, progress=ConsoleProgress() if ranks.main else Progress())
+        result = train(
+            config, resume=args.resume, ranks=ranks, progress=ConsoleProgress() if ranks.main else Progress()
+        )
         if ranks.main:
             print_result(result)
     finally:
@@ -127,11 +131,15 @@ def print_result(result: dict[str, Any]) -> None:
     info = folder.metrics("data")[-1]
     baseline = baseline_for(config)
     kind = "best" if "best" in result else "last"
-    print(f"\ntest split, last checkpoint, {config.method}" + (" beside ce (mean of committed seeds)" if baseline else ""))
+    print(
+        f"\ntest split, last checkpoint, {config.method}" + (" beside ce (mean of committed seeds)" if baseline else "")
+    )
     print(format_table(result["last"], info["class_names"], info["counts"], baseline, headings=(config.method, "ce")))
     if kind == "best":
         best = result["best"]
-        print(f"\nbest on validation (epoch {best['epoch'] + 1}): top-1 {best['top1']:.2f} %; last: top-1 {result['last']['top1']:.2f} %")
+        print(
+            f"\nbest on validation (epoch {best['epoch'] + 1}): top-1 {best['top1']:.2f} %; last: top-1 {result['last']['top1']:.2f} %"
+        )
     print(f"run folder: {folder.path}")
 
 
@@ -151,11 +159,16 @@ def command_eval(args: argparse.Namespace) -> int:
 def command_methods(args: argparse.Namespace) -> int:
     from ltfast.recipes import ALIASES, BASES, SHARPNESS_SOURCES
 
-    print("A method joins a base loss, at most one sharpness rule, and gkp with '+', e.g. balanced-softmax+sam; the base is bcl if not named.\n")
+    print(
+        "A method joins a base loss (bcl if not named), at most one sharpness rule, and gkp: balanced-softmax+sam+gkp.\n"
+    )
     for title, rows in (
         ("base losses", {k: v[1] for k, v in BASES.items()}),
         ("sharpness rules", SHARPNESS_SOURCES),
-        ("knowledge", {"gkp": "grouped knowledge preservation: Fisher-weighted anchors of class groups (Chen et al., CVPR 2026)"}),
+        (
+            "knowledge",
+            {"gkp": "grouped knowledge preservation: Fisher-weighted anchors of class groups (Chen et al., CVPR 2026)"},
+        ),
         ("short names", ALIASES),
     ):
         print(title)

@@ -29,13 +29,19 @@ class Data:
     imbalance: float = _opt(100.0, "largest over smallest class count of a thinned set; 1 = balanced", paper="100")
     imbalance_type: str = _opt("exp", "shape of the long tail", choices=("exp", "step"))
     limit_train: int = _opt(0, "keep this many training images, class proportions kept; 0 = all")
-    val_per_class: int = _opt(0, "images a class held out of train for choosing the best checkpoint; 0 = last epoch only")
+    val_per_class: int = _opt(
+        0, "images a class held out of train for choosing the best checkpoint; 0 = last epoch only"
+    )
     sampler: str = _opt(
-        "instance", "order of training images",
-        choices=("instance", "class-balanced", "sqrt", "progressive", "group-stratified"), paper="instance",
+        "instance",
+        "order of training images",
+        choices=("instance", "class-balanced", "sqrt", "progressive", "group-stratified"),
+        paper="instance",
     )
     batch: int = _opt(256, "global batch size (over all processes)", paper="256")
-    views: str = _opt("auto", "augmentation recipe; auto = the dataset's", choices=("auto", "digits", "cifar", "imagenet", "plain"))
+    views: str = _opt(
+        "auto", "augmentation recipe; auto = the dataset's", choices=("auto", "digits", "cifar", "imagenet", "plain")
+    )
     image_size: int = _opt(224, "side of large images in pixels", paper="224")
     loader: str = _opt("auto", "input pipeline of large images", choices=("auto", "dali", "torch"))
     workers: int = _opt(-1, "loader threads or workers; -1 = number of cores")
@@ -50,7 +56,9 @@ class Data:
 class Model:
     """The network."""
 
-    model: str = _opt("resnet32", "encoder: resnet8|resnet20|resnet32 (CIFAR style) or a torchvision classifier", paper="resnet32")
+    model: str = _opt(
+        "resnet32", "encoder: resnet8|resnet20|resnet32 (CIFAR style) or a torchvision classifier", paper="resnet32"
+    )
     classifier: str = _opt("cosine", "classifier layer", choices=("cosine", "linear"), paper="cosine")
     scale: float = _opt(30.0, "scale of the cosine classifier", paper="30")
     projection_hidden: int = _opt(512, "hidden width of the projection heads", paper="512 (CIFAR), 2048")
@@ -103,8 +111,12 @@ class Preserve:
     center: bool = _opt(False, "subtract the initial weights before comparing snapshots", paper="false")
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
     gkp_lambda: float = _opt(10.0, "strength lambda of GKP", paper="10")
-    gkp_normalise: str = _opt("classes", "divide by classes or training images of a group", choices=("classes", "samples"), paper="classes")
-    fisher: str = _opt("per-sample", "squares of per-sample gradients or of batch means", choices=("per-sample", "batch"))
+    gkp_normalise: str = _opt(
+        "classes", "divide by classes or training images of a group", choices=("classes", "samples"), paper="classes"
+    )
+    fisher: str = _opt(
+        "per-sample", "squares of per-sample gradients or of batch means", choices=("per-sample", "batch")
+    )
     fisher_budget: int = _opt(512, "training images a group used for its Fisher")
     alpha_start: float = _opt(0.9, "weight of GSA against GKP at the start (cosine schedule)", paper="0.9")
     alpha_end: float = _opt(0.8, "the same at the end", paper="0.8")
@@ -118,7 +130,11 @@ class Optim:
     epochs: int = _opt(200, "passes over the training images", paper="200 (CIFAR), 90, 100, 30")
     optimizer: str = _opt("sgd", "base optimizer", choices=("sgd", "adamw"), paper="sgd")
     lr: float = _opt(0.15, "peak learning rate", paper="0.15 (CIFAR), 0.1, 0.2")
-    schedule: str = _opt("multistep", "multistep: x0.1 at 80 % and 90 % of the epochs; cosine: to 0", choices=("multistep", "cosine", "constant"))
+    schedule: str = _opt(
+        "multistep",
+        "multistep: x0.1 at 80 % and 90 % of the epochs; cosine: to 0",
+        choices=("multistep", "cosine", "constant"),
+    )
     warmup: float = _opt(5.0, "epochs of linear warm-up", paper="5 (CIFAR), 0")
     momentum: float = _opt(0.9, "momentum of sgd, beta1 of adamw", paper="0.9")
     nesterov: bool = _opt(False, "Nesterov momentum", paper="false")
@@ -133,7 +149,9 @@ class Run:
     out: str | None = _opt(None, "run folder; default runs/<dataset>-<method>-s<seed>, numbered if taken")
     seed: int = _opt(0, "seed of weights, order and augmentation", paper="0")
     device: str = _opt("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = _opt("auto", "auto = bf16 autocast on GPU, fp32 on CPU", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
+    precision: str = _opt(
+        "auto", "auto = bf16 autocast on GPU, fp32 on CPU", choices=("auto", "fp32", "tf32", "bf16", "fp16")
+    )
     compile: bool = _opt(False, "torch.compile forward and backward")
     deterministic: bool = _opt(False, "bit-reproducible kernels")
     checkpoint_every: int = _opt(1, "epochs between checkpoints")
@@ -185,7 +203,9 @@ class Config:
     @staticmethod
     def from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
         """Build from the nested form of `to_dict`; see `flatten` for the errors."""
-        return dataclasses.replace(Config().with_(**flatten(values, where)), method=str(values.get("method", "gkp-gsa")))
+        return dataclasses.replace(
+            Config().with_(**flatten(values, where)), method=str(values.get("method", "gkp-gsa"))
+        )
 
 
 FIELDS: dict[str, tuple[str, dataclasses.Field[Any]]] = {

@@ -38,7 +38,9 @@ def evaluate(
     return accumulator.to_dict()
 
 
-def evaluate_run(folder: str, which: str = "last", split: str = "test", data_dir: str | None = None) -> tuple[dict[str, Any], Source]:
+def evaluate_run(
+    folder: str, which: str = "last", split: str = "test", data_dir: str | None = None
+) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights.
 
     Raises:

@@ -50,7 +50,9 @@ class FlatParameters:
         self.device = self.params[0].device
         for p in self.params:
             if p.dtype != torch.float32:
-                raise ValueError(f"params holds a {p.dtype} parameter: keep parameters float32 and use autocast instead")
+                raise ValueError(
+                    f"params holds a {p.dtype} parameter: keep parameters float32 and use autocast instead"
+                )
             if p.device != self.device:
                 raise ValueError(f"params lie on {self.device} and {p.device}: use one optimizer for each device")
         self.offsets: list[int] = []
@@ -123,7 +125,9 @@ class FlatBuffers:
     def __init__(self, module: nn.Module) -> None:
         self.buffers = [b for b in module.buffers() if b.is_floating_point()]
         self.counters = [b for b in module.buffers() if not b.is_floating_point() and b.ndim == 0]
-        self.data = torch.cat([b.detach().reshape(-1).float() for b in self.buffers]) if self.buffers else torch.zeros(0)
+        self.data = (
+            torch.cat([b.detach().reshape(-1).float() for b in self.buffers]) if self.buffers else torch.zeros(0)
+        )
         start = 0
         for b in self.buffers:
             b.data = self.data[start : start + b.numel()].view(b.shape)

@@ -56,7 +56,10 @@ RECIPES: dict[str, Callable[[], Values]] = {
 # Parts that a method name joins with "+": a base loss, at most one sharpness rule, gkp.
 BASES: dict[str, tuple[Values, str]] = {
     "ce": ({"loss": "ce"}, "plain cross-entropy on one view: the baseline"),
-    "balanced-softmax": ({"loss": "balanced-softmax"}, "logits + log prior, one view (Ren et al. 2020; Menon et al. 2021)"),
+    "balanced-softmax": (
+        {"loss": "balanced-softmax"},
+        "logits + log prior, one view (Ren et al. 2020; Menon et al. 2021)",
+    ),
     "bcl": ({"loss": "bcl"}, "balanced contrastive learning, three views (Zhu et al., CVPR 2022)"),
 }
 SHARPNESS_SOURCES: dict[str, str] = {
@@ -117,7 +120,9 @@ def rule_of(config: Config) -> Rule | None:
     if sharp.sharpness == "none":
         return None
     if sharp.sharpness not in RULES:
-        raise UserError(f"sharpness={sharp.sharpness!r}: unknown{nearest(sharp.sharpness, RULES)}; see `ltfast methods`")
+        raise UserError(
+            f"sharpness={sharp.sharpness!r}: unknown{nearest(sharp.sharpness, RULES)}; see `ltfast methods`"
+        )
     names = {f.name for f in dataclasses.fields(Rule)}
     overrides = {k: v for k, v in dataclasses.asdict(sharp).items() if k in names and v is not None}
     try:
@@ -127,7 +132,9 @@ def rule_of(config: Config) -> Rule | None:
     if rule.scope == "classifier" and rule.direction == "friendly":
         raise UserError("direction=friendly keeps a moving average of full gradients: use scope=all with it")
     if rule.gram_every > 1 and (rule.objective == "per_group" or rule.direction == "friendly" or rule.split):
-        raise UserError(f"gram_every={rule.gram_every}: only a shared objective with gradient directions can reuse the Gram matrix; use 1")
+        raise UserError(
+            f"gram_every={rule.gram_every}: only a shared objective with gradient directions can reuse the Gram matrix; use 1"
+        )
     if rule.split and (rule.scope, rule.objective) != ("all", "shared"):
         raise UserError(f"{sharp.sharpness}: only scope=all and objective=shared exist for it")
     return rule

@@ -55,7 +55,9 @@ class Objective:
             return cross_entropy(logits, labels)
         return balanced_softmax(logits, labels, self.prior, self.tau)
 
-    def __call__(self, model: LongTailModel, features: Tensor, z: Tensor | None, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, model: LongTailModel, features: Tensor, z: Tensor | None, labels: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         """Loss of each sample [B] from features [V*B, D], projections z [2B, P] and an optional perturbed classifier."""
         b = labels.numel()
         if self.kind != "bcl":
@@ -148,7 +150,7 @@ class TrainStep:
         membership: Tensor | None = None,
         group_counts: Tensor | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-        reduce: Callable[[Tensor], None] | None = None,
+        reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
         self.model, self.objective, self.flat, self.buffers, self.update = model, objective, flat, buffers, update
         self.rule, self.autocast, self.reduce = rule, autocast, reduce
@@ -223,7 +225,8 @@ class TrainStep:
 
     def _shared(self, x: Tensor, labels: Tensor) -> Tensor:
         """One perturbation for the whole batch: SAM, its variants, and GSA with a shared objective."""
-        assert self.engine is not None and self.rule is not None
+        assert self.engine is not None
+        assert self.rule is not None
         losses, shares, self.features = self.losses(x, labels)
         self.engine.ascend(losses, shares)
         self.buffers.save()
@@ -258,7 +261,7 @@ class TrainStep:
         self.features = features[: labels.numel()].detach()
         weight = self.model.classifier.weight
         member = self.membership[labels]
-        eps, plain, shares = self._classifier_ascent(features.detach(), None if z is None else z.detach(), labels, member)
+        eps, plain = self._classifier_ascent(features.detach(), None if z is None else z.detach(), labels, member)
         self.buffers.save()
         total = torch.zeros((), device=x.device)
         with self.autocast():
@@ -271,11 +274,15 @@ class TrainStep:
         total.backward()
         return plain
 
-    def _classifier_ascent(self, features: Tensor, z: Tensor | None, labels: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Perturbations [G or 1, C*D] of the classifier weight, the unperturbed loss and the shares [G]."""
+    def _classifier_ascent(
+        self, features: Tensor, z: Tensor | None, labels: Tensor, member: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Perturbations [G or 1, C*D] of the classifier weight, and the unperturbed loss."""
         rule = self.rule
         assert rule is not None
-        weight = self.model.classifier.weight.view_as(self.model.classifier.weight)  # not a leaf: FLOP counters need that
+        weight = self.model.classifier.weight.view_as(
+            self.model.classifier.weight
+        )  # not a leaf: FLOP counters need that
         with self.autocast():
             per_sample = self.objective(self.model, features, z, labels, weight)
         losses, shares = group_losses(per_sample, member)
@@ -292,4 +299,4 @@ class TrainStep:
         self.classifier_stats = stats._asdict()
         coef = coef.reshape(-1, losses.numel())
         eps = torch.stack([perturb(theta, rows, c, rule.adaptive) - theta for c in coef])
-        return eps, (losses * shares).sum().detach(), shares
+        return eps, (losses * shares).sum().detach()

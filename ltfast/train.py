@@ -1,10 +1,10 @@
 """The training loop, top to bottom as in the paper: scout, fill the memory bank, group, preserve, descend.
 
-    for each epoch:
-        if it is time:  groups  <- spectral clustering of the bank            (MBG)
-                        anchor  <- Fisher-weighted anchors, collapsed to one  (GKP)
-        for each batch: L = alpha * L_gsa + (1 - alpha) * L_gkp               (GSA + GKP, ltfast/step.py)
-        bank            <- this epoch's encoder, for classes whose features were never better
+for each epoch:
+    if it is time:  groups  <- spectral clustering of the bank            (MBG)
+                    anchor  <- Fisher-weighted anchors, collapsed to one  (GKP)
+    for each batch: L = alpha * L_gsa + (1 - alpha) * L_gkp               (GSA + GKP, ltfast/step.py)
+    bank            <- this epoch's encoder, for classes whose features were never better
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class Trainer:
         limit = 1 / max(cfg.optim.lr * strongest, 1e-12)
         capped = float((anchor.weight > limit).sum() / self.flat.numel)
         if capped:
-            self.progress.note(f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, to stay stable")
+            self.progress.note(
+                f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, to stay stable"
+            )
         self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()))
         return anchor._replace(weight=anchor.weight.clamp_max(limit))
 
@@ -219,7 +221,9 @@ class Trainer:
     def save_weights(self, name: str) -> None:
         if self.folder is not None and self.ranks.main:
             path = self.folder.checkpoints / f"{name}.safetensors"
-            checkpoint.save(path, dict(self.model.state_dict()), {"epoch": self.epoch, "model": self.config.model.model})
+            checkpoint.save(
+                path, dict(self.model.state_dict()), {"epoch": self.epoch, "model": self.config.model.model}
+            )
 
     def save_state(self) -> None:
         """Everything `--resume` needs, beside the weights."""
@@ -239,7 +243,11 @@ class Trainer:
             tensors["groups"] = self.groups
         meta: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "steps": self.steps, "best": self.best}
         if self.anchor is not None:
-            tensors |= {"anchor.weight": self.anchor.weight, "anchor.target": self.anchor.target, "anchor.const": self.anchor.const}
+            tensors |= {
+                "anchor.weight": self.anchor.weight,
+                "anchor.target": self.anchor.target,
+                "anchor.const": self.anchor.const,
+            }
         return tensors, meta
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -261,8 +269,8 @@ class Trainer:
             self.groups = tensors["groups"]
             self.source.set_groups(self.groups)
         if "anchor.weight" in tensors:
-            parts = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
-            self.anchor = Anchor(*parts, self.config.preserve.gkp_lambda)
+            weight, target, const = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
+            self.anchor = Anchor(weight, target, const, self.config.preserve.gkp_lambda)
         self.make_step()
         if self.step.engine is not None:
             state = {k.removeprefix("engine."): v for k, v in tensors.items() if k.startswith("engine.")}
@@ -284,7 +292,9 @@ def load_bank(run: Path) -> dict[str, Tensor]:
     return bank
 
 
-def train(config: Config, *, resume: str | None = None, ranks: Ranks | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, resume: str | None = None, ranks: Ranks | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Train by `config` (or continue the run folder `resume`); returns the test results, see `Trainer.fit`."""
     ranks, progress = ranks or Ranks(), progress or Progress()
     if resume:
@@ -296,7 +306,12 @@ def train(config: Config, *, resume: str | None = None, ranks: Ranks | None = No
     else:
         trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
         trainer.folder = RunFolder.create(config) if ranks.main else None
-    trainer.log("data", class_names=trainer.source.class_names, counts=trainer.source.train_counts.tolist(), sizes=trainer.source.sizes)
+    trainer.log(
+        "data",
+        class_names=trainer.source.class_names,
+        counts=trainer.source.train_counts.tolist(),
+        sizes=trainer.source.sizes,
+    )
     progress.begin(trainer)
     try:
         return {**trainer.fit(), "folder": str(trainer.folder.path) if trainer.folder else None}

@@ -26,7 +26,14 @@ def test_help_lists_every_topic_default_and_paper_value(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for piece in ("memory bank, groups and GKP", "--rho-max", "[0.15]", "(paper: 0.15 (CIFAR), 0.1, 0.2)", "--dry-run", "--resume"):
+    for piece in (
+        "memory bank, groups and GKP",
+        "--rho-max",
+        "[0.15]",
+        "(paper: 0.15 (CIFAR), 0.1, 0.2)",
+        "--dry-run",
+        "--resume",
+    ):
         assert piece in text
 
 
@@ -39,7 +46,13 @@ def test_listings(capsys) -> None:
 
 
 def test_run_folder_describes_itself(run: Path) -> None:
-    for name in ("config.toml", "env.json", "metrics.jsonl", "checkpoints/last.safetensors", "checkpoints/best.safetensors"):
+    for name in (
+        "config.toml",
+        "env.json",
+        "metrics.jsonl",
+        "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
+    ):
         assert (run / name).exists(), name
     assert json.loads((run / "env.json").read_text())["torch"]
     kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -93,7 +106,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD, ids=[" ".join(a)[:40] for a, _ in BAD])
-def test_mistakes_are_one_line_and_exit_code_2(argv: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_mistakes_are_one_line_and_exit_code_2(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     error = capsys.readouterr().err

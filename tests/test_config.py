@@ -66,7 +66,11 @@ def test_every_method_builds() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("gsa-papr", "did you mean gsa-paper"), ("sam+asam", "more than one sharpness rule"), ("ce+bcl", "more than one base loss")],
+    [
+        ("gsa-papr", "did you mean gsa-paper"),
+        ("sam+asam", "more than one sharpness rule"),
+        ("ce+bcl", "more than one base loss"),
+    ],
 )
 def test_bad_methods_are_named(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -24,7 +24,9 @@ LR, ALPHA = 0.1, 0.85
 TOLERANCE = 5e-6
 
 
-def make(kind: str = "bcl", model: str = "resnet8", width: int = 4, seed: int = 0) -> tuple[LongTailModel, Objective, Batch]:
+def make(
+    kind: str = "bcl", model: str = "resnet8", width: int = 4, seed: int = 0
+) -> tuple[LongTailModel, Objective, Batch]:
     torch.manual_seed(seed)
     encoder, dim = create_encoder(model, 1, width=width)
     net = LongTailModel(encoder, dim, len(COUNTS), projection=(16, 8) if kind == "bcl" else None)
@@ -33,7 +35,9 @@ def make(kind: str = "bcl", model: str = "resnet8", width: int = 4, seed: int = 
     return net, Objective(kind, COUNTS, 1.0, 0.35, 0.1), Batch(views, labels, torch.arange(20))
 
 
-def take_step(net: LongTailModel, objective: Objective, batch: Batch, rule: Rule | None, kind: str = "groups", steps: int = 1) -> TrainStep:
+def take_step(
+    net: LongTailModel, objective: Objective, batch: Batch, rule: Rule | None, kind: str = "groups", steps: int = 1
+) -> TrainStep:
     """Run `steps` fused steps on `net` in place."""
     flat = FlatParameters(net.parameters())
     update = Update(flat, momentum=0.9, weight_decay=1e-3)
@@ -50,7 +54,9 @@ def take_step(net: LongTailModel, objective: Objective, batch: Batch, rule: Rule
 # -- the slow twin: one group at a time, one parameter at a time, no Gram matrix -----------------------------------------
 
 
-def group_loss_list(net: LongTailModel, objective: Objective, batch: Batch, member: Tensor, weight: Tensor | None = None) -> list[Tensor]:
+def group_loss_list(
+    net: LongTailModel, objective: Objective, batch: Batch, member: Tensor, weight: Tensor | None = None
+) -> list[Tensor]:
     b = batch.labels.numel()
     features = net.features(torch.cat(batch.views))
     z = net.project(features[b:]) if objective.kind == "bcl" else None
@@ -76,7 +82,12 @@ def naive_epsilons(rule: Rule, grads: list[Tensor], theta: Tensor, w: Tensor, n:
         elif rule.direction == "joint":
             u_k = total
         if rule.rho is None:
-            rho = rule.radius_C * (theta.norm() / (2 * u_k.norm())).sqrt() * d**-0.25 * (max(float(n[k]), 2.0) - 1) ** -0.25
+            rho = (
+                rule.radius_C
+                * (theta.norm() / (2 * u_k.norm())).sqrt()
+                * d**-0.25
+                * (max(float(n[k]), 2.0) - 1) ** -0.25
+            )
             length = d**0.5 * min(max(float(rho), rule.rho_min), rule.rho_max)
         else:
             length = rule.rho
@@ -84,7 +95,9 @@ def naive_epsilons(rule: Rule, grads: list[Tensor], theta: Tensor, w: Tensor, n:
     return eps
 
 
-def naive_step(net: LongTailModel, objective: Objective, batch: Batch, rule: Rule | None, member_CG: Tensor, *, forget: str = "") -> None:
+def naive_step(
+    net: LongTailModel, objective: Objective, batch: Batch, rule: Rule | None, member_CG: Tensor, *, forget: str = ""
+) -> None:
     """One step in place on `net`; `forget` leaves a term out, to show that the comparison would notice."""
     params = list(net.parameters())
     member = member_CG[batch.labels]
@@ -104,12 +117,16 @@ def naive_step(net: LongTailModel, objective: Objective, batch: Batch, rule: Rul
                 start += p.numel()
 
     if rule is None:
-        final = gradient(sum(w[k].float() * loss for k, loss in enumerate(group_loss_list(net, objective, batch, member))))
+        final = gradient(
+            sum(w[k].float() * loss for k, loss in enumerate(group_loss_list(net, objective, batch, member)))
+        )
     else:
         losses = group_loss_list(net, objective, batch, member)
         stats = {k: v.clone() for k, v in net.named_buffers()}
         grads = [torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) for loss in losses]
-        grads = [flat_of([torch.zeros_like(p) if g is None else g for g, p in zip(gs, params, strict=True)]) for gs in grads]
+        grads = [
+            flat_of([torch.zeros_like(p) if g is None else g for g, p in zip(gs, params, strict=True)]) for gs in grads
+        ]
         if rule.split:
             tail = naive_epsilons(rule, [grads[1]], theta, torch.ones(1).double(), n[1:])[0]
             assign(theta + tail)
@@ -130,7 +147,9 @@ def naive_step(net: LongTailModel, objective: Objective, batch: Batch, rule: Rul
                 assign(theta + eps[k])
                 if w[k] > 0:
                     final += w[k] * gradient(group_loss_list(net, objective, batch, member)[k])
-    final = (1.0 if forget == "alpha" else ALPHA) * final + 1e-3 * theta  # weight decay; momentum starts at the gradient
+    final = (
+        1.0 if forget == "alpha" else ALPHA
+    ) * final + 1e-3 * theta  # weight decay; momentum starts at the gradient
     assign(theta - LR * final)
     if stats is not None:
         for name, buffer in net.named_buffers():
@@ -154,7 +173,11 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "kind"), SHARED, ids=lambda x: x if isinstance(x, str) else (x.groups + "-" + x.direction if x else "plain"))
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    SHARED,
+    ids=lambda x: x if isinstance(x, str) else (x.groups + "-" + x.direction if x else "plain"),
+)
 @pytest.mark.parametrize("base", ["bcl", "ce"])
 def test_step_equals_its_slow_twin(rule: Rule | None, kind: str, base: str) -> None:
     net, objective, batch = make(base)
@@ -165,7 +188,9 @@ def test_step_equals_its_slow_twin(rule: Rule | None, kind: str, base: str) -> N
     naive_step(twin, objective, batch, rule, member)
     assert difference(net, twin) < TOLERANCE
     wrong.train()
-    naive_step(wrong, objective, batch, rule, member, forget="alpha" if rule is None else "head" if rule.split else "ascent")
+    naive_step(
+        wrong, objective, batch, rule, member, forget="alpha" if rule is None else "head" if rule.split else "ascent"
+    )
     assert difference(net, wrong) > 20 * TOLERANCE
 
 
@@ -182,10 +207,14 @@ def test_classifier_scope_equals_its_slow_twin(name: str) -> None:
     member = member_CG[batch.labels]
     w, n = (member.sum(0) / len(member)).double(), (member_CG.T @ COUNTS.float()).double()
     weight = twin.classifier.weight
-    grads = [torch.autograd.grad(loss, weight, retain_graph=True)[0].double().reshape(-1) for loss in group_loss_list(twin, objective, batch, member)]
+    grads = [
+        torch.autograd.grad(loss, weight, retain_graph=True)[0].double().reshape(-1)
+        for loss in group_loss_list(twin, objective, batch, member)
+    ]
     eps = naive_epsilons(rule, grads, weight.detach().double().reshape(-1), w, n)
     total = sum(
-        w[k].float() * group_loss_list(twin, objective, batch, member, weight + e.float().view_as(weight))[k] for k, e in enumerate(eps)
+        w[k].float() * group_loss_list(twin, objective, batch, member, weight + e.float().view_as(weight))[k]
+        for k, e in enumerate(eps)
     )
     total.backward()
     with torch.no_grad():
@@ -260,7 +289,13 @@ def test_perturbation_is_undone_bit_for_bit() -> None:
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("gsa-paper", 1.0, 1.05), ("sam", 2.0, 2.01), ("gsa-exact", 3.95, 4.01), ("gsa-full", 1.99, 2.3), ("imbsam", 2.6, 2.7)],
+    [
+        ("gsa-paper", 1.0, 1.05),
+        ("sam", 2.0, 2.01),
+        ("gsa-exact", 3.95, 4.01),
+        ("gsa-full", 1.99, 2.3),
+        ("imbsam", 2.6, 2.7),
+    ],
 )
 def test_flops_of_a_step_relative_to_sgd(name: str, low: float, high: float) -> None:
     """Counted by torch on a ResNet-20; G = 4 gives the table of docs/method.md: E (1 + 2G)/3 + 1 = 4, classifier scope about 1."""

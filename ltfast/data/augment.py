@@ -34,6 +34,7 @@ class View(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
+        self.mean, self.std = mean, std
         scale = 1 / torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
         offset = -torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1) * scale
         self.register_buffer("scale", scale.float(), persistent=False)

@@ -68,8 +68,8 @@ def read_cifar(dataset: str, data_dir: Path | None, download: bool = False) -> P
     if pool is None:
         state = "is empty or holds something else" if root.is_dir() else "does not exist"
         raise UserError(
-            f"{dataset}: --data-dir {root} {state}; it must hold torchvision's {files.folder}, train/<class>/ folders or an "
-            ".npz pack (--download fetches it)"
+            f"{dataset}: --data-dir {root} {state}; it must hold torchvision's {files.folder}, "
+            "train/<class>/ folders or an .npz pack (--download fetches it)"
         )
     if len(pool.class_names) != files.num_classes:
         raise UserError(
@@ -110,10 +110,11 @@ def _read_batches(files: _Files, folder: Path) -> Pool:
 def _batch(path: Path, label_key: str) -> tuple[ImageArray, np.ndarray]:
     content = _unpickle(path)
     data, labels = content.get("data"), content.get(label_key)
-    if isinstance(data, np.ndarray) and data.dtype == np.uint8 and isinstance(labels, list):
-        if data.shape == (len(labels), 3 * SIDE * SIDE):
-            return data.reshape(-1, 3, SIDE, SIDE), np.array(labels, dtype=np.int64)
-    raise UserError(f"{path}: holds no CIFAR pictures with {label_key!r}; download the data again")
+    if not isinstance(data, np.ndarray) or not isinstance(labels, list) or data.dtype != np.uint8:
+        raise UserError(f"{path}: holds no CIFAR pictures with {label_key!r}; download the data again")
+    if data.shape != (len(labels), 3 * SIDE * SIDE):
+        raise UserError(f"{path}: {len(labels)} labels for an array of shape {data.shape}; download the data again")
+    return data.reshape(-1, 3, SIDE, SIDE), np.array(labels, dtype=np.int64)
 
 
 def _latin1(text: str, encoding: str) -> bytes:

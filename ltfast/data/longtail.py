@@ -54,7 +54,7 @@ def select_subset(labels: IntArray, counts: IntArray, val_per_class: int = 0, se
     """
     if val_per_class < 0:
         raise UserError(f"--val-per-class {val_per_class}: it must be 0 (no validation split) or more")
-    rng = np.random.RandomState(seed)  # noqa: NPY002 (the legacy stream is what published subsets were drawn with)
+    rng = np.random.RandomState(seed)
     train, val = [], []
     for c, keep in enumerate(counts.tolist()):
         positions = np.where(labels == c)[0]

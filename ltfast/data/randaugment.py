@@ -209,24 +209,46 @@ POINTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def apply_operation(x: Tensor, name: str, argument: Tensor, bicubic: bool = False) -> Tensor:
+    """One operation on x [n, 3, H, W] (whole levels) with argument [n] (signed for the geometric ones); x stays."""
+    return warp(x, argument, name, bicubic) if name in GEOMETRIC else POINTWISE[name](x, argument)
+
+
 def apply_rand_augment(x: Tensor, drawn: Drawn) -> Tensor:
-    """The drawn operations on x [n, 3, H, W] (whole levels), in place; pictures with the same operation go
-    together.
-    """
+    """The drawn operations on x [n, 3, H, W] (whole levels), in place; on the CPU one picture at a time."""
+    if x.device.type != "cpu":
+        return apply_rand_augment_grouped(x, drawn)
+    names = tuple(OPERATIONS)
+    rows = zip(drawn.operation.tolist(), drawn.applied.tolist(), drawn.bicubic.tolist(), strict=True)
+    for i, row in enumerate(rows):
+        for layer, (number, applied, bicubic) in enumerate(zip(*row, strict=True)):
+            if applied:
+                name, one = names[number], slice(i, i + 1)
+                x[one] = apply_operation(x[one], name, _argument(drawn, name, layer)[one], bicubic)
+    return x
+
+
+def apply_rand_augment_grouped(x: Tensor, drawn: Drawn) -> Tensor:
+    """The same; pictures with the same operation in a layer go together, nothing waits for the device."""
     for layer in range(drawn.operation.shape[1]):
-        for number, (name, to_argument) in enumerate(OPERATIONS.items()):
+        for number, name in enumerate(OPERATIONS):
             chosen = drawn.applied[:, layer] & (drawn.operation[:, layer] == number)
             if not bool(chosen.any()):  # host tensors: no device is asked
                 continue
-            argument = torch.zeros_like(drawn.level[:, layer]) + to_argument(drawn.level[:, layer])
-            if name not in GEOMETRIC:
-                on_subset(x, chosen, POINTWISE[name], argument)
-                continue
-            argument = argument * drawn.sign[:, layer]
-            for bicubic in (False, True):
-                part = chosen & (drawn.bicubic[:, layer] == bicubic)
-                on_subset(x, part, partial(warp, name=name, bicubic=bicubic), argument)
+            argument = _argument(drawn, name, layer)
+            for bicubic in (False, True) if name in GEOMETRIC else (None,):
+                part = chosen if bicubic is None else chosen & (drawn.bicubic[:, layer] == bicubic)
+                on_subset(x, part, partial(_change, name=name, bicubic=bool(bicubic)), argument)
     return x
+
+
+def _change(x: Tensor, argument: Tensor, name: str, bicubic: bool) -> Tensor:
+    return apply_operation(x, name, argument, bicubic)
+
+
+def _argument(drawn: Drawn, name: str, layer: int) -> Tensor:
+    argument = torch.zeros_like(drawn.level[:, layer]) + OPERATIONS[name](drawn.level[:, layer])
+    return argument * drawn.sign[:, layer] if name in GEOMETRIC else argument
 
 
 def apply_rand_augment_pil(image: Image, drawn: Drawn, index: int) -> Image:

@@ -55,6 +55,7 @@ class SmallSource:
         self.device = torch.device(device)
         self.images = {split: splits.images[split].to(self.device) for split in SPLITS}
         self.labels = {split: splits.labels[split].to(self.device) for split in SPLITS}
+        self.mean, self.std = plain.mean, plain.std
         self.views, self.plain = tuple(view.to(self.device) for view in views), plain.to(self.device)
         self.batch, self.eval_batch, self.sampler, self.seed = batch, eval_batch, sampler, seed
         self.rank, self.world, self.epochs_total = rank, world, epochs_total

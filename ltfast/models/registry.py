@@ -26,7 +26,7 @@ def encoder_names() -> list[str]:
 def is_cifar_encoder(name: str) -> bool:
     """True for our CIFAR-style ResNets (resnet8 ... resnet110, with or without a width), False for torchvision's."""
     match = _CIFAR_NAME.fullmatch(name)
-    return bool(match) and int(match[1]) in CIFAR_DEPTHS
+    return match is not None and int(match[1]) in CIFAR_DEPTHS
 
 
 def create_encoder(

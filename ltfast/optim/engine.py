@@ -112,7 +112,8 @@ class Engine:
             if stale is not None:
                 self._compare(stale.double(), coef.double(), matrix.double())
             return coef
-        coef = self._coefficients(*gram_partials(self.rows, self.flat.data, rule.adaptive), shares)
+        matrix, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
+        coef = self._coefficients(matrix, theta_sq, shares)
         if rule.direction == "friendly":
             present = (shares > 0).float()
             weight = present * torch.where(self.seen > 0, 1 - rule.lmbda, 1.0)

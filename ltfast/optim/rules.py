@@ -85,7 +85,9 @@ RULES: dict[str, Rule] = {
     "imbsam": Rule(groups="head-tail", rho=0.05),
     "focal-sam": Rule(groups="focal", rho=0.05),
     "cc-sam": Rule(groups="class", direction="none", objective="per_group", scope="classifier", rho=None),
-    "gsa-paper": Rule(groups="bank", direction="orthogonal", objective="per_group", scope="classifier", adaptive=True, rho=None),
+    "gsa-paper": Rule(
+        groups="bank", direction="orthogonal", objective="per_group", scope="classifier", adaptive=True, rho=None
+    ),
     "gsa-full": Rule(groups="bank", direction="orthogonal", scope="all", adaptive=True, rho=None, gram_every=16),
     "gsa-exact": Rule(groups="bank", direction="orthogonal", scope="all", adaptive=True, rho=None),
     "gsa-release": Rule(groups="bank", direction="friendly", scope="all", adaptive=True, rho=None, aggregate="share"),
