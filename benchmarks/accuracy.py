@@ -1,0 +1,110 @@
+"""Accuracy of presets over seeds: trains through the public command line and appends one row a run and figure.
+
+    python benchmarks/accuracy.py --methods ce bcl gkp-gsa --seeds 0 1 2                       # digits-lt, CPU
+    python benchmarks/accuracy.py --dataset cifar10-lt --data-dir PACK.npz --budget 540        # as many as fit
+    python benchmarks/accuracy.py --collect runs/a runs/b                                      # rows of finished runs
+Methods are trained round by round (all methods at one seed before the next), so that a budget that ends early still
+compares like with like. A run whose folder exists under --work is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness import append_row
+
+FIGURES = ("top1", "many", "medium", "few", "ece", "per_class")
+METHODS = (
+    "ce",
+    "balanced-softmax",
+    "bcl",
+    "gkp",
+    "gsa-paper",
+    "gkp-gsa",
+    "gsa-full",
+    "gsa-full+gkp",
+    "bcl+sam",
+    "gsa-release",
+)
+
+
+def collect(folder: Path) -> None:
+    """Append the rows of one finished run: test figures of its last checkpoint and its training time."""
+    from ltfast.runs import RunFolder
+
+    run = RunFolder.open(folder)
+    config, env = run.config, json.loads((folder / "env.json").read_text())
+    tests, epochs = run.metrics("test"), run.metrics("epoch")
+    if not tests:
+        print(f"{folder}: not finished, left out", file=sys.stderr)
+        return
+    case = f"{config.method}/{config.model.model}/seed={config.run.seed}"
+    settings = {
+        "command": f"ltfast train --dataset {config.data.dataset} --method {config.method} --seed {config.run.seed}",
+        "imbalance": config.data.imbalance, "limit_train": config.data.limit_train, "epochs": config.optim.epochs,
+        "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"],
+    }  # fmt: skip
+    where = {"commit": env["commit"], "device": env["device"]}
+    for name in FIGURES:
+        append_row(config.data.dataset, case, name, tests[-1]["last"][name], n=1, config=settings, **where)
+    append_row(config.data.dataset, case, "seconds", sum(e["seconds"] for e in epochs), n=1, config=settings, **where)
+
+
+def train(folder: Path, method: str, seed: int, args: argparse.Namespace) -> None:
+    """Train one run into `folder` through the command line."""
+    command = [
+        sys.executable,
+        "-m",
+        "ltfast",
+        "train",
+        "--dataset",
+        args.dataset,
+        "--method",
+        method,
+        "--seed",
+        str(seed),
+    ]
+    command += [
+        "--out",
+        str(folder),
+        "--no-tensorboard",
+        *(["--data-dir", args.data_dir] if args.data_dir else []),
+        *args.flags,
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="digits-lt")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further run starts")
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="where run folders go")
+    parser.add_argument("--collect", nargs="+", type=Path, help="only append the rows of these finished runs")
+    parser.add_argument("flags", nargs="*", help="further flags of ltfast train, after --")
+    args = parser.parse_args()
+    if args.collect:
+        for folder in args.collect:
+            collect(folder)
+        return
+    started = time.monotonic()
+    for seed in args.seeds:
+        for method in args.methods:
+            folder = args.work / f"{args.dataset}-{method}-s{seed}"
+            if folder.exists():
+                continue
+            if time.monotonic() - started > args.budget:
+                return
+            train(folder, method, seed, args)
+            collect(folder)
+
+
+if __name__ == "__main__":
+    main()
