@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["ltfast", "ltfast.*"]), "ltfast.kernels"],
     package_dir={"ltfast": "ltfast", "ltfast.kernels": "kernels"},
-    package_data={"ltfast": ["py.typed"]},
+    package_data={"ltfast": ["py.typed", "baselines.json"]},
 )

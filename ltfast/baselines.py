@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ltfast.config import Config
+from ltfast.metrics import OVERALL
+from ltfast.recipes import build_config
+
+# Settings that change the split or its test images; with any of them different the figures would not compare.
+SPLIT = ("dataset", "imbalance", "imbalance_type", "limit_train", "val_per_class", "data_dir")
 
 
 def baseline_for(config: Config) -> dict[str, Any] | None:
-    """Mean test result of `--method ce` on the same split (committed seeds), or None where none was measured."""
-    return None
+    """Mean test figures of `--method ce` on the same split (made by benchmarks/figures.py), or None if not measured."""
+    path = Path(__file__).with_name("baselines.json")
+    table = json.loads(path.read_text()) if path.exists() else {}
+    found = table.get(config.data.dataset)
+    if found is None:
+        return None
+    measured = build_config(config.data.dataset, "ce", {}, {})
+    if any(getattr(config.data, name) != getattr(measured.data, name) for name in SPLIT):
+        return None
+    return {**dict.fromkeys(OVERALL), **found}

@@ -132,7 +132,8 @@ def print_result(result: dict[str, Any]) -> None:
     baseline = baseline_for(config)
     kind = "best" if "best" in result else "last"
     print(
-        f"\ntest split, last checkpoint, {config.method}" + (" beside ce (mean of committed seeds)" if baseline else "")
+        f"\ntest split, last checkpoint, {config.method}"
+        + (f" beside ce (mean of {baseline['seeds']} seeds)" if baseline else "")
     )
     print(format_table(result["last"], info["class_names"], info["counts"], baseline, headings=(config.method, "ce")))
     if kind == "best":

@@ -1,0 +1,75 @@
+"""Pictures and the packaged baseline, made from committed result rows and nothing else.
+
+python benchmarks/figures.py            # writes docs/img/digits-lt.png and ltfast/baselines.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Okabe-Ito colours with distinct markers: readable in grey print and to colour-blind eyes.
+STYLES = {"ce": ("#D55E00", "s", "--"), "gkp-gsa": ("#0072B2", "o", "-")}
+
+
+def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """method -> seed -> metric -> value, the last row of each case winning (rows are append-only)."""
+    table: dict[str, dict[int, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
+    for line in (RESULTS / f"{bench}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        method, _, seed = row["case"].split("/")
+        table[method][int(seed.removeprefix("seed="))][row["metric"]] = row["value"]
+    return table
+
+
+def accuracy_by_count(path: Path, counts: list[int]) -> None:
+    """Per-class accuracy against training images, plain cross-entropy and gkp-gsa, mean and range over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = newest("digits-lt")
+    fig, ax = plt.subplots(figsize=(7, 3.6), dpi=150)
+    for method, (color, marker, line) in STYLES.items():
+        values = np.array([run["per_class"] for run in table[method].values()])
+        ax.plot(
+            counts,
+            values.mean(0),
+            color=color,
+            marker=marker,
+            linestyle=line,
+            label=f"{method} (mean of {len(values)} seeds)",
+        )
+        ax.fill_between(counts, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+    ax.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy of the class, %", ylim=(0, 103))
+    ax.set_xticks(counts[:-1], [str(c) for c in counts[:-1]])
+    ax.minorticks_off()
+    ax.invert_xaxis()
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower left", frameon=False)
+    ax.set_title("digits-lt: accuracy by class size", fontsize=11)
+    fig.tight_layout()
+    fig.savefig(path)
+
+
+def write_baseline(path: Path) -> None:
+    """Mean test figures of `--method ce` on digits-lt, shown beside a training run's closing table."""
+    runs = list(newest("digits-lt")["ce"].values())
+    mean = {name: float(np.mean([run[name] for run in runs])) for name in ("top1", "many", "medium", "few", "ece")}
+    mean["per_class"] = np.mean([run["per_class"] for run in runs], axis=0).tolist()
+    path.write_text(json.dumps({"digits-lt": {"seeds": len(runs), **mean}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    from ltfast.data import load
+
+    counts = load("digits-lt", num_views=1, val_per_class=10, batch=64).train_counts.tolist()
+    accuracy_by_count(ROOT / "docs" / "img" / "digits-lt.png", counts)
+    write_baseline(ROOT / "ltfast" / "baselines.json")
