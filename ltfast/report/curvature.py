@@ -1,0 +1,193 @@
+"""Hessian spectrum of a loss by stochastic Lanczos quadrature: density, largest eigenvalue, trace.
+
+    v'f(H)v = sum_i tau_i f(theta_i),  theta_i, tau_i: Ritz values and squared first components of T = Q'HQ (m Lanczos steps)
+    density(t) = mean over random v of sum_i tau_i N(t; theta_i, sigma^2),   tr H = N * mean over v of sum_i tau_i theta_i
+
+A quadrature of m steps is exact for polynomials of degree 2m - 1. Vectors are orthogonalised against all earlier ones,
+twice: without that, Lanczos finds copies of converged eigenvalues and the density is wrong.
+Sources: Golub and Welsch 1969; Ghorbani, Krishnan, Xiao 2019 (arXiv 1901.10159). Legend: N parameters, m steps, P probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MatVec = Callable[[Tensor], Tensor]
+BREAKDOWN = 1e-7  # beta below this share of the spectrum's size: the Krylov space is complete (float32 rounding is 6e-8)
+
+
+def hessian_product(
+    model: nn.Module,
+    params: Sequence[nn.Parameter],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Callable[[], Sequence[tuple[Tensor, Tensor]]],
+) -> MatVec:
+    """v [N] -> H v [N], H the Hessian of the mean of `loss` over all samples of `batches()`; N as in `flatten(params)`.
+
+    loss: (logits, labels) -> loss of each sample [B]. The model runs in eval mode (BatchNorm on its running statistics,
+    so samples do not mix) and gets its mode back. Double backward, one batch in memory at a time.
+    """
+
+    def product(vector: Tensor) -> Tensor:
+        parts = unflatten(vector, params)
+        total = torch.zeros_like(vector)
+        count = 0
+        was_training = model.training
+        model.eval()
+        for images, labels in batches():
+            value = loss(model(images), labels).sum()
+            grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
+            terms = [(g * v).sum() for g, v in zip(grads, parts, strict=True) if g is not None]
+            second = torch.autograd.grad(torch.stack(terms).sum(), params, allow_unused=True)
+            total += flatten([torch.zeros_like(p) if s is None else s for s, p in zip(second, params, strict=True)])
+            count += len(labels)
+        model.train(was_training)
+        return total / count
+
+    return product
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements one after another, [N]."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of `vector` [N] shaped as `like`."""
+    parts = vector.split([t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+class Quadrature(NamedTuple):
+    """Float64 [m]: nodes (Ritz values, increasing), weights (they sum to 1) and residuals: each node lies within its
+    residual of an eigenvalue. first: v'Hv / v'v."""
+
+    nodes: Tensor
+    weights: Tensor
+    residuals: Tensor
+    first: float
+
+
+@torch.no_grad()
+def lanczos(matvec: MatVec, start: Tensor, steps: int, stop: Callable[[], bool] = lambda: False) -> Quadrature:
+    """At most `steps` Lanczos steps from `start` [N] (at least one), fewer if `stop()` or the space is complete."""
+    size = start.numel()
+    steps = min(steps, size)
+    basis = torch.empty(steps, size, dtype=start.dtype, device=start.device)
+    alphas: list[float] = []
+    betas: list[float] = []
+    basis[0] = start / norm(start)
+    for j in range(steps):
+        with torch.enable_grad():
+            w = matvec(basis[j])
+        alphas.append(dot(w, basis[j]))
+        for _ in range(2):
+            w = w - basis[: j + 1].T @ (basis[: j + 1] @ w)
+        betas.append(norm(w))
+        scale = max(map(abs, [*alphas, *betas]))
+        if j + 1 == steps or betas[-1] <= BREAKDOWN * scale or stop():
+            break
+        basis[j + 1] = w / betas[-1]
+    m = len(alphas)
+    off = torch.tensor(betas[: m - 1], dtype=torch.float64)
+    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    nodes, vectors = torch.linalg.eigh(matrix)
+    return Quadrature(nodes, vectors[0].square(), betas[-1] * vectors[-1].abs(), alphas[0])
+
+
+def norm(v: Tensor) -> float:
+    """Euclidean norm, accumulated in float64."""
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Inner product, accumulated in float64."""
+    return float((a * b).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What `spectrum` found.
+
+    Attributes:
+        size: N. quadratures: one a Lanczos probe. quadratic_forms: v'Hv / N of all probes, also of those for the trace only.
+    """
+
+    size: int
+    quadratures: tuple[Quadrature, ...]
+    quadratic_forms: tuple[float, ...]
+
+    @property
+    def top(self) -> tuple[float, float]:
+        """(lambda_max, error): the largest Ritz value over the probes; an eigenvalue lies within `error` of it, and no
+        Ritz value exceeds the true maximum."""
+        best = max(self.quadratures, key=lambda q: float(q.nodes[-1]))
+        return float(best.nodes[-1]), float(best.residuals[-1])
+
+    @property
+    def bottom(self) -> tuple[float, float]:
+        """(lambda_min, error), as `top`."""
+        best = min(self.quadratures, key=lambda q: float(q.nodes[0]))
+        return float(best.nodes[0]), float(best.residuals[0])
+
+    @property
+    def trace(self) -> tuple[float, float]:
+        """(trace, standard error over the probes; NaN for a single probe)."""
+        forms = torch.tensor(self.quadratic_forms, dtype=torch.float64) * self.size
+        return float(forms.mean()), float(forms.std() / len(forms) ** 0.5) if len(forms) > 1 else float("nan")
+
+    def density(self, grid: Tensor, sigma: float) -> Tensor:
+        """Density of the eigenvalues on `grid` (integral 1), smoothed by a Gaussian of width `sigma`; float64."""
+        t = grid.double()[:, None]
+        total = torch.zeros(len(grid), dtype=torch.float64)
+        for q in self.quadratures:
+            bumps = torch.exp(-0.5 * ((t - q.nodes) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
+            total += bumps @ q.weights
+        return total / len(self.quadratures)
+
+    def moment(self, k: int) -> float:
+        """mean over the probes of v'H^k v / v'v: an estimate of tr(H^k) / N, exact per probe for k < 2m."""
+        return sum(float(q.weights @ q.nodes**k) for q in self.quadratures) / len(self.quadratures)
+
+
+def spectrum(
+    matvec: MatVec,
+    like: Tensor,
+    *,
+    probes: int = 2,
+    steps: int = 30,
+    trace_probes: int = 0,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+    tick: Callable[[], None] = lambda: None,
+) -> Spectrum:
+    """Lanczos quadratures from `probes` random sign vectors, then `trace_probes` more products for the trace alone.
+
+    like: any vector [N] of the right dtype and device. `stop()` ends it early, after at least one step of one probe;
+    `tick()` is called after every product.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def counted(v: Tensor) -> Tensor:
+        result = matvec(v)
+        tick()
+        return result
+
+    def signs() -> Tensor:
+        return (torch.randint(2, (like.numel(),), generator=generator) * 2 - 1).to(like)
+
+    quadratures = [lanczos(counted, signs(), steps, stop)]
+    while len(quadratures) < probes and not stop():
+        quadratures.append(lanczos(counted, signs(), steps, stop))
+    forms = [q.first for q in quadratures]
+    for _ in range(trace_probes):
+        if stop():
+            break
+        v = signs()
+        forms.append(dot(v, counted(v)) / like.numel())
+    return Spectrum(like.numel(), tuple(quadratures), tuple(forms))
