@@ -1,18 +1,56 @@
-"""(Gram matrix, batch shares) -> ascent coefficients."""
+"""Coefficients of the gradient rows: from (M, |theta|^2, batch shares, class counts) to one ascent, all on the device.
+
+With u_k = s g_k, u = sum_k w_k u_k, p_k = (M w)_k / (w' M w) and D (K x R) the directions in terms of the rows,
+    joint       uh = u                    one direction: SAM and ASAM (G = 1), or the batch gradient of G groups
+    none        uh_k = u_k                each group its own: CC-SAM, ImbSAM
+    orthogonal  uh_k = u_k - p_k u        GSA, Eq. 12
+    projected   uh_k = p_k u              ablation: what Eq. 12 removes
+    friendly    uh_k = u_k - sigma_k m_k  Friendly-SAM and the release of GSA; the rows are u_1..u_G, m_1..m_G
+    |uh_k|^2 = (D M D')_kk
+    r_k  = rho / |uh_k|    or, Eq. 13 and 15,
+           sqrt(d) clip(C sqrt(|theta| / (2 |uh_k|)) d^(-1/4) (n_k - 1)^(-1/4), rho_min, rho_max) / |uh_k|
+    c_kj = r_k D_kj  (per group)    or    c_j = sum_k a_k r_k D_kj,  a = w / sum w ("share") or 1 / #present ("uniform")
+so that eps = s^2 * sum_j c_j g_j.
+
+Shapes: M [R, R] or partials [P, R, R]; shares, counts [G]; coefficients [R] or [K, R], float32; stats [6, K], float32.
+Accumulation: float64 throughout. Mutates nothing. One program: the partials are some tens of kilobytes, the rest is
+in registers; nothing of size N is touched.
+Edge cases: |uh_k|^2 <= 1e-6 M_kk (or G = 1, where Eq. 12 removes everything) falls back to u_k; a group with w_k = 0
+contributes nothing whatever its row holds; a zero or non-finite gradient gives coefficients 0 and ok = 0.
+Source: arXiv 2603.21217, Eq. 12-15; the radius rule is CC-SAM's.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .common import Number, check_small, count, number, split_number
+from .common import (
+    Number,
+    check_small,
+    count,
+    jit,
+    launch,
+    load_number,
+    next_power_of_2,
+    number,
+    split_number,
+    tl,
+    use_kernel,
+)
+from .gram import SMALL_ROWS, gram_reduce
 
 DIRECTIONS = ("joint", "none", "orthogonal", "projected", "friendly")
 AGGREGATES = ("uniform", "share")
 OBJECTIVES = ("shared", "per_group")
 
-# A group whose direction keeps less than this share of its squared norm has lost its digits to cancellation.
+# A direction that keeps less than this share of its squared norm has lost its digits to cancellation (method, section 4).
 FALLBACK = 1e-6
+# Partials summed at a time: 8192 float64 are 64 registers a thread; the fewer trips, the fewer waits for memory.
+PARTIAL_ELEMENTS = 8192
+WARPS = 8
+# One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4).
+MAX_REGISTERS = 240
 
 
 class AscentStats(NamedTuple):
@@ -23,7 +61,169 @@ class AscentStats(NamedTuple):
     clipped: Tensor  # [K] -1 at the lower bound, +1 at the upper, 0 inside (or fixed rho)
     fallback: Tensor  # [K] 1 where uh_k was replaced by u_k
     length_sq: Tensor  # |sum_j c_j u_j|^2: 0-d (shared) or [K] (per group); |eps / s|^2 of the perturbation
-    ok: Tensor  # 0-d: 0 if the gradient is zero or not finite (then every coefficient is 0 and the step should be skipped)
+    ok: Tensor  # 0-d: 0 if the gradient is zero or not finite: every coefficient is 0 and the step should be skipped
+
+
+@jit
+def _load_block(
+    gram_ptr, n_partials, row, column, present,
+    R: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The [G, G] block of M at (row, column), summed over the partials; absent groups and the padding are zero."""
+    cell = tl.arange(0, GROUPS * GROUPS)
+    i = cell // GROUPS
+    j = cell % GROUPS
+    inside = (i < G) & (j < G)
+    offsets = (row + i) * R + column + j
+    acc = tl.zeros([GROUPS * GROUPS], dtype=tl.float64)
+    for start in range(0, n_partials, PARTS):
+        p = start + tl.arange(0, PARTS)
+        mask = (p < n_partials)[:, None] & inside[None, :]
+        acc += tl.sum(tl.load(gram_ptr + p[:, None] * (R * R) + offsets[None, :], mask=mask, other=0.0), axis=0)
+    return tl.where(present[:, None] & present[None, :], tl.reshape(acc, [GROUPS, GROUPS]), 0.0)
+
+
+@jit
+def _diagonal(matrix, k):
+    return tl.sum(tl.where(k[:, None] == k[None, :], matrix, 0.0), axis=1)
+
+
+@jit
+def _bilinear(matrix, x, y):
+    """x' matrix y."""
+    return tl.sum(x * tl.sum(matrix * y[None, :], axis=1), axis=0)
+
+
+@jit
+def _norm_of_theta(theta_sq_ptr, n_partials, BLOCK: tl.constexpr):
+    acc = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, n_partials, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        acc += tl.load(theta_sq_ptr + p, mask=p < n_partials, other=0.0)
+    return tl.sqrt(tl.sum(acc, axis=0))
+
+
+@jit
+def _coefficients_kernel(
+    gram_ptr, theta_sq_ptr, shares_ptr, counts_ptr, coef_ptr, stats_ptr, n_partials, root_d,
+    rho_ptr, rho, scale_ptr, scale, low_ptr, low, high_ptr, high, sigma_ptr, sigma, SIGMA_STRIDE: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+    DIRECTION: tl.constexpr, RULE: tl.constexpr, UNIFORM: tl.constexpr, SHARED: tl.constexpr, FALLBACK: tl.constexpr,
+):  # fmt: skip
+    k = tl.arange(0, GROUPS)
+    inside = k < G
+    one = tl.where(inside, 1.0, 0.0).to(tl.float64)
+    zero = tl.zeros([GROUPS], dtype=tl.float64)
+    if shares_ptr is not None:
+        shares = tl.load(shares_ptr + k, mask=inside, other=0.0).to(tl.float64)
+    else:
+        shares = one / G
+    present = shares > 0.0
+    w = tl.where(present, shares, 0.0)
+    gram = _load_block(gram_ptr, n_partials, 0, 0, present, R, G, GROUPS, PARTS)
+    size = tl.sum(tl.sum(tl.abs(gram), axis=1), axis=0) + tl.sum(tl.abs(shares), axis=0)  # finite if all of it is
+    plain_sq = _diagonal(gram, k)
+    gram_w = tl.sum(gram * w[None, :], axis=1)
+    global_sq = tl.sum(gram_w * w, axis=0)
+    p = tl.where(global_sq > 0.0, gram_w / tl.where(global_sq > 0.0, global_sq, 1.0), 0.0)
+
+    # Every direction is uh_k = alpha_k u_k + beta_k u + gamma_k m_k.
+    alpha = one
+    beta = zero
+    gamma = zero
+    chosen = present
+    if DIRECTION == "joint":
+        alpha = zero
+        beta = tl.where(k == 0, 1.0, 0.0).to(tl.float64)
+        chosen = k == 0
+    if DIRECTION == "orthogonal":
+        beta = -p
+    if DIRECTION == "projected":
+        alpha = zero
+        beta = p
+    norm_sq = alpha * alpha * plain_sq + 2.0 * alpha * beta * gram_w + beta * beta * global_sq
+    if DIRECTION == "friendly":
+        cross = _load_block(gram_ptr, n_partials, 0, G, present, R, G, GROUPS, PARTS)
+        moments = _load_block(gram_ptr, n_partials, G, G, present, R, G, GROUPS, PARTS)
+        size += tl.sum(tl.sum(tl.abs(cross) + tl.abs(moments), axis=1), axis=0)
+        if sigma_ptr is not None:
+            gamma = -tl.load(sigma_ptr + k * SIGMA_STRIDE, mask=inside, other=0.0).to(tl.float64)
+        else:
+            gamma = -tl.cast(sigma, tl.float64) * one
+        norm_sq = plain_sq + gamma * (2.0 * _diagonal(cross, k) + gamma * _diagonal(moments, k))
+    fallback = present & (k < 0)
+    if DIRECTION != "joint":
+        fallback = present & (norm_sq <= FALLBACK * plain_sq)
+        if G == 1 and (DIRECTION == "orthogonal" or DIRECTION == "projected"):
+            fallback = present
+        norm_sq = tl.where(fallback, plain_sq, norm_sq)
+        alpha = tl.where(fallback, 1.0, alpha)
+        beta = tl.where(fallback, 0.0, beta)
+        gamma = tl.where(fallback, 0.0, gamma)
+    valid = chosen & (norm_sq > 0.0)
+    norm = tl.sqrt(tl.where(valid, norm_sq, 1.0))
+
+    if RULE:  # Eq. 13, and sqrt(d) of Eq. 15
+        n = tl.load(counts_ptr + k, mask=inside, other=0).to(tl.float64)
+        if DIRECTION == "joint":
+            n = zero + tl.sum(n, axis=0)
+        n = tl.where(n < 2.0, 1.0, n - 1.0)
+        d = tl.cast(root_d, tl.float64)
+        low64 = load_number(low_ptr, low).to(tl.float64)
+        high64 = load_number(high_ptr, high).to(tl.float64)
+        theta_norm = _norm_of_theta(theta_sq_ptr, n_partials, PARTS)
+        radius = load_number(scale_ptr, scale).to(tl.float64) * tl.sqrt(theta_norm / (2.0 * norm))
+        radius = radius / tl.sqrt(d * tl.sqrt(n))
+        below = tl.where(radius < low64, 1.0, 0.0)
+        above = tl.where(radius > high64, 1.0, 0.0)
+        clipped = above - below
+        r = d * tl.where(radius > high64, high64, tl.where(radius < low64, low64, radius)) / norm
+    else:
+        radius = zero + load_number(rho_ptr, rho).to(tl.float64)
+        clipped = zero
+        r = radius / norm
+    r = tl.where(valid, r, 0.0)
+
+    if SHARED:
+        if DIRECTION == "joint":
+            a = r
+        elif UNIFORM:
+            a = r * tl.where(present, 1.0, 0.0) / tl.sum(tl.where(present, 1.0, 0.0), axis=0)
+        else:
+            a = r * w / tl.sum(w, axis=0)
+        a = tl.where(valid, a, 0.0)
+        c = a * alpha + w * tl.sum(a * beta, axis=0)
+        c_moments = a * gamma
+        length_sq = zero + _bilinear(gram, c, c)
+        if DIRECTION == "friendly":
+            length_sq += 2.0 * _bilinear(cross, c, c_moments) + _bilinear(moments, c_moments, c_moments)
+        c = c.to(tl.float32)
+        c_moments = c_moments.to(tl.float32)
+        size += tl.sum(tl.abs(c) + tl.abs(c_moments), axis=0)
+        ok = (size < float("inf")) & (tl.sum(tl.where(valid, 1, 0), axis=0) > 0)
+        tl.store(coef_ptr + k, tl.where(ok, c, 0.0), mask=inside)
+        if DIRECTION == "friendly":
+            tl.store(coef_ptr + G + k, tl.where(ok, c_moments, 0.0), mask=inside)
+    else:
+        length_sq = r * r * norm_sq
+        same = tl.where(k[:, None] == k[None, :], 1.0, 0.0)
+        matrix = (r[:, None] * (alpha[:, None] * same + beta[:, None] * w[None, :])).to(tl.float32)
+        matrix_moments = ((r * gamma)[:, None] * same).to(tl.float32)
+        size += tl.sum(tl.sum(tl.abs(matrix) + tl.abs(matrix_moments), axis=1), axis=0)
+        ok = (size < float("inf")) & (tl.sum(tl.where(valid, 1, 0), axis=0) > 0)
+        cells = coef_ptr + k[:, None] * R + k[None, :]
+        mask = (k < K)[:, None] & inside[None, :]
+        tl.store(cells, tl.where(ok, matrix, 0.0), mask=mask)
+        if DIRECTION == "friendly":
+            tl.store(cells + G, tl.where(ok, matrix_moments, 0.0), mask=mask)
+
+    row = k < K
+    tl.store(stats_ptr + k, tl.where(valid, norm_sq, 0.0).to(tl.float32), mask=row)
+    tl.store(stats_ptr + K + k, tl.where(valid, radius, 0.0).to(tl.float32), mask=row)
+    tl.store(stats_ptr + 2 * K + k, tl.where(valid, clipped, 0.0).to(tl.float32), mask=row)
+    tl.store(stats_ptr + 3 * K + k, tl.where(fallback & valid, 1.0, 0.0), mask=row)
+    tl.store(stats_ptr + 4 * K + k, length_sq.to(tl.float32), mask=row)
+    tl.store(stats_ptr + 5 * K + k, tl.where(ok, one, zero).to(tl.float32), mask=row)
 
 
 def ascent_coefficients_reference(
@@ -76,7 +276,8 @@ def ascent_coefficients_reference(
     norm = norm_sq.clamp(min=0).sqrt()
 
     if rho is None:  # Eq. 13, and sqrt(d) of Eq. 15
-        assert theta_sq_P is not None and counts_G is not None
+        assert theta_sq_P is not None
+        assert counts_G is not None
         n = counts_G.double().sum()[None] if direction == "joint" else counts_G.double()
         theta_norm = theta_sq_P.double().sum().sqrt()
         radius = scale * (theta_norm / (2 * norm)).sqrt() * n_elements**-0.25 * (n.clamp(min=2) - 1) ** -0.25
@@ -99,13 +300,83 @@ def ascent_coefficients_reference(
         length_sq = (coef @ gram @ coef).expand_as(r)
     else:
         length_sq = r * r * norm_sq
+    coef = coef.float()
     ok = torch.isfinite(coef).all() & torch.isfinite(gram).all() & torch.isfinite(shares_G).all() & valid.any()
     stats = torch.stack((norm_sq, radius, clipped, fallback.double(), length_sq, torch.ones_like(r)))
     stats = torch.where(valid, stats, 0.0)
     stats[4], stats[5] = (length_sq, ok) if objective == "shared" else (torch.where(valid, length_sq, 0.0), ok)
-    return torch.where(ok, coef, 0.0).float(), stats.float()
+    return torch.where(ok, coef, 0.0), stats.float()
 
 
+@torch.library.custom_op("ltfast::ascent_coefficients", mutates_args=())
+def _ascent_coefficients(
+    gram_PRR: Tensor, theta_sq_P: Tensor | None, shares_G: Tensor | None, counts_G: Tensor | None, n_elements: int,
+    direction: str, rule: bool, rho: float, rho_t: Tensor | None, scale: float, scale_t: Tensor | None,
+    rho_min: float, rho_min_t: Tensor | None, rho_max: float, rho_max_t: Tensor | None, sigma: float,
+    sigma_t: Tensor | None, aggregate: str, objective: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`X` and `X_t` are one number: on the host, or (not None) on the device."""
+    programs, rows, _ = gram_PRR.shape
+    groups = rows // 2 if direction == "friendly" else rows
+    if programs > 1 and rows > SMALL_ROWS:  # too much for one program: a launch of its own
+        theta_in = gram_PRR.new_zeros((programs,)) if theta_sq_P is None else theta_sq_P
+        reduced, theta_sq = gram_reduce(gram_PRR, theta_in)
+        gram_PRR, theta_sq_P, programs = reduced[None], theta_sq.reshape(1), 1
+    count("ascent_coefficients", 1, [])
+    if not use_kernel(gram_PRR, float64_too=True):
+        shares = gram_PRR.new_full((groups,), 1 / groups) if shares_G is None else shares_G
+        sigma_K = sigma if sigma_t is None else sigma_t.reshape(-1)
+        return ascent_coefficients_reference(
+            gram_PRR, theta_sq_P, shares, counts_G, n_elements, direction, number(rho, rho_t) if not rule else None,
+            number(scale, scale_t), number(rho_min, rho_min_t), number(rho_max, rho_max_t), sigma_K, aggregate,
+            objective,
+        )  # fmt: skip
+    coef, stats = _empty_result(gram_PRR, direction, objective)
+    padded = next_power_of_2(groups)
+    launch(
+        _coefficients_kernel, (1,), gram_PRR.device, gram_PRR, theta_sq_P, shares_G, counts_G, coef, stats, programs,
+        n_elements**0.5, rho_t, rho, scale_t, scale, rho_min_t, rho_min, rho_max_t, rho_max, sigma_t, sigma,
+        SIGMA_STRIDE=0 if sigma_t is None or sigma_t.numel() == 1 else 1, R=rows, G=groups, GROUPS=padded,
+        K=stats.shape[1], PARTS=max(1, min(1024, PARTIAL_ELEMENTS // padded**2, next_power_of_2(programs))),
+        DIRECTION=direction, RULE=rule, UNIFORM=aggregate == "uniform", SHARED=objective == "shared",
+        FALLBACK=FALLBACK, num_warps=WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return coef, stats
+
+
+def _empty_result(gram_PRR: Tensor, direction: str, objective: str) -> tuple[Tensor, Tensor]:
+    rows = gram_PRR.shape[-1]
+    directions = 1 if direction == "joint" else rows // 2 if direction == "friendly" else rows
+    shape = (rows,) if objective == "shared" else (directions, rows)
+    return (
+        gram_PRR.new_empty(shape, dtype=torch.float32),
+        gram_PRR.new_empty((6, directions), dtype=torch.float32),
+    )
+
+
+@_ascent_coefficients.register_fake
+def _(gram_PRR, theta_sq_P, shares_G, counts_G, n_elements, direction, *rest):  # noqa: ANN001, ANN202
+    return _empty_result(gram_PRR, direction, rest[-1])
+
+
+def _check_gram(gram: Tensor, theta_sq: Tensor | None, direction: str) -> tuple[Tensor, Tensor | None, int]:
+    """([P, R, R], [P] or None, number of groups)."""
+    if not isinstance(gram, Tensor) or gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError("gram must be a tensor [R, R], or [P, R, R] from gram_partials")
+    partials = (gram if gram.dim() == 3 else gram[None]).contiguous()
+    programs, rows, _ = partials.shape
+    if direction == "friendly" and rows % 2:
+        raise ValueError(f"gram has {rows} rows; direction 'friendly' needs u_1..u_G, m_1..m_G")
+    if partials.dtype != torch.float64:
+        raise ValueError(f"gram is {partials.dtype}; it must be float64, as gram and gram_partials give it")
+    if theta_sq is not None:
+        if theta_sq.numel() != programs or theta_sq.device != gram.device or theta_sq.dtype != torch.float64:
+            raise ValueError(f"theta_sq must hold {programs} float64 on {gram.device}, as it came with gram")
+        theta_sq = theta_sq.reshape(-1)
+    return partials, theta_sq, rows // 2 if direction == "friendly" else rows
+
+
+@torch.no_grad()
 def ascent_coefficients(
     gram: Tensor,
     theta_sq: Tensor | None,
@@ -118,11 +389,31 @@ def ascent_coefficients(
     C: Number = 0.1,
     rho_min: Number = 2e-3,
     rho_max: Number = 3e-3,
-    sigma: Number | Tensor = 1.0,
+    sigma: Number = 1.0,
     aggregate: str = "uniform",
     objective: str = "shared",
 ) -> tuple[Tensor, AscentStats]:
-    """Coefficients of the gradient rows: [R] ("shared") or [K, R] ("per_group"), float32, and the step's statistics."""
+    """Coefficients c of the gradient rows (eps = s^2 * c @ grads) and the step's statistics; one launch.
+
+    Args:
+        gram, theta_sq: what `gram_partials` or `gram` returned (for adaptive steps with adaptive=True); theta_sq may be
+            None with a fixed rho.
+        shares_G: [G] shares w of the groups in the batch, 0 for an absent group; None: 1 / G each.
+        counts_G: [G] training images n_k of each group (the rule only).
+        n_elements: d, number of perturbed parameters (without padding).
+        direction: "joint", "none", "orthogonal", "projected" or "friendly" (then gram has 2 G rows), see the module.
+        rho: fixed radius |eps_k / s|; None: the rule of Eq. 13 with C, rho_min and rho_max, times sqrt(d).
+        C, rho_min, rho_max, rho: number or one-element device tensor.
+        sigma: weight of the moving average: number, one-element or [G] device tensor ("friendly").
+        aggregate: "uniform" over the groups present, or "share" (shared objective only).
+        objective: "shared": one perturbation, [R]; "per_group": one each, [K, R].
+
+    Returns:
+        Coefficients, float32, and AscentStats.
+
+    Raises:
+        ValueError: a bad argument, by name.
+    """
     for name, value, known in (
         ("direction", direction, DIRECTIONS),
         ("aggregate", aggregate, AGGREGATES),
@@ -130,27 +421,23 @@ def ascent_coefficients(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-    partials = gram if gram.dim() == 3 else gram[None]
-    rows = partials.shape[-1]
+    partials, theta_sq, groups = _check_gram(gram, theta_sq, direction)
     device = gram.device
-    groups = rows // 2 if direction == "friendly" else rows
-    if shares_G is None:
-        shares_G = torch.full((groups,), 1 / groups, device=device)
-    check_small("shares_G", shares_G, groups, device)
+    if shares_G is not None:
+        check_small("shares_G", shares_G, groups, device)
     if rho is None:
         if theta_sq is None or counts_G is None:
-            raise ValueError("the radius rule needs theta_sq and counts_G; pass them, or a fixed rho")
+            raise ValueError("the radius rule needs theta_sq and counts_G; pass both, or a fixed rho")
         check_small("counts_G", counts_G, groups, device)
-        theta_sq = theta_sq.reshape(-1)
-    fixed = None if rho is None else number(*split_number("rho", rho, device))
-    if not (isinstance(sigma, Tensor) and sigma.numel() > 1):
-        sigma = number(*split_number("sigma", sigma, device))
-    count("ascent_coefficients", 1, [])
-    with torch.no_grad():
-        coef, stats = ascent_coefficients_reference(
-            partials, theta_sq, shares_G, counts_G, n_elements, direction, fixed,
-            number(*split_number("C", C, device)), number(*split_number("rho_min", rho_min, device)),
-            number(*split_number("rho_max", rho_max, device)), sigma, aggregate, objective,
-        )  # fmt: skip
+    if isinstance(sigma, Tensor) and sigma.numel() > 1:
+        sigma_pair = (0.0, check_small("sigma", sigma, groups, device))
+    else:
+        sigma_pair = split_number("sigma", sigma, device)
+    coef, stats = _ascent_coefficients(
+        partials, theta_sq, shares_G, counts_G, n_elements, direction, rho is None,
+        *split_number("rho", 0.0 if rho is None else rho, device), *split_number("C", C, device),
+        *split_number("rho_min", rho_min, device), *split_number("rho_max", rho_max, device), *sigma_pair,
+        aggregate, objective,
+    )  # fmt: skip
     length_sq = stats[4, 0] if objective == "shared" else stats[4]
     return coef, AscentStats(stats[0], stats[1], stats[2], stats[3], length_sq, stats[5, 0])

@@ -1,7 +1,7 @@
 """What every op shares: the triton guard, the choice of path, argument checks, and the counters of launches and bytes.
 
-CPU tensors take the torch oracle, CUDA tensors the Triton kernel; with TRITON_INTERPRET=1 CPU tensors take the kernel too.
-float64 parameters (checks of gradients, never training) and machines without triton always take the oracle.
+CPU tensors take the torch oracle, CUDA tensors the Triton kernel; with TRITON_INTERPRET=1 CPU tensors take the kernel
+too. float64 parameters (checks of gradients, never training) and machines without triton always take the oracle.
 """
 
 import math
@@ -31,9 +31,15 @@ except ImportError:  # a machine without a GPU need not have triton
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 FLOATS = (torch.float32, torch.bfloat16)
+# Elementwise kernels: 8 elements a thread are two 16-byte accesses of each float32 array and one of each bfloat16 array.
+BLOCK = 1024
+WARPS = 4
+# Rows loaded before the first is used; the loop over more rows is not unrolled further.
+UNROLL = 8
 MAX_ROWS = 64  # gradient rows: 64 x 64 float64 is the largest Gram that one program holds in registers without spills
 
 Number = float | int | Tensor
+Coefficients = Tensor | Sequence[float]
 
 
 def jit(function: Callable) -> Any:
@@ -41,9 +47,9 @@ def jit(function: Callable) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def use_kernel(tensor: Tensor) -> bool:
+def use_kernel(tensor: Tensor, *, float64_too: bool = False) -> bool:
     """True if ops on `tensor` run the Triton kernel, False if they run the torch oracle."""
-    return triton is not None and tensor.dtype != torch.float64 and (tensor.is_cuda or INTERPRET)
+    return triton is not None and (float64_too or tensor.dtype != torch.float64) and (tensor.is_cuda or INTERPRET)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -61,7 +67,7 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass
 class OpCost:
-    """What one call of an op costs: kernels launched and passes over a parameter-sized array (a read or a write of N)."""
+    """What one call of an op costs: kernels launched, and passes (a read or a write of one parameter-sized array)."""
 
     op: str
     kernels: int
@@ -107,7 +113,7 @@ def counting() -> Iterator[Counters]:
 
 
 def count(op: str, kernels: int, arrays: Sequence[Tensor | None], writes: Sequence[Tensor | None] = ()) -> None:
-    """Declare one call: it reads every array of `arrays` once and writes every array of `writes` once (None: absent)."""
+    """Declare one call: it reads every array of `arrays` once and writes each of `writes` once (None: absent)."""
     if not _counters:
         return
     moved = [t for t in (*arrays, *writes) if t is not None]
@@ -175,7 +181,7 @@ def check_small(name: str, tensor: Tensor, length: int, device: torch.device) ->
     return tensor
 
 
-def as_coefficients(name: str, values: Tensor | Sequence[float], length: int, like: Tensor) -> Tensor:
+def as_coefficients(name: str, values: Coefficients, length: int, like: Tensor) -> Tensor:
     """[length] coefficients on like's device; python numbers are checked (finite) and copied there."""
     if not isinstance(values, Tensor):
         for value in values:
@@ -188,7 +194,7 @@ def as_coefficients(name: str, values: Tensor | Sequence[float], length: int, li
 def split_number(
     name: str, value: Number, device: torch.device, *, low: float = 0.0, high: float = math.inf
 ) -> tuple[float, Tensor | None]:
-    """(python number, None) or (0.0, one-element float32 tensor on `device`); only python numbers can be range-checked."""
+    """(python number, None) or (0.0, one-element tensor on `device`); only python numbers can be range-checked."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a one-element tensor, not shape {tuple(value.shape)}")

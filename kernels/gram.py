@@ -1,13 +1,121 @@
-"""Gram matrix of the gradient rows and |theta|^2 in one read."""
+"""Gram matrix of the gradient rows and |theta|^2, in one read of both.
+
+    M_ij = sum_n s_n^2 g_in g_jn,  s = 1 or |theta| (adaptive);   |theta|^2 = sum_n theta_n^2
+
+Shapes: grads [R, N] (1 <= R <= 64, dense rows at any distance), theta [N]; partials [P, R, R] and [P], float64.
+Dtypes: gradients float32 or bfloat16, theta float32.
+Accumulation: float32 inside a program (a few hundred terms a lane, then a tree), float64 across programs. Up to SMALL_ROWS
+rows the pairs are products on the CUDA cores; above, tiles go through the tensor cores as 3xTF32, which keeps float32's digits.
+Deterministic: two stages in a fixed order, no atomics; P depends on N and R only, not on the device.
+Mutates nothing. Bytes an element: R * sizeof(grad) + 4 (theta, where it is given).
+Source: the identities of Eq. 12-15 of arXiv 2603.21217 need nothing of the gradients but M and |theta|.
+"""
 
 import torch
 from torch import Tensor
 
-from .common import check_rows, check_vector, count
+from .common import cdiv, check_rows, check_vector, count, jit, launch, next_power_of_2, tl, use_kernel
+
+# R (R + 1) / 2 accumulators of E elements live in registers: 36 x 4 at R = 8 is the most that fits without spills.
+SMALL_ROWS = 8
+SMALL_WARPS = 4
+# E elements a thread: as many 16-byte loads in flight as the accumulators leave room for.
+ELEMENTS_PER_THREAD = {1: 16, 2: 16, 4: 8, 8: 4}
+# Every program is resident at once on 108 and on 132 SMs (8 to 10 CTAs of 128 threads each), so there is no tail wave, and
+# one program can add the partials up in a few microseconds. Not yet timed on a GPU.
+SMALL_PROGRAMS = 1024
+# Tensor-core path: [R, TILE] tiles; fewer programs, because each leaves R x R partials.
+LARGE_TILE = 32
+LARGE_PROGRAMS = 256
+REDUCE_COLUMNS = 64
+REDUCE_ROWS = 64
+
+
+@jit
+def _gram_kernel(
+    grads_ptr, theta_ptr, gram_ptr, theta_sq_ptr, n_elements, row_stride, n_blocks,
+    R: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    stride = tl.cast(row_stride, tl.int64)
+    zero = tl.zeros([BLOCK], dtype=tl.float32)
+    theta_acc = zero
+    acc = ()
+    for _ in tl.static_range(R * (R + 1) // 2):
+        acc = acc + (zero,)
+    for block in range(pid, n_blocks, tl.num_programs(0)):
+        offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < n_elements
+        if theta_ptr is not None:
+            theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
+            theta_acc += theta * theta
+        rows = ()
+        for r in tl.static_range(R):
+            g = tl.load(grads_ptr + r * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+            if ADAPTIVE:
+                g = g * theta  # sign(theta) squares away in every product
+            rows = rows + (g,)
+        new = ()
+        for i in tl.static_range(R):
+            for j in tl.static_range(i, R):
+                new = new + (acc[i * R - i * (i - 1) // 2 + j - i] + rows[i] * rows[j],)
+        acc = new
+    out = gram_ptr + tl.cast(pid, tl.int64) * R * R
+    for i in tl.static_range(R):
+        for j in tl.static_range(i, R):
+            pair = tl.sum(acc[i * R - i * (i - 1) // 2 + j - i], axis=0).to(tl.float64)
+            tl.store(out + i * R + j, pair)
+            tl.store(out + j * R + i, pair)
+    tl.store(theta_sq_ptr + pid, tl.sum(theta_acc, axis=0).to(tl.float64))
+
+
+@jit
+def _gram_tile_kernel(
+    grads_ptr, theta_ptr, gram_ptr, theta_sq_ptr, n_elements, row_stride, n_blocks,
+    R: tl.constexpr, ROWS: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    rows = tl.arange(0, ROWS)
+    row_offsets = tl.cast(rows, tl.int64) * tl.cast(row_stride, tl.int64)
+    acc = tl.zeros([ROWS, ROWS], dtype=tl.float32)
+    theta_acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for block in range(pid, n_blocks, tl.num_programs(0)):
+        offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < n_elements
+        x = tl.load(
+            grads_ptr + row_offsets[:, None] + offsets[None, :], mask=(rows < R)[:, None] & mask[None, :], other=0.0
+        ).to(tl.float32)
+        if theta_ptr is not None:
+            theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
+            theta_acc += theta * theta
+            if ADAPTIVE:
+                x = x * theta[None, :]
+        acc = tl.dot(x, tl.trans(x), acc, input_precision="tf32x3")
+    out = gram_ptr + tl.cast(pid, tl.int64) * R * R + rows[:, None] * R + rows[None, :]
+    tl.store(out, acc.to(tl.float64), mask=(rows < R)[:, None] & (rows < R)[None, :])
+    tl.store(theta_sq_ptr + pid, tl.sum(theta_acc, axis=0).to(tl.float64))
+
+
+@jit
+def _gram_reduce_kernel(
+    partials_ptr, theta_sq_ptr, gram_ptr, theta_out_ptr, n_partials, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Second stage: column sums of [P, R*R] in float64; program 0 also adds |theta|^2 up."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([COLUMNS], dtype=tl.float64)
+    theta = tl.zeros([ROWS], dtype=tl.float64)
+    for start in range(0, n_partials, ROWS):
+        p = start + tl.arange(0, ROWS)
+        mask = (p < n_partials)[:, None] & (columns < n_columns)[None, :]
+        acc += tl.sum(tl.load(partials_ptr + p[:, None] * n_columns + columns[None, :], mask=mask, other=0.0), axis=0)
+        theta += tl.load(theta_sq_ptr + p, mask=p < n_partials, other=0.0)
+    tl.store(gram_ptr + columns, acc, mask=columns < n_columns)
+    if tl.program_id(0) == 0:
+        tl.store(theta_out_ptr, tl.sum(theta, axis=0))
 
 
 def gram_partials_reference(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
-    """The torch oracle: one partial sum, in float64."""
+    """The torch oracle: everything in float64, one partial."""
     rows = grads_RN.double()
     theta = None if theta_N is None else theta_N.double()
     if adaptive:
@@ -16,19 +124,110 @@ def gram_partials_reference(grads_RN: Tensor, theta_N: Tensor | None, adaptive: 
     return (rows @ rows.T)[None], theta_sq
 
 
+def _block(rows: int) -> int:
+    if rows > SMALL_ROWS:
+        return LARGE_TILE
+    return SMALL_WARPS * 32 * ELEMENTS_PER_THREAD[next_power_of_2(rows)]
+
+
+def _programs(n_elements: int, rows: int) -> int:
+    return min(cdiv(n_elements, _block(rows)), SMALL_PROGRAMS if rows <= SMALL_ROWS else LARGE_PROGRAMS)
+
+
+def _launch_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
+    rows, n = grads_RN.shape
+    block, programs = _block(rows), _programs(n, rows)
+    partials, theta_sq = _empty_partials(grads_RN, programs)
+    args = (grads_RN, theta_N, partials, theta_sq, n, grads_RN.stride(0), cdiv(n, block))
+    # FMA: one rounding less a product, and half the instructions of the widest kernel (R = 8: 36 pairs an element).
+    if rows <= SMALL_ROWS:
+        launch(_gram_kernel, (programs,), grads_RN.device, *args, R=rows, ADAPTIVE=adaptive, BLOCK=block,
+               num_warps=SMALL_WARPS, enable_fp_fusion=True)  # fmt: skip
+    else:
+        launch(_gram_tile_kernel, (programs,), grads_RN.device, *args, R=rows, ROWS=max(16, next_power_of_2(rows)),
+               ADAPTIVE=adaptive, BLOCK=block, num_warps=SMALL_WARPS, enable_fp_fusion=True)  # fmt: skip
+    return partials, theta_sq
+
+
+def _empty_partials(like: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+    rows = like.shape[0]
+    return (
+        like.new_empty((programs, rows, rows), dtype=torch.float64),
+        like.new_empty((programs,), dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("ltfast::gram_partials", mutates_args=())
+def _gram_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
+    count("gram_partials", 1, [grads_RN, theta_N])
+    if use_kernel(grads_RN):
+        return _launch_partials(grads_RN, theta_N, adaptive)
+    return gram_partials_reference(grads_RN, theta_N, adaptive)
+
+
+@_gram_partials.register_fake
+def _(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
+    rows, n = grads_RN.shape
+    return _empty_partials(grads_RN, _programs(n, rows) if use_kernel(grads_RN) else 1)
+
+
+@torch.library.custom_op("ltfast::gram_reduce", mutates_args=())
+def gram_reduce(partials_PRR: Tensor, theta_sq_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Add partial sums up, float64: ([P, R, R], [P]) -> ([R, R], 0-d)."""
+    count("gram_reduce", 1, [])
+    if not use_kernel(theta_sq_P, float64_too=True):
+        return partials_PRR.sum(0), theta_sq_P.sum()
+    programs, rows, _ = partials_PRR.shape
+    gram_RR, theta_sq = partials_PRR.new_empty((rows, rows)), theta_sq_P.new_empty(())
+    launch(_gram_reduce_kernel, (cdiv(rows * rows, REDUCE_COLUMNS),), partials_PRR.device, partials_PRR, theta_sq_P,
+           gram_RR, theta_sq, programs, rows * rows, ROWS=REDUCE_ROWS, COLUMNS=REDUCE_COLUMNS, num_warps=4,
+           enable_fp_fusion=False)  # fmt: skip
+    return gram_RR, theta_sq
+
+
+@gram_reduce.register_fake
+def _(partials_PRR: Tensor, theta_sq_P: Tensor) -> tuple[Tensor, Tensor]:
+    return partials_PRR.new_empty(partials_PRR.shape[1:]), theta_sq_P.new_empty(())
+
+
+@torch.no_grad()
 def gram_partials(grads_RN: Tensor, theta_N: Tensor | None = None, adaptive: bool = False) -> tuple[Tensor, Tensor]:
-    """Partial sums ([P, R, R], [P])."""
-    check_rows("grads_RN", grads_RN)
+    """First stage of `gram`, enough for `ascent_coefficients`: one launch less on the step path.
+
+    Args:
+        grads_RN: [R, N] gradient rows, float32 or bfloat16, 1 <= R <= 64.
+        theta_N: [N] float32 parameters; None leaves |theta|^2 out (0), which a fixed, non-adaptive radius does not need.
+        adaptive: rows are u = |theta| * g.
+
+    Returns:
+        Partial sums of M ([P, R, R]) and of |theta|^2 ([P]), float64.
+
+    Raises:
+        ValueError: shape, dtype, device mix, or adaptive without theta.
+    """
     if theta_N is not None:
-        check_vector("theta_N", theta_N, grads_RN)
+        check_vector("theta_N", theta_N, dtypes=(torch.float32,))
     elif adaptive:
         raise ValueError("theta_N is None; adaptive=True needs it")
-    count("gram_partials", 1, [grads_RN, theta_N])
-    with torch.no_grad():
-        return gram_partials_reference(grads_RN, theta_N, adaptive)
+    check_rows("grads_RN", grads_RN, theta_N)
+    return _gram_partials(grads_RN, theta_N, bool(adaptive))
 
 
+@torch.no_grad()
 def gram(grads_GN: Tensor, theta_N: Tensor, adaptive: bool = False) -> tuple[Tensor, Tensor]:
-    """(M [G, G], |theta|^2), float64."""
-    partial, theta_sq = gram_partials(grads_GN, theta_N, adaptive)
-    return partial.sum(0), theta_sq.sum(0)
+    """Gram matrix of u_k = s * g_k and squared norm of theta.
+
+    Args:
+        grads_GN: [G, N] gradients, float32 or bfloat16, 1 <= G <= 64.
+        theta_N: [N] float32 parameters.
+        adaptive: s = |theta| (as ASAM) instead of 1.
+
+    Returns:
+        M [G, G] and |theta|^2 (0-d), float64.
+
+    Raises:
+        ValueError: shape, dtype or device mix, naming the argument.
+    """
+    check_vector("theta_N", theta_N, dtypes=(torch.float32,))
+    check_rows("grads_GN", grads_GN, theta_N)
+    return gram_reduce(*_gram_partials(grads_GN, theta_N, bool(adaptive)))

@@ -1,37 +1,126 @@
-"""theta + s^2 * (coef @ grads) in one pass."""
+"""Ascent step: parameters moved along a combination of the gradient rows, in one pass.
 
-from collections.abc import Sequence
+    out = theta + s^2 * sum_j coef_j g_j,   s = 1 or |theta| (adaptive)
+
+Shapes: theta, out [N]; grads [R, N] (1 <= R <= 64, dense rows at any distance); coef [R].
+Dtypes: theta float32; grads and out float32 or bfloat16. Accumulation: float32, rows in order.
+Mutates out only (out may be theta itself). A coefficient of zero removes its row whatever the row holds, inf and NaN too:
+an absent group or a skipped step (`AscentStats.ok` = 0) leaves theta exactly; the row is then not even read.
+Bytes an element: 4 + R * sizeof(grad) + sizeof(out).
+Source: Eq. 15 of arXiv 2603.21217 with the coefficients of `ascent_coefficients`.
+"""
 
 import torch
 from torch import Tensor
 
-from .common import as_coefficients, check_rows, check_vector, count
+from .common import (
+    BLOCK,
+    UNROLL,
+    WARPS,
+    Coefficients,
+    as_coefficients,
+    cdiv,
+    check_rows,
+    check_vector,
+    count,
+    jit,
+    launch,
+    tl,
+    use_kernel,
+)
+
+# Left to itself ptxas (12.8, 13.x) squeezes some R into 32 registers, spills 8 to 16 bytes and requests the rows one after
+# the other; a bound of 128 lets every row of a chunk be in flight (measured by compiling R = 1..64 to sm_80 and sm_90).
+MAX_REGISTERS = 128
+
+
+@jit
+def _add_rows(step, grads_ptr, coef_ptr, start, stride, offsets, mask, ROWS: tl.constexpr):
+    """Add ROWS rows; all of them are requested before the first is used."""
+    coefs = ()
+    rows = ()
+    for k in tl.static_range(ROWS):
+        c = tl.full(step.shape, tl.load(coef_ptr + start + k).to(tl.float32), tl.float32)
+        coefs = coefs + (c,)
+        rows = rows + (tl.load(grads_ptr + (start + k) * stride + offsets, mask=mask & (c != 0.0), other=0.0),)
+    for k in tl.static_range(ROWS):
+        step += coefs[k] * rows[k].to(tl.float32)
+    return step
+
+
+@jit
+def _perturb_kernel(
+    theta_ptr, grads_ptr, coef_ptr, out_ptr, n_elements, row_stride,
+    R: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_elements
+    stride = tl.cast(row_stride, tl.int64)
+    theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
+    step = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, R - R % UNROLL, UNROLL):
+        step = _add_rows(step, grads_ptr, coef_ptr, start, stride, offsets, mask, UNROLL)
+    if R % UNROLL != 0:
+        step = _add_rows(step, grads_ptr, coef_ptr, R - R % UNROLL, stride, offsets, mask, R % UNROLL)
+    if ADAPTIVE:
+        step = theta * theta * step
+    tl.store(out_ptr + offsets, (theta + step).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def perturb_reference(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool) -> Tensor:
-    """The torch oracle, in theta's dtype; a zero coefficient removes its row whatever the row holds."""
-    coef_G = coef_G.to(theta_N.dtype)
+    """The torch oracle, in theta's dtype."""
     step = torch.zeros_like(theta_N)
-    for c, g in zip(coef_G, grads_GN, strict=True):
-        step = step + torch.where(c == 0, torch.zeros_like(theta_N), c * g.to(theta_N.dtype))
+    for c, g in zip(coef_G.to(theta_N.dtype), grads_GN, strict=True):
+        step = step + torch.where(c == 0, 0.0, c * g.to(theta_N.dtype))
     return theta_N + (theta_N * theta_N * step if adaptive else step)
 
 
+@torch.library.custom_op("ltfast::perturb", mutates_args={"out"})
+def _perturb(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor) -> None:
+    count("perturb", 1, [theta_N, grads_GN], [out])
+    if not use_kernel(theta_N):
+        out.copy_(perturb_reference(theta_N, grads_GN, coef_G, adaptive))
+        return
+    rows, n = grads_GN.shape
+    # No FMA: the same bits as the oracle, in a kernel that waits for memory anyway.
+    launch(_perturb_kernel, (cdiv(n, BLOCK),), theta_N.device, theta_N, grads_GN, coef_G, out, n, grads_GN.stride(0),
+           R=rows, ADAPTIVE=adaptive, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=WARPS, maxnreg=MAX_REGISTERS,
+           enable_fp_fusion=False)  # fmt: skip
+
+
+@_perturb.register_fake
+def _(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor) -> None:
+    return None
+
+
+@torch.no_grad()
 def perturb(
     theta_N: Tensor,
     grads_GN: Tensor,
-    coef_G: Tensor | Sequence[float],
+    coef_G: Coefficients,
     adaptive: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out = theta + s^2 * (coef @ grads)."""
+    """out = theta + s^2 * (coef @ grads).
+
+    Args:
+        theta_N: [N] float32 parameters.
+        grads_GN: [G, N] gradient rows, float32 or bfloat16, 1 <= G <= 64.
+        coef_G: [G] coefficients on the same device (python numbers are copied there: not inside a CUDA graph).
+        adaptive: s = |theta| (as ASAM) instead of 1.
+        out: [N] float32 or bfloat16, may be theta_N; allocated like theta_N if None.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: shape, dtype, device mix or a python coefficient that is not finite, naming the argument.
+    """
     check_vector("theta_N", theta_N, dtypes=(torch.float32,))
     check_rows("grads_GN", grads_GN, theta_N)
     coef_G = as_coefficients("coef_G", coef_G, grads_GN.shape[0], theta_N)
-    if out is not None:
-        check_vector("out", out, theta_N)
-    else:
+    if out is None:
         out = torch.empty_like(theta_N)
-    count("perturb", 1, [theta_N, grads_GN], [out])
-    with torch.no_grad():
-        return out.copy_(perturb_reference(theta_N, grads_GN, coef_G, adaptive))
+    check_vector("out", out, theta_N)
+    _perturb(theta_N, grads_GN, coef_G, bool(adaptive), out)
+    return out

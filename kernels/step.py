@@ -1,92 +1,245 @@
-"""Fused SGD and AdamW updates."""
+"""Fused SGD and AdamW updates: anchor gradient, unscaling, skipping and the working copy's refresh in the one pass.
+
+    d = grad_scale * g + strength * A * (theta - T)             A, T: the collapsed anchor of method GKP (optional)
+    SGD    d += wd * theta;  b = mu * b + (1 - dampening) * d;  theta -= lr * (d + mu * b if nesterov else b)
+    AdamW  m += (1 - beta1) (d - m);  v = beta2 v + (1 - beta2) d^2
+           theta = (1 - lr wd) theta - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+Shapes: every array [N]. Dtypes: theta, state, A and T float32; gradient and mirror float32 or bfloat16.
+Arithmetic: float32 without fused multiply-add and with rounded division and root, as the torch oracle computes it.
+Mutates theta, state and mirror; with found_inf != 0 theta and state keep their bits and the mirror is refreshed from theta,
+so that a skipped step still takes the ascent back.
+Bytes an element: SGD with momentum 16 + sizeof(grad), AdamW 24 + sizeof(grad); anchor + 8; mirror + its size.
+Source: torch.optim.SGD and torch.optim.AdamW (semantics); A, T: `collapse_anchors`.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .common import Number, check_vector, count, number, split_number
+from .common import (
+    BLOCK,
+    WARPS,
+    Number,
+    cdiv,
+    check_vector,
+    count,
+    jit,
+    launch,
+    load_number,
+    number,
+    split_number,
+    tl,
+    use_kernel,
+)
 
 Anchor = tuple[Tensor, Tensor, Number]
+F32 = (torch.float32,)
 
 
-def _full_gradient(theta: Tensor, grad: Tensor, anchor: tuple | None, grad_scale: float | Tensor | None) -> Tensor:
-    grad = grad.to(theta.dtype)
-    if grad_scale is not None:
-        grad = grad * grad_scale
-    if anchor is not None:
-        weight, target, strength = anchor
-        grad = grad + strength * weight * (theta - target)
-    return grad
+@jit
+def _full_gradient(theta, grad_ptr, anchor_ptr, target_ptr, strength_ptr, strength, scale_ptr, scale, offsets, mask):
+    d = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * load_number(scale_ptr, scale)
+    if anchor_ptr is not None:
+        weight = tl.load(anchor_ptr + offsets, mask=mask, other=0.0)
+        target = tl.load(target_ptr + offsets, mask=mask, other=0.0)
+        d += load_number(strength_ptr, strength) * weight * (theta - target)
+    return d
 
 
-def _store(pairs: list[tuple[Tensor, Tensor]], found_inf: Tensor | None, mirror: Tensor | None) -> None:
-    """Write every new value over its array (pairs[0] is theta), none of them if found_inf; then refresh the mirror."""
+@jit
+def _store_theta(theta_ptr, mirror_ptr, theta, offsets, mask):
+    tl.store(theta_ptr + offsets, theta, mask=mask)
+    if mirror_ptr is not None:
+        tl.store(mirror_ptr + offsets, theta.to(mirror_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _sgd_step_kernel(
+    theta_ptr, grad_ptr, buf_ptr, anchor_ptr, target_ptr, mirror_ptr, found_inf_ptr,
+    lr_ptr, lr, strength_ptr, strength, scale_ptr, scale, first_ptr, keep, momentum, weight_decay, n_elements,
+    NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_elements
+    theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
+    d = _full_gradient(
+        theta, grad_ptr, anchor_ptr, target_ptr, strength_ptr, strength, scale_ptr, scale, offsets, mask
+    )  # fmt: skip
+    d += tl.cast(weight_decay, tl.float32) * theta
+    skip = load_number(found_inf_ptr, 0.0) != 0
+    if buf_ptr is not None:
+        mu = tl.cast(momentum, tl.float32)
+        gain = tl.cast(keep, tl.float32)
+        if first_ptr is not None:
+            gain = tl.where(tl.load(first_ptr) != 0, 1.0, gain)
+        old = tl.load(buf_ptr + offsets, mask=mask, other=0.0)
+        buf = mu * old + gain * d
+        tl.store(buf_ptr + offsets, tl.where(skip, old, buf), mask=mask)
+        if NESTEROV:
+            d += mu * buf
+        else:
+            d = buf
+    new = theta - load_number(lr_ptr, lr) * d
+    _store_theta(theta_ptr, mirror_ptr, tl.where(skip, theta, new), offsets, mask)
+
+
+@jit
+def _one_minus_power(log_beta, step):
+    """1 - beta^step in float32 to its last digits: near 0 as -expm1's series, where 1 - exp(x) would cancel."""
+    x = tl.cast(log_beta, tl.float32) * step
+    series = 1.0 + x / 9
+    for k in tl.static_range(7):
+        series = 1.0 + x / (8 - k) * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@jit
+def _adamw_step_kernel(
+    theta_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, anchor_ptr, target_ptr, mirror_ptr, found_inf_ptr,
+    lr_ptr, lr, strength_ptr, strength, scale_ptr, scale, step_ptr, correct1, correct2, log_beta1, log_beta2,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, n_elements, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_elements
+    rate = load_number(lr_ptr, lr)
+    if step_ptr is not None:
+        step = tl.load(step_ptr).to(tl.float32)
+        bias1 = _one_minus_power(log_beta1, step)
+        bias2 = tl.sqrt_rn(_one_minus_power(log_beta2, step))
+    else:
+        bias1 = tl.cast(correct1, tl.float32)
+        bias2 = tl.cast(correct2, tl.float32)
+    theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
+    d = _full_gradient(
+        theta, grad_ptr, anchor_ptr, target_ptr, strength_ptr, strength, scale_ptr, scale, offsets, mask
+    )  # fmt: skip
+    old_m = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
+    old_v = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+    m = old_m + tl.cast(one_minus_beta1, tl.float32) * (d - old_m)
+    v = tl.cast(beta2, tl.float32) * old_v + tl.cast(one_minus_beta2, tl.float32) * (d * d)
+    denominator = tl.div_rn(tl.sqrt_rn(v), bias2) + tl.cast(eps, tl.float32)
+    decayed = theta * (1.0 - rate * tl.cast(weight_decay, tl.float32))
+    new = decayed - tl.div_rn(rate, bias1) * tl.div_rn(m, denominator)
+    skip = load_number(found_inf_ptr, 0.0) != 0
+    tl.store(exp_avg_ptr + offsets, tl.where(skip, old_m, m), mask=mask)
+    tl.store(exp_avg_sq_ptr + offsets, tl.where(skip, old_v, v), mask=mask)
+    _store_theta(theta_ptr, mirror_ptr, tl.where(skip, theta, new), offsets, mask)
+
+
+def _gradient_reference(
+    theta: Tensor, grad: Tensor, anchor: Tensor | None, target: Tensor | None, strength: Number, scale: Number
+) -> Tensor:
+    d = grad.to(theta.dtype) * scale
+    return d if anchor is None else d + strength * anchor * (theta - target)
+
+
+def _write(pairs: list[tuple[Tensor, Tensor]], found_inf: Tensor | None, mirror: Tensor | None) -> None:
+    """Put every new value over its array (pairs[0] is theta), none of them if found_inf; then refresh the mirror."""
     for array, new in pairs:
         array.copy_(new if found_inf is None else torch.where(found_inf.reshape(()) != 0, array, new))
     if mirror is not None:
         mirror.copy_(pairs[0][0])
 
 
-def sgd_step_reference(
-    theta: Tensor, grad: Tensor, buf: Tensor | None, lr, momentum, dampening, weight_decay, nesterov, anchor, mirror,
-    grad_scale, found_inf, first_step,
+@torch.library.custom_op("ltfast::sgd_step", mutates_args={"theta", "buf", "mirror"})
+def _sgd_step(
+    theta: Tensor, grad: Tensor, buf: Tensor | None, anchor: Tensor | None, target: Tensor | None,
+    mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
+    strength_t: Tensor | None, scale: float, scale_t: Tensor | None, first_t: Tensor | None, keep: float,
+    momentum: float, weight_decay: float, nesterov: bool,
 ) -> None:  # fmt: skip
-    """The torch oracle."""
-    d = _full_gradient(theta, grad, anchor, grad_scale)
-    if weight_decay != 0:
-        d = d + weight_decay * theta
-    pairs = []
+    """`X` and `X_t` are one number: on the host, or (not None) on the device. keep = 1 - dampening."""
+    count("sgd_step", 1, [theta, grad, buf, anchor, target], [theta, buf, mirror])
+    if use_kernel(theta):
+        n = theta.shape[0]
+        launch(_sgd_step_kernel, (cdiv(n, BLOCK),), theta.device, theta, grad, buf, anchor, target, mirror, found_inf,
+               lr_t, lr, strength_t, strength, scale_t, scale, first_t, keep, momentum, weight_decay, n,
+               NESTEROV=nesterov, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)  # fmt: skip
+        return
+    d = _gradient_reference(theta, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
+    d = d + weight_decay * theta
+    state = []
     if buf is not None:
-        keep = 1 - dampening * (1 - torch.as_tensor(first_step, device=theta.device).to(theta.dtype))
-        new_buf = momentum * buf + keep * d
-        pairs = [(buf, new_buf)]
+        gain = keep if first_t is None else torch.where(first_t.reshape(()) != 0, 1.0, keep)
+        new_buf = momentum * buf + gain * d
+        state = [(buf, new_buf)]
         d = d + momentum * new_buf if nesterov else new_buf
-    _store([(theta, theta - lr * d), *pairs], found_inf, mirror)
+    _write([(theta, theta - number(lr, lr_t) * d), *state], found_inf, mirror)
 
 
-def adamw_step_reference(
-    theta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step, lr, betas, eps, weight_decay, anchor,
-    mirror, grad_scale, found_inf,
+@torch.library.custom_op("ltfast::adamw_step", mutates_args={"theta", "exp_avg", "exp_avg_sq", "mirror"})
+def _adamw_step(
+    theta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, anchor: Tensor | None, target: Tensor | None,
+    mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
+    strength_t: Tensor | None, scale: float, scale_t: Tensor | None, step: float, step_t: Tensor | None,
+    beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """The torch oracle."""
-    beta1, beta2 = betas
-    d = _full_gradient(theta, grad, anchor, grad_scale)
+    """`X` and `X_t` are one number: on the host, or (not None) on the device."""
+    count("adamw_step", 1, [theta, grad, exp_avg, exp_avg_sq, anchor, target], [theta, exp_avg, exp_avg_sq, mirror])
+    if use_kernel(theta):
+        n = theta.shape[0]
+        log1, log2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+        launch(_adamw_step_kernel, (cdiv(n, BLOCK),), theta.device, theta, grad, exp_avg, exp_avg_sq, anchor, target,
+               mirror, found_inf, lr_t, lr, strength_t, strength, scale_t, scale, step_t, 1 - beta1**step,
+               (1 - beta2**step) ** 0.5, log1, log2, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, n,
+               BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)  # fmt: skip
+        return
+    t: Number = step if step_t is None else step_t.reshape(()).double()
+    correct1, correct2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
+    rate = number(lr, lr_t)
+    d = _gradient_reference(theta, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
     m = exp_avg + (1 - beta1) * (d - exp_avg)
     v = beta2 * exp_avg_sq + (1 - beta2) * (d * d)
-    if isinstance(step, Tensor):
-        step = step.double()
-    correct1, correct2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
-    if isinstance(step, Tensor):
-        correct1, correct2 = correct1.to(theta.dtype), correct2.to(theta.dtype)
-    new = theta * (1 - lr * weight_decay) - (lr / correct1) * (m / (v.sqrt() / correct2 + eps))
-    _store([(theta, new), (exp_avg, m), (exp_avg_sq, v)], found_inf, mirror)
+    new = theta * (1 - rate * weight_decay) - rate / correct1 * (m / (v.sqrt() / correct2 + eps))
+    _write([(theta, new.to(theta.dtype)), (exp_avg, m), (exp_avg_sq, v)], found_inf, mirror)
 
 
-def _check(theta_N: Tensor, grad_N: Tensor, anchor, mirror, state: dict[str, Tensor]) -> None:
-    check_vector("theta_N", theta_N, dtypes=(torch.float32,))
+@_sgd_step.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+@_adamw_step.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+def _check_arrays(
+    theta_N: Tensor,
+    grad_N: Tensor,
+    state: dict[str, Tensor | None],
+    anchor: Anchor | None,
+    mirror: Tensor | None,
+    found_inf: Tensor | None,
+) -> tuple:
+    """Check everything before anything is written; returns (A, T, strength, strength_t)."""
+    check_vector("theta_N", theta_N, dtypes=F32)
     check_vector("grad_N", grad_N, theta_N)
     for name, tensor in state.items():
-        check_vector(name, tensor, theta_N, dtypes=(torch.float32,))
-    if anchor is not None:
-        check_vector("anchor[0]", anchor[0], theta_N, dtypes=(torch.float32,))
-        check_vector("anchor[1]", anchor[1], theta_N, dtypes=(torch.float32,))
+        if tensor is None:
+            raise ValueError(f"{name} is None; pass a zero-initialised buffer")
+        check_vector(name, tensor, theta_N, dtypes=F32)
     if mirror is not None:
         check_vector("mirror", mirror, theta_N)
-
-
-def _numbers(theta_N, lr, anchor, grad_scale, found_inf):
-    device = theta_N.device
-    lr = number(*split_number("lr", lr, device))
-    if anchor is not None:
-        anchor = (anchor[0], anchor[1], number(*split_number("anchor[2]", anchor[2], device)))
-    if grad_scale is not None:
-        grad_scale = number(*split_number("grad_scale", grad_scale, device, low=-math.inf))
     if found_inf is not None:
-        found_inf = torch.as_tensor(found_inf, device=device)
-    return lr, anchor, grad_scale, found_inf
+        if not isinstance(found_inf, Tensor):
+            raise ValueError(f"found_inf must be a one-element tensor, not {type(found_inf).__name__}")
+        split_number("found_inf", found_inf, theta_N.device)
+    if anchor is None:
+        return None, None, 0.0, None
+    weight, target, strength = anchor
+    check_vector("anchor[0] (A)", weight, theta_N, dtypes=F32)
+    check_vector("anchor[1] (T)", target, theta_N, dtypes=F32)
+    return weight, target, *split_number("anchor[2] (strength)", strength, theta_N.device)
 
 
+def _scale(grad_scale: Number | None, device: torch.device) -> tuple[float, Tensor | None]:
+    return split_number("grad_scale", 1.0 if grad_scale is None else grad_scale, device, low=-math.inf)
+
+
+@torch.no_grad()
 def sgd_step(
     theta_N: Tensor,
     grad_N: Tensor,
@@ -103,20 +256,41 @@ def sgd_step(
     found_inf: Tensor | None = None,
     first_step: bool | Tensor = False,
 ) -> None:
-    """torch.optim.SGD's update in one pass, in place."""
-    buf = momentum_N if momentum != 0 else None
-    if momentum != 0 and momentum_N is None:
-        raise ValueError(f"momentum_N is None; momentum {momentum} needs a buffer")
+    """One torch.optim.SGD update, in place, in one pass.
+
+    Args:
+        theta_N, momentum_N: [N] float32; the buffer starts at zero (None is fine with momentum 0).
+        grad_N: [N] float32 or bfloat16.
+        lr, grad_scale, anchor's strength: number or one-element device tensor (for CUDA graphs).
+        anchor: (A [N], T [N], strength): adds strength * A * (theta - T) to the gradient, unscaled by grad_scale.
+        mirror: [N] float32 or bfloat16 second copy that gets the new theta.
+        grad_scale: multiplies the gradient (1 / loss scale).
+        found_inf: one-element device tensor; nonzero: theta and buffer stay, the mirror is refreshed all the same.
+        first_step: torch starts the buffer with the whole gradient, undampened; matters only with dampening.
+
+    Raises:
+        ValueError: a bad argument, by name; then nothing has been written.
+    """
     if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("nesterov needs a momentum above 0 and dampening 0")
-    _check(theta_N, grad_N, anchor, mirror, {} if buf is None else {"momentum_N": buf})
-    lr, anchor, grad_scale, found_inf = _numbers(theta_N, lr, anchor, grad_scale, found_inf)
-    count("sgd_step", 1, [theta_N, grad_N, buf, *(anchor or ())[:2]], [theta_N, buf, mirror])
-    with torch.no_grad():
-        sgd_step_reference(theta_N, grad_N, buf, lr, momentum, dampening, weight_decay, nesterov, anchor, mirror,
-                           grad_scale, found_inf, first_step)  # fmt: skip
+        raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {momentum} and {dampening}")
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+        split_number(name, value, theta_N.device)
+    split_number("dampening", dampening, theta_N.device, low=-math.inf)
+    buf = momentum_N if momentum != 0 else None
+    checked = _check_arrays(
+        theta_N, grad_N, {} if momentum == 0 else {"momentum_N": momentum_N}, anchor, mirror, found_inf
+    )
+    weight, target, strength, strength_t = checked
+    lr_pair = split_number("lr", lr, theta_N.device)
+    first_t = first_step if isinstance(first_step, Tensor) else None
+    keep = 1.0 if first_t is None and first_step else 1.0 - dampening
+    _sgd_step(
+        theta_N, grad_N, buf, weight, target, mirror, found_inf, *lr_pair, strength, strength_t,
+        *_scale(grad_scale, theta_N.device), first_t, keep, float(momentum), float(weight_decay), bool(nesterov),
+    )  # fmt: skip
 
 
+@torch.no_grad()
 def adamw_step(
     theta_N: Tensor,
     grad_N: Tensor,
@@ -133,12 +307,28 @@ def adamw_step(
     grad_scale: Number | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """torch.optim.AdamW's update in one pass, in place; `step` counts from 1."""
-    _check(theta_N, grad_N, anchor, mirror, {"exp_avg_N": exp_avg_N, "exp_avg_sq_N": exp_avg_sq_N})
-    lr, anchor, grad_scale, found_inf = _numbers(theta_N, lr, anchor, grad_scale, found_inf)
-    step = number(*split_number("step", step, theta_N.device, low=1))
-    count("adamw_step", 1, [theta_N, grad_N, exp_avg_N, exp_avg_sq_N, *(anchor or ())[:2]],
-          [theta_N, exp_avg_N, exp_avg_sq_N, mirror])  # fmt: skip
-    with torch.no_grad():
-        adamw_step_reference(theta_N, grad_N, exp_avg_N, exp_avg_sq_N, step, lr, betas, eps, weight_decay, anchor,
-                             mirror, grad_scale, found_inf)  # fmt: skip
+    """One torch.optim.AdamW update, in place, in one pass.
+
+    Args:
+        theta_N, exp_avg_N, exp_avg_sq_N: [N] float32; both moments start at zero.
+        step: number of this step, 1 for the first; number or one-element device tensor, like lr. A skipped step
+            (found_inf) must not be counted, which is the caller's part.
+        grad_N, lr, anchor, mirror, grad_scale, found_inf: as for `sgd_step`.
+
+    Raises:
+        ValueError: a bad argument, by name; then nothing has been written.
+    """
+    for i, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] is {beta}; it must be in [0, 1)")
+    split_number("eps", eps, theta_N.device)
+    split_number("weight_decay", weight_decay, theta_N.device)
+    weight, target, strength, strength_t = _check_arrays(
+        theta_N, grad_N, {"exp_avg_N": exp_avg_N, "exp_avg_sq_N": exp_avg_sq_N}, anchor, mirror, found_inf
+    )
+    count_pair = split_number("step", step, theta_N.device, low=1)
+    _adamw_step(
+        theta_N, grad_N, exp_avg_N, exp_avg_sq_N, weight, target, mirror, found_inf,
+        *split_number("lr", lr, theta_N.device), strength, strength_t, *_scale(grad_scale, theta_N.device),
+        *count_pair, *map(float, betas), float(eps), float(weight_decay),
+    )  # fmt: skip
