@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ltfast.errors import UserError
+from ltfast.preserve import grouping
 from ltfast.preserve.bank import MemoryBank
 from ltfast.preserve.grouping import (
     cut_nodes,
@@ -78,17 +79,22 @@ def test_zero_snapshot_has_cosine_zero():
 
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
-@pytest.mark.parametrize("seed", range(6))
-def test_lumped_partition_is_the_c_node_partition(groups, seed):
-    generator = torch.Generator().manual_seed(100 + seed)
-    masses = torch.randint(1, 12, (9,), generator=generator)
-    rows, _ = planted(seed, masses.tolist(), noise=0.7, centres=groups)
-    cosine = naive_cosines(rows)
-    lumped = spectral_groups(cosine, masses, groups)
-    node = torch.repeat_interleave(torch.arange(9), masses)
-    c_node = cut_nodes(cosine[node][:, node], torch.ones(len(node), dtype=torch.float64), groups)
-    assert canonical(lumped[node]) == canonical(c_node)
-    assert len(set(lumped.tolist())) == groups
+@pytest.mark.parametrize("noise", [0.7, 3.0])
+def test_lumped_partition_is_the_c_node_partition(groups, noise, monkeypatch):
+    """Exactly, also where there is no structure (noise 3) and the partition hangs on the masses."""
+    monkeypatch.setattr(grouping, "STARTS", 1000)  # all starts in both graphs, so that neither misses the best cut
+    changed = 0
+    for seed in range(4):
+        masses = torch.randint(1, 30, (9,), generator=torch.Generator().manual_seed(100 + seed))
+        rows, _ = planted(seed, masses.tolist(), dimension=6, noise=noise, centres=groups)
+        cosine = naive_cosines(rows)
+        lumped = spectral_groups(cosine, masses, groups)
+        node = torch.repeat_interleave(torch.arange(9), masses)
+        c_node = cut_nodes(cosine[node][:, node], torch.ones(len(node), dtype=torch.float64), groups)
+        assert canonical(lumped[node]) == canonical(c_node)
+        assert len(set(lumped.tolist())) == groups
+        changed += canonical(lumped) != canonical(spectral_groups(cosine, torch.ones(9), groups))
+    assert changed or noise < 1  # without masses the partition is another one
 
 
 def test_the_cut_of_lumps_is_the_cut_of_classes():
@@ -103,20 +109,21 @@ def test_the_cut_of_lumps_is_the_cut_of_classes():
     assert abs(normalised_cut(similarity, labels, 2) - direct) > 1e-3  # masses left out
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_close_to_the_best_cut_by_enumeration(seed):
-    generator = torch.Generator().manual_seed(seed)
-    masses = torch.randint(1, 9, (8,), generator=generator)
-    rows, _ = planted(seed, masses.tolist(), noise=0.5, centres=2)
-    affinity = masses[:, None] * masses * (1 + naive_cosines(rows)) / 2
-    cuts = [
-        normalised_cut(affinity, torch.tensor((0, *bits)), 2)
-        for bits in itertools.product((0, 1), repeat=7)
-        if any(bits)
-    ]
-    got = normalised_cut(affinity, spectral_groups(naive_cosines(rows), masses, 2), 2)
-    assert got <= min(cuts) * 1.02
-    assert sorted(cuts)[len(cuts) // 2] > min(cuts) * 1.02  # a random partition would not pass
+def test_close_to_the_best_cut_by_enumeration():
+    """Without structure, where it is hardest: observed mean 1.009 times the best of all 127 cuts, 1.08 at worst."""
+    ratios, random = [], []
+    for seed in range(30):
+        masses = torch.randint(1, 9, (8,), generator=torch.Generator().manual_seed(seed))
+        rows, _ = planted(seed, masses.tolist(), dimension=4, noise=3.0, centres=2)
+        affinity = masses[:, None] * masses * (1 + naive_cosines(rows)) / 2
+        sides = [torch.tensor((0, *bits)) for bits in itertools.product((0, 1), repeat=7) if any(bits)]
+        cuts = sorted(normalised_cut(affinity, labels, 2) for labels in sides)
+        got = normalised_cut(affinity, spectral_groups(naive_cosines(rows), masses, 2), 2)
+        ratios.append(got / cuts[0])
+        random.append(cuts[len(cuts) // 10] / cuts[0])
+    assert sum(ratios) / 30 < 1.012
+    assert max(ratios) < 1.1
+    assert min(random) > 1.05  # the best tenth of all partitions would not pass
 
 
 def test_planted_groups_are_found_and_numbered_head_first():

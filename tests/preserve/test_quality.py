@@ -121,6 +121,12 @@ def test_nearest_other_in_blocks(chunk):
     torch.testing.assert_close(got[valid], table.amin(1)[valid], rtol=1e-9, atol=1e-9)
 
 
+def test_nearest_other_far_from_the_origin():
+    x = torch.randn(9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * 1e-3
+    valid = torch.ones(9, dtype=torch.bool)
+    torch.testing.assert_close(nearest_other(x + 1e6, valid), nearest_other(x, valid), rtol=1e-5, atol=0)
+
+
 def test_inaturalist_class_count():
     stats = QualityStats(8142, 3)
     generator = torch.Generator().manual_seed(3)
