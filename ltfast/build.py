@@ -18,6 +18,7 @@ from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.models.registry import is_cifar_encoder
 from ltfast.optim.rules import Rule
+from ltfast.reduce import Agreement
 from ltfast.step import Objective
 
 MEMBERSHIP_KIND = {"one": "single", "class": "classes", "head-tail": "head-tail", "focal": "focal", "bank": "groups"}
@@ -108,10 +109,10 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     return model
 
 
-def build_objective(config: Config, counts: Tensor) -> Objective:
+def build_objective(config: Config, counts: Tensor, agreement: Agreement | None = None) -> Objective:
     """The base loss over classes with `counts` [C] training images."""
     loss = config.loss
-    return Objective(loss.loss, counts, loss.a_ce, loss.a_scl, loss.temperature, loss.tau)
+    return Objective(loss.loss, counts, loss.a_ce, loss.a_scl, loss.temperature, loss.tau, agreement or Agreement())
 
 
 def build_membership(config: Config, rule: Rule | None, counts: Tensor, group_of_class: Tensor | None) -> Tensor:

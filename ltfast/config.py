@@ -160,6 +160,12 @@ class Run:
     max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off")
     max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row")
     tensorboard: bool = _opt(True, "write TensorBoard events")
+    sync_bn: bool = _opt(False, "BatchNorm statistics over all processes; off = each its own part of the batch")
+    ascent: str = _opt(
+        "local",
+        "local: each process climbs along its own part of the batch; global: as one process with the whole batch would",
+        choices=("local", "global"),
+    )
 
 
 SECTIONS: dict[str, type] = {

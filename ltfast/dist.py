@@ -121,7 +121,11 @@ class Ranks:
         """Rank 0's host tensors on every rank (a checkpoint: only rank 0 needs to see the file system it lies on)."""
         if self.world == 1:
             return named or {}
-        plan = None if named is None else [[k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in named.items()]
+        plan = (
+            None
+            if named is None
+            else [[k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in named.items()]
+        )
         result = {}
         for name, shape, dtype in self.share(plan) or []:
             tensor = named[name].contiguous() if named is not None else torch.empty(shape, dtype=getattr(torch, dtype))

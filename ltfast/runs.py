@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -122,6 +123,16 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Drop what metrics.jsonl holds beyond `size` bytes: a resumed run writes those lines again."""
+        if self.metrics_bytes() > size:
+            os.truncate(self.path / "metrics.jsonl", size)
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of one kind if given; a line cut short by a crash is left out."""

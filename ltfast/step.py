@@ -21,6 +21,7 @@ from ltfast.losses import balanced_softmax, balanced_supcon, cross_entropy, grou
 from ltfast.models import LongTailModel
 from ltfast.optim.engine import Engine
 from ltfast.optim.rules import Rule
+from ltfast.reduce import Agreement, GradientReducer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Objective:
         kind: "ce", "balanced-softmax" or "bcl".
         counts: [C] training images a class (the prior).
         a_ce, a_scl, temperature, tau: weights, BalSCL temperature, strength of the prior.
+        agreement: over how many ranks the contrast set of bcl reaches.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class Objective:
     a_scl: float = 0.35
     temperature: float = 0.1
     tau: float = 1.0
+    agreement: Agreement = Agreement()
 
     @property
     def n_views(self) -> int:
@@ -64,7 +67,8 @@ class Objective:
             return self.classification(model.logits(features[:b], weight), labels)
         assert z is not None
         loss = self.a_ce * self.classification(model.logits(features[:b], weight), labels)
-        return loss + self.a_scl * balanced_supcon(z, model.centers(weight), labels, self.temperature)
+        z, everyone, own = self.agreement.contrast(z, labels)
+        return loss + self.a_scl * balanced_supcon(z, model.centers(weight), everyone, self.temperature)[own]
 
 
 class Update:
@@ -98,6 +102,7 @@ class Update:
         self.slots = [torch.zeros_like(flat.data) for _ in range(n_slots)]
         self.step = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)  # steps skipped since the last good one
 
     def __call__(self, grad: Tensor, kept: Tensor | None, bad: Tensor) -> Tensor:
         """Apply the gradient [N]; `kept` is theta before the ascent, if there was one. Returns |gradient|, 0-dim.
@@ -109,6 +114,7 @@ class Update:
         scale = self.alpha * (self.clip / norm.clamp_min(self.clip)) if self.clip else self.alpha
         anchor = None if self.anchor is None else (*self.anchor, self.strength)
         self.skipped += skip
+        self.in_a_row.add_(skip).mul_(skip)
         self.step += 1 - skip
         theta, mirror = (self.flat.data, None) if kept is None else (kept, self.flat.data)
         if self.kind == "sgd":
@@ -126,7 +132,7 @@ class Update:
     def state(self) -> dict[str, Tensor]:
         """Tensors to checkpoint, by name."""
         named = {f"slot{i}": slot for i, slot in enumerate(self.slots)}
-        return {**named, "step": self.step, "skipped": self.skipped}
+        return {**named, "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row}
 
 
 class TrainStep:
@@ -150,16 +156,18 @@ class TrainStep:
         membership: Tensor | None = None,
         group_counts: Tensor | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-        reduce: Callable[[Tensor], object] | None = None,
+        reducer: GradientReducer | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         self.model, self.objective, self.flat, self.buffers, self.update = model, objective, flat, buffers, update
-        self.rule, self.autocast, self.reduce = rule, autocast, reduce
+        self.rule, self.autocast, self.reducer = rule, autocast, reducer
+        self.agreement = agreement or Agreement()
         c = objective.counts.numel()
         device = flat.device
         self.membership = torch.ones(c, 1, device=device) if membership is None else membership.to(device)
         counts = self.membership.T @ objective.counts.to(device).float() if group_counts is None else group_counts
         self.group_counts = counts.to(device, torch.float32)
-        self.engine = Engine(flat, rule, self.group_counts) if rule and rule.scope == "all" else None
+        self.engine = Engine(flat, rule, self.group_counts, self.agreement) if rule and rule.scope == "all" else None
         self.features: Tensor | None = None
         self.classifier_stats: dict[str, Tensor] = {}
         if rule is None or rule.scope == "classifier":
@@ -177,10 +185,11 @@ class TrainStep:
         else:
             loss = self._shared(x, labels)
         grad = self.flat.grads[self._final_row]
-        if self.reduce is not None:
-            self.reduce(grad)
+        bad = (~torch.isfinite(loss)).float()
+        if self.reducer is not None:
+            self.reducer.finish(bad)
         kept = self.engine.kept if self.engine is not None else None
-        norm = self.update(grad, kept, (~torch.isfinite(loss)).float())
+        norm = self.update(grad, kept, bad)
         if self.engine is not None:
             self.engine.climbed = False
         return {"loss": loss.detach(), "grad_norm": norm, **self._stats}
@@ -197,7 +206,7 @@ class TrainStep:
         with self.autocast():
             features, z = self._encode(x, labels.numel())
             per_sample = self.objective(self.model, features, z, labels)
-        losses, shares = group_losses(per_sample, self.membership[labels])
+        losses, shares = self.agreement.losses(*group_losses(per_sample, self.membership[labels]))
         return losses, shares, features[: labels.numel()].detach()
 
     @property
@@ -214,13 +223,19 @@ class TrainStep:
         """The same, 0-dim: each averaged over its directions."""
         return {name: value.mean() for name, value in self.ascent_stats.items()}
 
+    def _descend(self, loss: Tensor) -> None:
+        """Backward of the final loss: its gradient leaves for the other ranks while earlier layers are still computed."""
+        if self.reducer is not None:
+            self.reducer.arm(self.flat.grads[self._final_row])
+        loss.backward()
+
     # -- the four kinds of step ----------------------------------------------------------------------------------------
 
     def _plain(self, x: Tensor, labels: Tensor) -> Tensor:
         losses, shares, self.features = self.losses(x, labels)
         loss = (losses * shares).sum()
         self.flat.attach(0)
-        loss.backward()
+        self._descend(loss)
         return loss
 
     def _shared(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -234,10 +249,10 @@ class TrainStep:
         self.buffers.restore()
         if self.rule.split:  # row 0 already holds the gradient of the part that stays at theta
             self.flat.attach(0, zero=False)
-            (perturbed[1] * shares[1]).backward()
+            self._descend(perturbed[1] * shares[1])
         else:
             self.flat.attach(0)
-            (perturbed * shares).sum().backward()
+            self._descend((perturbed * shares).sum())
         return (losses.detach() * shares).sum()
 
     def _per_group(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -250,7 +265,8 @@ class TrainStep:
         for k in range(self.engine.n_groups):
             self.engine.move_to(coef[k])
             perturbed, _, _ = self.losses(x, labels)
-            (perturbed[k] * shares[k]).backward()
+            last = k + 1 == self.engine.n_groups
+            (self._descend if last else torch.Tensor.backward)(perturbed[k] * shares[k])
         self.buffers.restore()
         return (losses.detach() * shares).sum()
 
@@ -271,7 +287,7 @@ class TrainStep:
                 total = total + (per_sample * part).sum() / labels.numel()
         self.buffers.restore()
         self.flat.attach(0)
-        total.backward()
+        self._descend(total)
         return plain
 
     def _classifier_ascent(
@@ -285,12 +301,12 @@ class TrainStep:
         )  # not a leaf: FLOP counters need that
         with self.autocast():
             per_sample = self.objective(self.model, features, z, labels, weight)
-        losses, shares = group_losses(per_sample, member)
+        losses, shares = self.agreement.losses(*group_losses(per_sample, member))
         last = losses.numel() - 1
         grads = [
             torch.autograd.grad(loss, weight, retain_graph=k < last)[0].reshape(-1) for k, loss in enumerate(losses)
         ]
-        rows, theta = torch.stack(grads).float(), weight.detach().reshape(-1)
+        rows, theta = self.agreement.rows(torch.stack(grads).float()), weight.detach().reshape(-1)
         coef, stats = ascent_coefficients(
             *gram_partials(rows, theta, rule.adaptive), shares, self.group_counts, theta.numel(),
             direction=rule.direction, objective=rule.objective, rho=rule.rho, C=rule.radius_C,

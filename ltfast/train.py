@@ -9,6 +9,7 @@ for each epoch:
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltfast import build, checkpoint
+from ltfast import build, checkpoint, resume
 from ltfast.config import Config
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
@@ -27,13 +28,17 @@ from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, gro
 from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
 from ltfast.recipes import rule_of
+from ltfast.reduce import Agreement, GradientReducer
 from ltfast.runs import RunFolder
 from ltfast.schedule import alpha_at, lr_at, scouting_epochs
 from ltfast.step import TrainStep, Update
+from ltfast.store import Store
+from ltfast.survive import Action, BadSteps, Signals, Watch
+from ltfast.syncbn import synchronise
 
 
 class Trainer:
-    """Everything a run consists of; `fit` runs it, `state` and `load_state` make it resumable at any step."""
+    """Everything a run consists of; `fit` runs it, ltfast/resume.py makes it resumable at any step."""
 
     def __init__(self, config: Config, folder: RunFolder | None, ranks: Ranks, progress: Progress) -> None:
         self.config, self.folder, self.ranks, self.progress = config, folder, ranks, progress
@@ -42,11 +47,15 @@ class Trainer:
         self.source = build.build_data(config, self.device, ranks)
         self.counts = self.source.train_counts.to(self.device)
         model = build.build_model(config, self.source.input_shape, self.source.num_classes)
+        if config.run.sync_bn:
+            model = synchronise(model, ranks, self.device.type == "cuda")
         self.model = model.to(self.device)
         if self.device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.objective = build.build_objective(config, self.counts)
+        self.agreement = Agreement(ranks, config.run.ascent == "global")
+        self.objective = build.build_objective(config, self.counts, self.agreement)
         self.flat = FlatParameters(self.model.parameters())
+        self.reducer = GradientReducer(self.flat, ranks) if ranks.world > 1 else None
         self.buffers = FlatBuffers(self.model)
         self.encoder = self.flat.span(self.model.encoder.parameters())
         optim = config.optim
@@ -67,24 +76,34 @@ class Trainer:
         self.meter = AscentMeter(self.source.steps_per_epoch)
         self.epoch = self.batch = self.steps = 0
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1}
+        self.sums: dict[str, Tensor] = {}  # over the steps of this epoch so far, for the log
+        self.seconds = 0.0  # spent on this epoch so far
+        self.store: Store | None = None
         self.make_step()
 
     # -- the algorithm ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end; returns the evaluation of the last and the best checkpoint on the test split."""
-        for epoch in range(self.epoch, self.config.optim.epochs):
-            self.epoch = epoch
-            if self.grouping_due(epoch):
-                self.group()
-            started = time.perf_counter()
-            summary = self.train_epoch(epoch)
-            self.remember(epoch)
-            summary["seconds"] = time.perf_counter() - started
-            self.epoch, self.batch = epoch + 1, 0
-            observe_epoch(self, epoch)
-            self.finish_epoch(epoch, summary)
-        return self.finish()
+        """Train to the end; returns the evaluation of the last and the best checkpoint on the test split.
+
+        Stopped early (by a signal or --max-hours) it returns {"stopped": reason} after a checkpoint.
+        """
+        with Signals(self.ranks.main) as signals:
+            self.guard(signals)
+            for epoch in range(self.epoch, self.config.optim.epochs):
+                self.epoch = epoch
+                if self.grouping_due(epoch):
+                    self.group()
+                if self.train_epoch(epoch) is Action.STOP:
+                    return self.stop()
+                self.remember(epoch)
+                summary = self.summary()
+                self.epoch, self.batch = epoch + 1, 0
+                observe_epoch(self, epoch)
+                self.finish_epoch(epoch, summary)
+                if self.watch.between_epochs() is Action.STOP:
+                    return self.stop()
+            return self.finish()
 
     def grouping_due(self, epoch: int) -> bool:
         """After scouting, then every `regroup` epochs; not in the middle of an epoch that is being resumed."""
@@ -136,15 +155,15 @@ class Trainer:
         autocast = build.build_autocast(self.config, self.device)
         self.step = TrainStep(
             self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, autocast=autocast,
-            reduce=self.ranks.mean_,
+            reducer=self.reducer, agreement=self.agreement,
         )  # fmt: skip
         if self.anchor is not None:
             self.update.anchor = (self.anchor.weight.to(self.device), self.anchor.target.to(self.device))
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training images; returns means over its steps."""
+    def train_epoch(self, epoch: int) -> Action:
+        """One pass over the training images (the rest of it after a resume); STOP if it was broken off."""
         self.model.train()
-        sums: dict[str, Tensor] = {}
+        started, sums = time.perf_counter() - self.seconds, self.sums
         total = self.source.steps_per_epoch
         for batch in self.source.train(epoch, self.batch):
             self.set_schedules(epoch + self.batch / total)
@@ -157,7 +176,21 @@ class Trainer:
             self.batch += 1
             self.steps += 1
             self.progress.step(epoch, self.batch, total, sums.get("loss"))
-        return {name: float(value) / total for name, value in sums.items()}
+            self.seconds = time.perf_counter() - started
+            self.bad_steps.after_step(epoch, self.batch - 1, batch.index)
+            action = self.watch.after_step()
+            if action is Action.STOP and self.batch < total:
+                return action
+            if action is Action.CHECKPOINT and self.batch < total:
+                self.save_state()
+        return Action.GO
+
+    def summary(self) -> dict[str, float]:
+        """Means over the epoch's steps and over the ranks; the sums start afresh."""
+        means = self.ranks.mean_(torch.stack(list(self.sums.values()))) / self.source.steps_per_epoch
+        result = {**dict(zip(self.sums, means.tolist(), strict=True)), "seconds": self.seconds}
+        self.sums, self.seconds = {}, 0.0
+        return result
 
     def set_schedules(self, position: float) -> None:
         """Learning rate, alpha and GKP strength at `position` epochs into the run."""
@@ -182,6 +215,8 @@ class Trainer:
     def finish_epoch(self, epoch: int, summary: dict[str, float]) -> None:
         """Validate, log, keep the best, checkpoint."""
         cfg = self.config
+        self.ranks.check_same(self.flat.data, "parameters")
+        self.ranks.mean_(self.buffers.data)  # BatchNorm statistics: each rank has seen its own part of the batches
         val: dict[str, Any] = {}
         if self.source.sizes.get("val", 0):
             val = self.evaluate("val")
@@ -200,10 +235,11 @@ class Trainer:
         """Evaluate the last (and the best-on-validation) weights on the test split; nothing was chosen by it."""
         self.save_weights("last")
         result = {"last": self.evaluate("test")}
-        if self.folder is not None and self.folder.best.exists() and self.best["epoch"] >= 0:
-            checkpoint.load_into(self.model, self.folder.best)
+        self.ranks.on_main(lambda: self.store and self.store.flush())
+        if self.best["epoch"] >= 0 and self.ranks.share(self.folder is not None and self.folder.best.exists()):
+            self.load_weights("best")
             result["best"] = {**self.evaluate("test"), "epoch": self.best["epoch"]}
-            checkpoint.load_into(self.model, self.folder.last)
+            self.load_weights("last")
         self.log("test", **result)
         return result
 
@@ -214,69 +250,75 @@ class Trainer:
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
+    def guard(self, signals: Signals) -> None:
+        """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
+        run = self.config.run
+        if self.store is None and self.folder is not None:
+            self.store = Store(self.folder.checkpoints, keep=run.keep_checkpoints, note=self.progress.note)
+        self.watch = Watch(
+            self.ranks, signals, checkpoint_minutes=run.checkpoint_minutes, max_hours=run.max_hours,
+            busy=lambda: self.store is not None and self.store.busy,
+        )  # fmt: skip
+        path = self.folder.path if self.folder is not None else None
+        self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
+
+    def stop(self) -> dict[str, Any]:
+        """Leave early with a checkpoint; UserError if it cannot be written."""
+        self.save_state()
+        self.ranks.on_main(lambda: self.store and self.store.flush())
+        self.progress.note(
+            f"{self.watch.reason} in epoch {self.epoch + 1} after {self.steps:,} steps; checkpoint written"
+        )
+        return {"stopped": self.watch.reason}
+
     def log(self, kind: str, **values: Any) -> None:
         if self.folder is not None and self.ranks.main:
-            self.folder.log(kind, **values)
+            try:
+                self.folder.log(kind, **values)
+            except OSError as error:  # losing a line of the log is no reason to lose the run
+                self.progress.note(
+                    f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
+                )
 
     def save_weights(self, name: str) -> None:
-        if self.folder is not None and self.ranks.main:
-            path = self.folder.checkpoints / f"{name}.safetensors"
-            checkpoint.save(
-                path, dict(self.model.state_dict()), {"epoch": self.epoch, "model": self.config.model.model}
-            )
+        if self.store is not None:
+            meta = {"epoch": self.epoch, "model": self.config.model.model}
+            self.store.save_weights(name, dict(self.model.state_dict()), meta)
+
+    def load_weights(self, name: str) -> None:
+        """Put a written checkpoint's weights into the model, on every rank."""
+        folder = self.folder
+        self.ranks.on_main(
+            lambda: folder and checkpoint.load_into(self.model, folder.checkpoints / f"{name}.safetensors")
+        )
+        self.ranks.broadcast_(self.flat.data)
+        self.ranks.broadcast_(self.buffers.data)
 
     def save_state(self) -> None:
-        """Everything `--resume` needs, beside the weights."""
-        self.save_weights("last")
-        if self.folder is not None and self.ranks.main:
-            checkpoint.save(self.folder.checkpoints / "state.safetensors", *self.state())
+        """Everything `--resume` needs; written in the background while training goes on."""
+        if self.batch == 0:
+            self.save_weights("last")
+        tensors, meta, shared = resume.capture(self)
+        self.watch.saved()
+        if self.store is not None:
+            self.store.save_state(self.steps, tensors, meta, shared)
+            for problem in self.store.problems():
+                self.progress.note(f"{problem}; training goes on, older checkpoints are intact")
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON-able values that determine the rest of the run."""
-        tensors = {"theta": self.flat.data, "buffers": self.buffers.data, "quality": self.quality.flat}
-        tensors |= {f"counter.{i}": c for i, c in enumerate(self.buffers.counters)}
-        tensors |= {f"update.{k}": v for k, v in self.update.state().items()}
-        tensors |= {f"bank.{k}": v for k, v in self.bank.state_dict().items()}
-        if self.step.engine is not None:
-            tensors |= {f"engine.{k}": v for k, v in self.step.engine.state().items()}
-        if self.groups is not None:
-            tensors["groups"] = self.groups
-        meta: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "steps": self.steps, "best": self.best}
-        if self.anchor is not None:
-            tensors |= {
-                "anchor.weight": self.anchor.weight,
-                "anchor.target": self.anchor.target,
-                "anchor.const": self.anchor.const,
-            }
-        return tensors, meta
-
-    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken.
-
-        Raises:
-            UserError: the state belongs to another model.
-        """
-        if tensors["theta"].shape != self.flat.data.shape or tensors["buffers"].shape != self.buffers.data.shape:
-            raise UserError("--resume: the checkpoint belongs to another model; keep the run's --model and --dataset")
-        self.flat.data.copy_(tensors["theta"])
-        self.buffers.data.copy_(tensors["buffers"])
-        for i, counter in enumerate(self.buffers.counters):
-            counter.copy_(tensors[f"counter.{i}"])
-        for name, value in self.update.state().items():
-            value.copy_(tensors[f"update.{name}"])
-        self.bank.load_state_dict({k.removeprefix("bank."): v for k, v in tensors.items() if k.startswith("bank.")})
-        if "groups" in tensors:
-            self.groups = tensors["groups"]
-            self.source.set_groups(self.groups)
-        if "anchor.weight" in tensors:
-            weight, target, const = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
-            self.anchor = Anchor(weight, target, const, self.config.preserve.gkp_lambda)
-        self.make_step()
-        if self.step.engine is not None:
-            state = {k.removeprefix("engine."): v for k, v in tensors.items() if k.startswith("engine.")}
-            self.step.engine.load_state(state)
-        self.quality.flat.copy_(tensors["quality"])
-        self.epoch, self.batch, self.steps, self.best = meta["epoch"], meta["batch"], meta["steps"], meta["best"]
+    def load_state(self) -> None:
+        """Continue from the newest whole training state; from the start if there is none."""
+        store = None
+        if self.folder is not None:
+            store = self.store = Store(
+                self.folder.checkpoints, keep=self.config.run.keep_checkpoints, note=self.progress.note
+            )
+            store.clean()
+        tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
+        meta = self.ranks.share(meta)
+        if meta is not None:
+            resume.restore(self, self.ranks.tensors(tensors), meta)
+        if self.folder is not None:
+            self.folder.cut_metrics(meta["metrics"] if meta else 0)
 
 
 def load_bank(run: Path) -> dict[str, Tensor]:
@@ -285,8 +327,10 @@ def load_bank(run: Path) -> dict[str, Tensor]:
     Raises:
         UserError: not a run folder, or it filled no bank.
     """
-    tensors, _ = checkpoint.load(RunFolder.open(run).checkpoints / "state.safetensors")
-    bank = {k.removeprefix("bank."): v for k, v in tensors.items() if k.startswith("bank.")}
+    state = Store(RunFolder.open(run).checkpoints).load()
+    if state is None:
+        raise UserError(f"--bank {run}: that run has no training state yet")
+    bank = resume.part(state[0], "bank.")
     if bool((bank["entry"] < 0).all()):
         raise UserError(f"--bank {run}: that run filled no memory bank; choose one trained with gkp or gsa-*")
     return bank
@@ -298,24 +342,27 @@ def train(
     """Train by `config` (or continue the run folder `resume`); returns the test results, see `Trainer.fit`."""
     ranks, progress = ranks or Ranks(), progress or Progress()
     if resume:
-        folder = RunFolder.open(resume)
-        trainer = Trainer(folder.config, folder, ranks, progress)
-        state = folder.checkpoints / "state.safetensors"
-        if state.exists():
-            trainer.load_state(*checkpoint.load(state))
+        folder = ranks.on_main(lambda: RunFolder.open(resume))
+        values = ranks.share(folder.config.to_dict() if folder is not None else None)
+        trainer = Trainer(Config.from_dict(values, resume), folder, ranks, progress)
+        trainer.load_state()
     else:
         trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
-        trainer.folder = RunFolder.create(config) if ranks.main else None
-    trainer.log(
-        "data",
-        class_names=trainer.source.class_names,
-        counts=trainer.source.train_counts.tolist(),
-        sizes=trainer.source.sizes,
-    )
+        trainer.folder = ranks.on_main(lambda: RunFolder.create(config))
+    if trainer.folder is not None and not trainer.folder.metrics("data"):
+        trainer.log(
+            "data",
+            class_names=trainer.source.class_names,
+            counts=trainer.source.train_counts.tolist(),
+            sizes=trainer.source.sizes,
+        )
     progress.begin(trainer)
     try:
         return {**trainer.fit(), "folder": str(trainer.folder.path) if trainer.folder else None}
     finally:
         progress.end()
+        if trainer.store is not None:
+            trainer.store.close()
         if trainer.folder is not None:
-            trainer.folder.close()
+            with contextlib.suppress(OSError):
+                trainer.folder.close()

@@ -20,6 +20,7 @@ from torch import Tensor
 from ltfast.flat import FlatParameters
 from ltfast.kernels import ascent_coefficients, gram, gram_partials, perturb
 from ltfast.optim.rules import Rule
+from ltfast.reduce import Agreement
 
 # Mode R: below this ratio of |sum_j c_j u_j|^2 to (sum_j |c_j| |u_j|)^2 the groups' terms nearly cancel and a stale Gram
 # matrix no longer tells where their sum points: the step then takes the plain SAM direction at the intended norm.
@@ -33,14 +34,15 @@ class Engine:
         flat: the parameters. All of them are perturbed (classifier scope has its own, cheaper path in ltfast.step).
         rule: the method.
         counts: [G] training images of each group (Eq. 13).
+        agreement: what of the ascent is taken over all ranks.
 
     Attributes:
         kept: [N] theta as it was before the climb, bit-exact; meaningful while `climbed` is true.
         stats: device tensors describing the last ascent, for logging.
     """
 
-    def __init__(self, flat: FlatParameters, rule: Rule, counts: Tensor) -> None:
-        self.flat, self.rule = flat, rule
+    def __init__(self, flat: FlatParameters, rule: Rule, counts: Tensor, agreement: Agreement | None = None) -> None:
+        self.flat, self.rule, self.agreement = flat, rule, agreement or Agreement()
         self.kept = torch.empty_like(flat.data)
         self.stats: dict[str, Tensor] = {}
         self.climbed = False
@@ -99,6 +101,7 @@ class Engine:
             # In a split rule row 0 is part of the final gradient, so it carries its share; directions ignore it.
             loss = losses[k] * shares[k] if self.rule.split and k == 0 else losses[k]
             loss.backward(retain_graph=k + 1 < self.n_groups)
+        self.agreement.rows(self.flat.grads[: self.n_groups])
         return self.from_rows(shares), self.rows
 
     def from_rows(self, shares: Tensor) -> Tensor:
@@ -106,6 +109,7 @@ class Engine:
         rule, g = self.rule, self.n_groups
         if rule.gram_every > 1:
             matrix, self.theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
+            matrix, shares = self.agreement.gram(matrix, shares), self.agreement.shares(shares)
             stale = None if self.memory is None else self.stale_coefficients(shares)[0]
             self._remember(matrix, shares)
             coef = self._coefficients(matrix, self.theta_sq, shares)
@@ -159,9 +163,10 @@ class Engine:
 
     def _stale(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         assert self.memory is not None
-        coef, intended = self.stale_coefficients(shares)
+        coef, intended = self.stale_coefficients(self.agreement.shares(shares))
         row = self.flat.attach(0)
         (coef * losses).sum().backward()
+        self.agreement.rows(row)
         actual, self.theta_sq = gram(row[None], self.flat.data, self.rule.adaptive)
         scale = (intended / actual.reshape(()).clamp_min(1e-30).sqrt()).float()
         scale = torch.where(torch.isfinite(scale), scale, 0.0)

@@ -1,0 +1,130 @@
+"""Everything that determines the rest of a run, taken from a Trainer and put back: `--resume` is exact because of it.
+
+Order and augmentation of images are pure functions of (seed, epoch, position), so the data's state is three numbers.
+With several ranks, what differs between them (BatchNorm statistics, random generators) is kept for each; sums over a
+part of an epoch (feature quality, means for the log, moving averages of local ascents) are kept as one sum or mean.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ltfast.errors import UserError
+from ltfast.preserve import Anchor
+
+if TYPE_CHECKING:
+    from ltfast.train import Trainer
+
+# Never written to once made, so stored once whatever the number of training states that refer to them.
+SHARED = ("bank.snapshot.", "bank.origin", "anchor.weight", "anchor.target")
+
+
+def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """(tensors, JSON-able values, unchanging tensors) of a run between two steps; every rank must call it.
+
+    The tensors are the live ones: copy them before the next step (`Store.save_state` does).
+    """
+    ranks = trainer.ranks
+    tensors = {"theta": trainer.flat.data, "quality": ranks.sum_(trainer.quality.flat.clone())}
+    tensors |= {f"update.{k}": v for k, v in trainer.update.state().items()}
+    tensors |= {f"bank.{k}": v for k, v in trainer.bank.state_dict().items()}
+    if trainer.step.engine is not None:
+        tensors |= {f"engine.{k}": v for k, v in trainer.step.engine.state().items()}
+        if "engine.averages" in tensors:
+            tensors["engine.averages"] = ranks.mean_(tensors["engine.averages"].clone())
+    if trainer.groups is not None:
+        tensors["groups"] = trainer.groups
+    if trainer.anchor is not None:
+        tensors |= {f"anchor.{k}": getattr(trainer.anchor, k) for k in ("weight", "target", "const")}
+    if trainer.sums:
+        tensors["sums"] = ranks.mean_(torch.stack(list(trainer.sums.values())))
+    if trainer.meter.sums is not None:
+        tensors["meter"] = ranks.mean_(trainer.meter.sums.clone())
+    tensors |= {f"rank.{k}": ranks.gather(v) for k, v in rank_state(trainer).items()}
+    meta = {name: getattr(trainer, name) for name in ("epoch", "batch", "steps", "best")}
+    meta |= {
+        "sums": list(trainer.sums), "seconds": trainer.seconds, "world": ranks.world,
+        "metrics": trainer.folder.metrics_bytes() if trainer.folder is not None else 0,
+    }  # fmt: skip
+    shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith(SHARED)}
+    return tensors, meta, shared
+
+
+def rank_state(trainer: Trainer) -> dict[str, Tensor]:
+    """What each rank has of its own."""
+    own = {"buffers": trainer.buffers.data, "rng": torch.get_rng_state()}
+    if trainer.buffers.counters:
+        own["counters"] = torch.stack(trainer.buffers.counters)
+    if trainer.device.type == "cuda":
+        own["cuda_rng"] = torch.cuda.get_rng_state(trainer.device)
+    return own
+
+
+def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Continue exactly where `capture` was called; with another number of ranks, to rounding.
+
+    Raises:
+        UserError: the state belongs to another model, or lacks something.
+    """
+    try:
+        _check(trainer, tensors)
+        _restore_shared(trainer, tensors)
+        _restore_rank(trainer, tensors, meta["world"] == trainer.ranks.world)
+        for name in ("epoch", "batch", "steps", "best", "seconds"):
+            setattr(trainer, name, meta[name])
+        if "sums" in tensors:
+            trainer.sums = dict(zip(meta["sums"], tensors["sums"].to(trainer.device).unbind(), strict=True))
+        if "meter" in tensors:
+            trainer.meter.sums = tensors["meter"].to(trainer.device)
+    except KeyError as error:
+        raise UserError(
+            f"--resume: the training state lacks {error}; it was written by another version of ltfast"
+        ) from None
+
+
+def _check(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    saved, here = tensors["theta"].shape, trainer.flat.data.shape
+    if saved != here or tensors["rank.buffers"].shape[1:] != trainer.buffers.data.shape:
+        raise UserError("--resume: the checkpoint belongs to another model; keep the run's --model and --dataset")
+
+
+def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    """What all ranks have in common."""
+    trainer.flat.data.copy_(tensors["theta"])
+    for name, value in trainer.update.state().items():
+        value.copy_(tensors[f"update.{name}"])
+    trainer.bank.load_state_dict(part(tensors, "bank."))
+    if "groups" in tensors:
+        trainer.groups = tensors["groups"]
+        trainer.source.set_groups(trainer.groups)
+    if "anchor.weight" in tensors:
+        weight, target, const = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
+        trainer.anchor = Anchor(weight, target, const, trainer.config.preserve.gkp_lambda)
+    trainer.make_step()
+    if trainer.step.engine is not None:
+        trainer.step.engine.load_state(part(tensors, "engine."))
+    trainer.quality.reset()
+    if trainer.ranks.main:  # the saved sum is that of all ranks
+        trainer.quality.flat.copy_(tensors["quality"])
+
+
+def _restore_rank(trainer: Trainer, tensors: dict[str, Tensor], same_world: bool) -> None:
+    """What this rank had of its own; with another number of ranks, means and fresh random numbers."""
+    row = trainer.ranks.rank if same_world else 0
+    buffers = tensors["rank.buffers"]
+    trainer.buffers.data.copy_(buffers[row] if same_world else buffers.mean(0))
+    for i, counter in enumerate(trainer.buffers.counters):
+        counter.copy_(tensors["rank.counters"][row, i])
+    if not same_world:
+        return
+    torch.set_rng_state(tensors["rank.rng"][row].clone())
+    if trainer.device.type == "cuda" and "rank.cuda_rng" in tensors:
+        torch.cuda.set_rng_state(tensors["rank.cuda_rng"][row].clone(), trainer.device)
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
