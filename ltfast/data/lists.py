@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ltfast.data.longtail import select_subset
 from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices
 from ltfast.errors import UserError
 
@@ -60,6 +61,11 @@ class ImageList:
     def select(self, indices: np.ndarray) -> ImageList:
         """The sub-list at `indices`, in that order; classes keep their numbers."""
         return replace(self, paths=self.paths.select(indices), labels=self.labels[indices])
+
+    def without(self, excluded: set[bytes]) -> ImageList:
+        """The list without the paths in `excluded`; classes keep their numbers."""
+        keep = np.fromiter((name not in excluded for name in self.paths.iter_raw()), dtype=bool, count=len(self))
+        return self if keep.all() else self.select(np.flatnonzero(keep))
 
 
 def read_list(path: str | Path, root: str | Path) -> ImageList:
@@ -248,3 +254,9 @@ def hold_out(images: ImageList, share: float, seed: int) -> tuple[ImageList, Ima
     for block in np.split(by_class, np.cumsum(images.counts)[:-1]):
         taken[block[: min(math.ceil(len(block) * share), max(len(block) - 1, 0))]] = True
     return images.select(np.flatnonzero(~taken)), images.select(np.flatnonzero(taken))
+
+
+def hold_out_each(images: ImageList, per_class: int) -> tuple[ImageList, ImageList]:
+    """(rest, held out): the same number of images of every class, drawn as longtail.py draws validation images."""
+    subset = select_subset(images.labels.astype(np.int64), images.counts, per_class)
+    return images.select(np.sort(subset.train)), images.select(np.sort(subset.val))

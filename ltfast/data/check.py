@@ -1,0 +1,197 @@
+"""`ltfast data check`: every file of a data set looked at in parallel, before a run meets the bad ones.
+
+Headers by default (a file's first and last kilobytes, about 30 us); a full decode on request finds bit rot too. What
+cannot be decoded is "bad" and can be excluded from training by the written list; what decodes but is unusual (CMYK,
+gray, EXIF-rotated, another format than its name says) is only counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look
+from ltfast.data.lists import ImageList
+from ltfast.data.paths import duplicate_indices
+from ltfast.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEAD, TAIL = 1 << 16, 1 << 12  # bytes read of a large file; the whole file when they do not settle it
+CHUNK = 512  # files a task
+SUFFIX_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".ppm": "PPM",
+    ".jp2": "JPEG2000",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One file: bad says why it cannot be decoded ('' when it can); notes are what is unusual about it."""
+
+    index: int
+    bad: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SplitReport:
+    """What was found in one split."""
+
+    split: str
+    source: str
+    images: int
+    bad: list[tuple[str, str]]
+    """(relative path, reason)."""
+    notes: dict[str, int]
+    """CMYK, gray, EXIF-rotated, named .jpg but PNG, ...: number of files."""
+    duplicates: list[str]
+    """Paths that stand more than once."""
+    empty_classes: list[int]
+    """Labels below the largest without an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """Result of check_dataset; ok when every file decodes and the labels have no gap and no path stands twice."""
+
+    splits: list[SplitReport]
+    decoded: bool
+    """Whether pictures were decoded fully or only their headers read."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bad(self) -> int:
+        """Number of files that cannot be decoded."""
+        return sum(len(split.bad) for split in self.splits)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing that would stop or bend a training run."""
+        return not any(split.bad or split.duplicates for split in self.splits) and not self.splits[0].empty_classes
+
+
+def inspect(path: str, full: bool = False) -> tuple[str, tuple[str, ...]]:
+    """(why the file cannot be decoded or '', what is unusual about it); full decodes it."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read() if full or size <= 2 * HEAD else file.read(HEAD)
+            ends_well = len(data) == size or b"\xff\xd9" in _tail(file, size)
+            if len(data) < size and (not ends_well or isinstance(jpeg_header(data), str)):
+                file.seek(0)
+                data = file.read()
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower(), ()
+    why = look(data) if len(data) == size else ""
+    if not why and full:
+        try:
+            decode(data)
+        except BadImage as error:
+            why = str(error)
+    return (why, ()) if why else ("", tuple(_notes(data, path)))
+
+
+def _tail(file: object, size: int) -> bytes:
+    return os.pread(file.fileno(), TAIL, size - TAIL)  # type: ignore[attr-defined]
+
+
+def _notes(data: bytes, path: str) -> Iterator[str]:
+    kind = file_format(data[:16])
+    suffix = os.path.splitext(path)[1].lower()
+    if SUFFIX_FORMATS.get(suffix, kind) != kind:
+        yield f"{kind} named {suffix}"
+    header = jpeg_header(data) if kind == "JPEG" else None
+    if isinstance(header, JpegHeader):
+        if header.components == 1:
+            yield "gray"
+        elif header.components == 4:
+            yield "CMYK"
+        if header.orientation != 1:
+            yield "EXIF-rotated (not turned by the loaders)"
+
+
+def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: int = 8) -> CheckReport:
+    """Looks at every file of the splits (each list once, 'train' first) and at their labels and paths.
+
+    full: decode every picture (about 1.6 ms each) instead of reading headers (about 30 us); workers: threads.
+    """
+    splits, seen = [], set()
+    for split, images in lists.items():
+        if images.source in seen:
+            continue
+        seen.add(images.source)
+        splits.append(_check_split(split, images, full, workers))
+    return CheckReport(splits, full)
+
+
+def _check_split(split: str, images: ImageList, full: bool, workers: int) -> SplitReport:
+    def examine(start: int) -> list[Finding]:
+        stop = min(start + CHUNK, len(images))
+        return [Finding(i, *inspect(images.file(i), full)) for i in range(start, stop)]
+
+    bad: list[tuple[str, str]] = []
+    notes: Counter[str] = Counter()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for findings in pool.map(examine, range(0, len(images), CHUNK)):
+            for finding in findings:
+                if finding.bad:
+                    bad.append((images.paths[finding.index], finding.bad))
+                notes.update(finding.notes)
+    duplicates = sorted({images.paths[again] for _, again in duplicate_indices(images.paths)})
+    empty = np.flatnonzero(images.counts == 0).tolist()
+    return SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
+
+
+def print_check(report: CheckReport, console: Console | None = None, examples: int = 5) -> None:
+    """The report as a table, with the first `examples` bad files of each split."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    console = console or RichConsole()
+    depth = "full decode" if report.decoded else "headers"
+    table = Table("split", "files", "finding", "count", "example", title=f"Files ({depth})")
+    for split in report.splits:
+        reasons = Counter(reason for _, reason in split.bad)
+        example = {reason: path for path, reason in reversed(split.bad)}
+        rows = [(f"bad: {reason}", count, example[reason]) for reason, count in reasons.most_common(examples)]
+        rows += [(note, count, "") for note, count in split.notes.items()]
+        if split.duplicates:
+            rows.append(("duplicate path", len(split.duplicates), split.duplicates[0]))
+        if split.empty_classes:
+            rows.append(("class without an image", len(split.empty_classes), str(split.empty_classes[0])))
+        for row, (finding, count, shown) in enumerate(rows or [("nothing unusual", 0, "")]):
+            head = (split.split, f"{split.images:,}") if row == 0 else ("", "")
+            table.add_row(*head, finding, f"{count:,}" if count else "", shown)
+    console.print(table)
+
+
+def write_bad_list(report: CheckReport, path: str | Path) -> int:
+    """Writes '<relative path>TAB<reason>' lines of every bad file, for --exclude-list; returns how many."""
+    rows = sorted({row for split in report.splits for row in split.bad})
+    Path(path).write_bytes(b"".join(os.fsencode(f"{name}\t{reason}\n") for name, reason in rows))
+    return len(rows)
+
+
+def read_bad_list(path: str | Path) -> set[bytes]:
+    """The relative paths of a list that write_bad_list made (or of plain lines with one path each)."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"bad-file list {path} cannot be read: {error.strerror}; see `ltfast data check`") from error
+    return {line.partition(b"\t")[0] for line in lines if line.strip()}

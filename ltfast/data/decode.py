@@ -1,0 +1,149 @@
+"""One picture file to pixels with PIL, and the quick look at its bytes that finds most broken files.
+
+No path rotates by EXIF orientation: neither here nor in the DALI pipeline (its default would), as in BCL's code.
+Formats are those that both decoders read; a GIF or an HTML page named .jpg is refused by both.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+SIGNATURES: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "PPM": (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
+    "JPEG2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    "GIF": (b"GIF87a", b"GIF89a"),
+}
+_LEVELS_16_BIT = 257  # 65535 / 255
+_STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # JPEG markers without a length
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
+
+
+class BadImage(Exception):
+    """A file that cannot be decoded; the text says why in a few words."""
+
+
+def file_format(head: bytes) -> str:
+    """Format by the first bytes: a key of SIGNATURES, 'WEBP', or '' when unknown."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return next((name for name, starts in SIGNATURES.items() if head.startswith(starts)), "")
+
+
+def look(data: bytes) -> str:
+    """Why the bytes cannot be a whole picture, or ''. About 3 us: walks a JPEG's markers, decodes nothing.
+
+    Finds empty, unknown and cut files; it cannot see bit rot, nor a cut file that ends in FF D9.
+    """
+    if not data:
+        return "empty file"
+    kind = file_format(data[:16])
+    if not kind or kind == "GIF":
+        return "not a picture" if not kind else "a GIF, which the loaders do not read"
+    if kind != "JPEG":
+        return ""
+    header = jpeg_header(data)
+    if isinstance(header, str):
+        return header
+    # Trailing junk after the last FF D9 is common and harmless.
+    return "" if data.rfind(b"\xff\xd9") > 0 else "truncated: no end marker"
+
+
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """Frame size, number of components (1 gray, 3 colour, 4 CMYK) and EXIF orientation (1 upright) of a JPEG."""
+
+    height: int
+    width: int
+    components: int
+    orientation: int = 1
+
+
+def jpeg_header(data: bytes) -> JpegHeader | str:
+    """The header of a JPEG, or why it has none. Walks the markers up to the first scan, about 3 us."""
+    place, orientation, frame = 2, 1, None
+    while place + 4 <= len(data):
+        if data[place] != 0xFF:
+            return "corrupt header"
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill byte
+            place += 1
+            continue
+        if marker in _STANDALONE:
+            place += 2
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        segment = data[place + 4 : place + 2 + length]
+        if marker == 0xDA:
+            return JpegHeader(*frame, orientation) if frame else "corrupt header"
+        if length < 2:
+            return "corrupt header"
+        if marker in _FRAMES and len(segment) >= 6:
+            frame = (int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big"), segment[5])
+            if not frame[0] or not frame[1]:
+                return "zero height or width"
+        elif marker == 0xE1 and segment.startswith(b"Exif\0\0"):
+            orientation = _orientation(segment[6:])
+        place += 2 + length
+    return "truncated: the header ends early"
+
+
+def _orientation(tiff: bytes) -> int:
+    """EXIF orientation 1..8 of a TIFF block; 1 when absent or unreadable."""
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    entries = int.from_bytes(tiff[start : start + 2], order)
+    for entry in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
+        if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
+            value = int.from_bytes(tiff[entry + 8 : entry + 10], order)
+            return value if 1 <= value <= 8 else 1
+    return 1
+
+
+def to_rgb(image: Image) -> Image:
+    """RGB; 16-bit gray is scaled by 1/257 (PIL's own convert clips it to white)."""
+    from PIL import Image as pil
+
+    if image.mode.startswith("I;16") or image.mode == "I":
+        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return pil.fromarray((levels // _LEVELS_16_BIT).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(data: bytes) -> Image:
+    """RGB picture, not rotated. Raises BadImage for anything PIL cannot fully decode."""
+    from PIL import Image as pil
+    from PIL import UnidentifiedImageError
+
+    try:
+        return to_rgb(pil.open(io.BytesIO(data), formats=FORMATS))
+    except UnidentifiedImageError as error:
+        raise BadImage(look(data) or "not a picture") from error
+    except (OSError, ValueError, SyntaxError, EOFError, pil.DecompressionBombError) as error:
+        raise BadImage(look(data) or str(error)) from error
+
+
+def read(path: str) -> bytes:
+    """The file's bytes. Raises BadImage when it is missing, a folder or unreadable."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadImage((error.strerror or str(error)).lower()) from error
+
+
+def load_picture(path: str | os.PathLike[str]) -> Image:
+    """The file as an RGB picture. Raises BadImage."""
+    return decode(read(os.fspath(path)))

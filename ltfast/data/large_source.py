@@ -1,0 +1,233 @@
+"""What both loaders of large pictures share: order, shards, bad files, resumable state.
+
+An epoch is sampler.epoch_order, a pure function of (seed, epoch); step s of rank r trains on row s of its
+rank_slice. A picture that cannot be decoded is replaced by the next image of its own class in list order, so shapes,
+class shares and the order of all other images stay; in evaluation it is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltfast.data.base import SPLITS, Batch
+from ltfast.data.finish import Finisher
+from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, evaluation_size
+from ltfast.data.lists import ImageList
+from ltfast.data.sampler import epoch_order, rank_slice, steps_per_epoch
+from ltfast.data.small import check_batch, check_sampler
+from ltfast.errors import UserError
+
+log = logging.getLogger("ltfast.data")
+ON_BAD_IMAGE = ("skip", "fail")
+MIN_IMAGE_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rank's part of one training step: place in the epoch and image of each picture, both int64 [b]."""
+
+    epoch: int
+    step: int
+    position: Tensor
+    index: Tensor
+
+
+class LargeSource:
+    """Base of DaliSource and TorchSource; a `Source` (base.py) once `_train_batches` and `_evaluate_batches` exist.
+
+    lists: train, val and test; views: 1 or 3 recipes; batch: global; workers: threads (DALI) or processes (torch),
+    at least 0; dtype: of the views on a GPU. UserError for what a user can set wrong.
+    """
+
+    loader = ""
+
+    def __init__(
+        self,
+        lists: dict[str, ImageList],
+        *,
+        views: Sequence[ViewRecipe],
+        image_size: int = 224,
+        batch: int = 256,
+        sampler: str = "instance",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        epochs_total: int | None = None,
+        eval_batch: int = 256,
+        workers: int = 2,
+        on_bad_image: str = "skip",
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        train = lists["train"]
+        check_batch(batch, len(train), world, train.source)
+        check_sampler(sampler, epochs_total)
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise UserError(f"--on-bad-image {on_bad_image!r}: choose one of {', '.join(ON_BAD_IMAGE)}")
+        if image_size < MIN_IMAGE_SIZE:
+            raise UserError(f"--image-size {image_size}: it must be at least {MIN_IMAGE_SIZE}")
+        if len(views) not in (1, 3):
+            raise ValueError(f"views must be 1 or 3 recipes, got {len(views)}")
+        self.lists, self.views, self.image_size = lists, tuple(views), image_size
+        self.num_classes = train.num_classes
+        self.class_names = train.class_names or tuple(map(str, range(self.num_classes)))
+        self.train_labels = torch.from_numpy(train.labels.astype(np.int64))
+        self.train_counts = torch.bincount(self.train_labels, minlength=self.num_classes)
+        self.input_shape = (3, image_size, image_size)
+        self.sizes = {split: len(lists[split]) for split in SPLITS}
+        self.steps_per_epoch = steps_per_epoch(len(train), batch)
+        self.batch, self.sampler, self.seed, self.epochs_total = batch, sampler, seed, epochs_total
+        self.rank, self.world, self.eval_batch, self.workers = rank, world, eval_batch, workers
+        self.on_bad_image = on_bad_image
+        self.device = torch.device(device)
+        self.finisher = Finisher(mean, std, self.device, dtype)
+        self.group_of_class: Tensor | None = None
+        self.bad: dict[str, str] = {}
+        self._labels = {split: torch.from_numpy(lists[split].labels.astype(np.int64)) for split in SPLITS}
+        self.substitutes = Substitutes(train.labels)
+
+    def set_groups(self, group_of_class: Tensor) -> None:
+        """Groups for the group-stratified sampler, LongTensor[C]; takes effect at the next epoch."""
+        if group_of_class.shape != (self.num_classes,):
+            raise ValueError(f"group_of_class must have shape ({self.num_classes},), got {tuple(group_of_class.shape)}")
+        self.group_of_class = group_of_class.to("cpu", torch.int64)
+
+    def epoch_indices(self, epoch: int) -> Tensor:
+        """[steps, batch / world] int64: the images this rank trains on, step by step, before bad files are
+        replaced.
+        """
+        groups = self.group_of_class
+        if self.sampler == "group-stratified" and groups is None:
+            groups = torch.zeros(self.num_classes, dtype=torch.int64)
+        order = epoch_order(
+            self.sampler,
+            self.train_labels,
+            batch=self.batch,
+            seed=self.seed,
+            epoch=epoch,
+            epochs_total=self.epochs_total,
+            group_of_class=groups,
+        )
+        return rank_slice(order, self.batch, self.rank, self.world)
+
+    def epoch_steps(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
+        """This rank's steps of one epoch. ValueError when start_step is outside the epoch."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step must be in 0..{self.steps_per_epoch}, got {start_step}")
+        indices = self.epoch_indices(epoch)
+        share = self.batch // self.world
+        for step in range(start_step, self.steps_per_epoch):
+            first = step * self.batch + self.rank * share
+            yield Step(epoch, step, torch.arange(first, first + share), indices[step])
+
+    def train(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """See Source.train."""
+        return self._train_batches(epoch, start_step)
+
+    def evaluate(self, split: str, indices: Tensor | None = None, batch: int | None = None) -> Iterator[Batch]:
+        """See Source.evaluate: resize, centre crop, no augmentation; ranks take contiguous, nearly equal parts.
+
+        A file that cannot be decoded is left out (on_bad_image="skip") or a UserError ("fail").
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        chosen = torch.arange(self.sizes[split]) if indices is None else indices.to("cpu", torch.int64)
+        mine = chosen.tensor_split(self.world)[self.rank]
+        return self._evaluate_batches(split, [part for part in mine.split(batch or self.eval_batch) if len(part)])
+
+    def evaluation_sizes(self) -> tuple[int, int]:
+        """(short side after resizing, side of the centre crop)."""
+        return evaluation_size(self.image_size), self.image_size
+
+    def state(self, epoch: int, step: int) -> dict[str, Any]:
+        """What resuming before (epoch, step) needs: plain numbers, no loader internals."""
+        return {"epoch": epoch, "step": step, **self._identity()}
+
+    def check_state(self, state: dict[str, Any]) -> tuple[int, int]:
+        """(epoch, step) to resume at. UserError when seed, batch, sampler or the training list differ from the
+        state's.
+        """
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise UserError(
+                    f"cannot resume: {name} was {state.get(name)!r} and is {mine!r} now, so the images that are left "
+                    "are not known; keep it or start a new run"
+                )
+        return int(state["epoch"]), int(state["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "batch": self.batch, "sampler": self.sampler, "images": self.sizes["train"]}
+
+    def usable(self, index: Tensor) -> Tensor:
+        """index with every training image known to be bad replaced by its substitute; int64 [b]."""
+        if not self.bad:
+            return index
+        paths = self.lists["train"].paths
+        chosen = []
+        for wanted in index.tolist():
+            good = next((i for i in self.substitutes(wanted) if paths[i] not in self.bad), None)
+            chosen.append(self.no_substitute(wanted) if good is None else good)
+        return torch.tensor(chosen)
+
+    def no_substitute(self, index: int) -> NoReturn:
+        """UserError: every image of this one's class is bad."""
+        images = self.lists["train"]
+        raise UserError(
+            f"{images.source}: no picture of class {self.class_names[int(images.labels[index])]!r} can be decoded, "
+            f"for one {images.paths[index]!r}; see `ltfast data check`"
+        )
+
+    def report_bad(self, split: str, index: int, reason: str) -> None:
+        """Names a bad file once: a warning with on_bad_image="skip", a UserError with "fail"."""
+        images = self.lists[split]
+        path = images.paths[index]
+        if self.on_bad_image == "fail":
+            raise UserError(
+                f"{images.file(index)} cannot be decoded ({reason}); replace it, take it off {images.source}, or use "
+                "--on-bad-image skip"
+            )
+        if path not in self.bad:
+            self.bad[path] = reason
+            what = "replaced by another image of its class" if split == "train" else "left out"
+            log.warning("%s cannot be decoded (%s): %s", Path(images.root, path), reason, what)
+
+    def labels(self, split: str, index: Tensor) -> Tensor:
+        """int64 labels on the source's device."""
+        return self._labels[split][index].to(self.device, non_blocking=True)
+
+    def on_device(self, index: Tensor) -> Tensor:
+        """index on the source's device."""
+        return index.to(self.device, non_blocking=True)
+
+    def _train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def _evaluate_batches(self, split: str, parts: list[Tensor]) -> Iterator[Batch]:
+        raise NotImplementedError
+
+
+class Substitutes:
+    """substitutes(i): i, then the other images of its class in list order from i on, round once. 16 bytes an image."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self._by_class = np.argsort(labels, kind="stable")
+        self._place = np.empty_like(self._by_class)
+        self._place[self._by_class] = np.arange(len(labels))
+        self._labels, self._counts = labels, np.bincount(labels)
+        self._starts = np.cumsum(self._counts) - self._counts
+
+    def __call__(self, index: int) -> Iterator[int]:
+        label = int(self._labels[index])
+        count, start = int(self._counts[label]), int(self._starts[label])
+        offset = int(self._place[index]) - start
+        return (int(self._by_class[start + (offset + step) % count]) for step in range(count))

@@ -1,0 +1,123 @@
+"""`ltfast data stats`: how many images each class has, and how long the tail is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ltfast.data.base import SHOT_NAMES, shot_groups
+from ltfast.data.lists import ImageList
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PERCENTILES = (10, 25, 50, 75, 90)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitStats:
+    """Class counts of one split; imbalance is the largest over the smallest non-zero count."""
+
+    split: str
+    images: int
+    classes: int
+    largest: int
+    smallest: int
+    imbalance: float
+    percentiles: dict[int, float]
+    gini: float
+    """0 when all classes are equally large, towards 1 when one class holds everything."""
+    groups: dict[str, tuple[int, int]]
+    """many / medium / few (by the training counts): classes, images of this split."""
+    top_tenth: float
+    """Share of the images that the largest tenth of the classes holds."""
+
+
+def dataset_stats(lists: dict[str, ImageList]) -> list[SplitStats]:
+    """Statistics of each split, 'train' first; the groups are those of the training counts."""
+    train = np.bincount(lists["train"].labels)
+    group = shot_groups(torch.from_numpy(train)).numpy()
+    stats, seen = [], set()
+    for split, images in lists.items():
+        if images.source in seen and split != "train":
+            continue
+        seen.add(images.source)
+        stats.append(_split_stats(split, np.bincount(images.labels, minlength=len(train)), group))
+    return stats
+
+
+def _split_stats(split: str, counts: np.ndarray, group: np.ndarray) -> SplitStats:
+    present = np.sort(counts[counts > 0])
+    total, classes = int(counts.sum()), len(present)
+    order = np.arange(1, classes + 1)
+    gini = float(2 * (order * present).sum() / (classes * total) - (classes + 1) / classes) if total else 0.0
+    groups = {
+        name: (int((group == k).sum()), int(counts[: len(group)][group == k].sum()))
+        for k, name in enumerate(SHOT_NAMES)
+    }
+    return SplitStats(
+        split,
+        total,
+        classes,
+        int(present[-1]) if classes else 0,
+        int(present[0]) if classes else 0,
+        float(present[-1] / present[0]) if classes else 0.0,
+        {q: float(np.percentile(present, q)) if classes else 0.0 for q in PERCENTILES},
+        gini,
+        groups,
+        float(present[-max(1, -(-classes // 10)) :].sum() / total) if total else 0.0,
+    )
+
+
+def print_stats(stats: list[SplitStats], console: Console | None = None) -> None:
+    """One table: a column for each split."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    table = Table("", *(s.split for s in stats), title="Classes")
+    rows: dict[str, list[str]] = {
+        "images": [f"{s.images:,}" for s in stats],
+        "classes": [f"{s.classes:,}" for s in stats],
+        "largest .. smallest class": [f"{s.largest:,} .. {s.smallest:,}" for s in stats],
+        "imbalance": [f"{s.imbalance:,.1f}" for s in stats],
+        "percentiles " + " ".join(map(str, PERCENTILES)): [
+            " ".join(f"{v:g}" for v in s.percentiles.values()) for s in stats
+        ],
+        "Gini coefficient": [f"{s.gini:.3f}" for s in stats],
+        "share of the largest tenth": [f"{100 * s.top_tenth:.1f} %" for s in stats],
+    }
+    for name, bounds in zip(SHOT_NAMES, ("> 100 images", "20 to 100", "< 20"), strict=True):
+        rows[f"{name} ({bounds})"] = [f"{s.groups[name][0]:,} classes, {s.groups[name][1]:,} images" for s in stats]
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    (console or RichConsole()).print(table)
+
+
+def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
+    """PNG (or any matplotlib format by suffix): training images of each class, largest first, with the group
+    bounds.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.bincount(lists["train"].labels)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ordered = np.sort(counts)[::-1]
+    axes.fill_between(np.arange(1, len(ordered) + 1), ordered, step="mid", alpha=0.3)
+    axes.step(np.arange(1, len(ordered) + 1), ordered, where="mid")
+    axes.set_yscale("log")
+    axes.set_xlim(1, max(len(ordered), 2))
+    for bound, name in ((100, "many"), (20, "few")):
+        axes.axhline(bound, color="0.4", linestyle="--", linewidth=0.8)
+        side = "bottom" if name == "many" else "top"
+        axes.text(len(ordered), bound, f"{name}-shot ", ha="right", va=side, fontsize=8, color="0.3")
+    axes.set_xlabel(f"classes, largest first ({len(ordered):,})")
+    axes.set_ylabel("training images")
+    axes.set_title(f"{int(counts.sum()):,} images, imbalance {ordered[0] / max(ordered[ordered > 0][-1], 1):,.0f}")
+    figure.savefig(path, dpi=120)
