@@ -25,19 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import (
-    Number,
-    check_small,
-    count,
-    jit,
-    launch,
-    load_number,
-    next_power_of_2,
-    number,
-    split_number,
-    tl,
-    use_kernel,
-)
+from .coefficients_kernel import MAX_REGISTERS, PARTIAL_ELEMENTS, WARPS, _coefficients_kernel
+from .common import Number, check_small, count, launch, next_power_of_2, number, split_number, use_kernel
 from .gram import SMALL_ROWS, gram_reduce
 
 DIRECTIONS = ("joint", "none", "orthogonal", "projected", "friendly")
@@ -46,11 +35,6 @@ OBJECTIVES = ("shared", "per_group")
 
 # A direction that keeps less than this share of its squared norm has lost its digits to cancellation (method, section 4).
 FALLBACK = 1e-6
-# Partials summed at a time: 8192 float64 are 64 registers a thread; the fewer trips, the fewer waits for memory.
-PARTIAL_ELEMENTS = 8192
-WARPS = 8
-# One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4).
-MAX_REGISTERS = 240
 
 
 class AscentStats(NamedTuple):
@@ -62,168 +46,6 @@ class AscentStats(NamedTuple):
     fallback: Tensor  # [K] 1 where uh_k was replaced by u_k
     length_sq: Tensor  # |sum_j c_j u_j|^2: 0-d (shared) or [K] (per group); |eps / s|^2 of the perturbation
     ok: Tensor  # 0-d: 0 if the gradient is zero or not finite: every coefficient is 0 and the step should be skipped
-
-
-@jit
-def _load_block(
-    gram_ptr, n_partials, row, column, present,
-    R: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The [G, G] block of M at (row, column), summed over the partials; absent groups and the padding are zero."""
-    cell = tl.arange(0, GROUPS * GROUPS)
-    i = cell // GROUPS
-    j = cell % GROUPS
-    inside = (i < G) & (j < G)
-    offsets = (row + i) * R + column + j
-    acc = tl.zeros([GROUPS * GROUPS], dtype=tl.float64)
-    for start in range(0, n_partials, PARTS):
-        p = start + tl.arange(0, PARTS)
-        mask = (p < n_partials)[:, None] & inside[None, :]
-        acc += tl.sum(tl.load(gram_ptr + p[:, None] * (R * R) + offsets[None, :], mask=mask, other=0.0), axis=0)
-    return tl.where(present[:, None] & present[None, :], tl.reshape(acc, [GROUPS, GROUPS]), 0.0)
-
-
-@jit
-def _diagonal(matrix, k):
-    return tl.sum(tl.where(k[:, None] == k[None, :], matrix, 0.0), axis=1)
-
-
-@jit
-def _bilinear(matrix, x, y):
-    """x' matrix y."""
-    return tl.sum(x * tl.sum(matrix * y[None, :], axis=1), axis=0)
-
-
-@jit
-def _norm_of_theta(theta_sq_ptr, n_partials, BLOCK: tl.constexpr):
-    acc = tl.zeros([BLOCK], dtype=tl.float64)
-    for start in range(0, n_partials, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        acc += tl.load(theta_sq_ptr + p, mask=p < n_partials, other=0.0)
-    return tl.sqrt(tl.sum(acc, axis=0))
-
-
-@jit
-def _coefficients_kernel(
-    gram_ptr, theta_sq_ptr, shares_ptr, counts_ptr, coef_ptr, stats_ptr, n_partials, root_d,
-    rho_ptr, rho, scale_ptr, scale, low_ptr, low, high_ptr, high, sigma_ptr, sigma, SIGMA_STRIDE: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
-    DIRECTION: tl.constexpr, RULE: tl.constexpr, UNIFORM: tl.constexpr, SHARED: tl.constexpr, FALLBACK: tl.constexpr,
-):  # fmt: skip
-    k = tl.arange(0, GROUPS)
-    inside = k < G
-    one = tl.where(inside, 1.0, 0.0).to(tl.float64)
-    zero = tl.zeros([GROUPS], dtype=tl.float64)
-    if shares_ptr is not None:
-        shares = tl.load(shares_ptr + k, mask=inside, other=0.0).to(tl.float64)
-    else:
-        shares = one / G
-    present = shares > 0.0
-    w = tl.where(present, shares, 0.0)
-    gram = _load_block(gram_ptr, n_partials, 0, 0, present, R, G, GROUPS, PARTS)
-    size = tl.sum(tl.sum(tl.abs(gram), axis=1), axis=0) + tl.sum(tl.abs(shares), axis=0)  # finite if all of it is
-    plain_sq = _diagonal(gram, k)
-    gram_w = tl.sum(gram * w[None, :], axis=1)
-    global_sq = tl.sum(gram_w * w, axis=0)
-    p = tl.where(global_sq > 0.0, gram_w / tl.where(global_sq > 0.0, global_sq, 1.0), 0.0)
-
-    # Every direction is uh_k = alpha_k u_k + beta_k u + gamma_k m_k.
-    alpha = one
-    beta = zero
-    gamma = zero
-    chosen = present
-    if DIRECTION == "joint":
-        alpha = zero
-        beta = tl.where(k == 0, 1.0, 0.0).to(tl.float64)
-        chosen = k == 0
-    if DIRECTION == "orthogonal":
-        beta = -p
-    if DIRECTION == "projected":
-        alpha = zero
-        beta = p
-    norm_sq = alpha * alpha * plain_sq + 2.0 * alpha * beta * gram_w + beta * beta * global_sq
-    if DIRECTION == "friendly":
-        cross = _load_block(gram_ptr, n_partials, 0, G, present, R, G, GROUPS, PARTS)
-        moments = _load_block(gram_ptr, n_partials, G, G, present, R, G, GROUPS, PARTS)
-        size += tl.sum(tl.sum(tl.abs(cross) + tl.abs(moments), axis=1), axis=0)
-        if sigma_ptr is not None:
-            gamma = -tl.load(sigma_ptr + k * SIGMA_STRIDE, mask=inside, other=0.0).to(tl.float64)
-        else:
-            gamma = -tl.cast(sigma, tl.float64) * one
-        norm_sq = plain_sq + gamma * (2.0 * _diagonal(cross, k) + gamma * _diagonal(moments, k))
-    fallback = present & (k < 0)
-    if DIRECTION != "joint":
-        fallback = present & (norm_sq <= FALLBACK * plain_sq)
-        if G == 1 and (DIRECTION == "orthogonal" or DIRECTION == "projected"):
-            fallback = present
-        norm_sq = tl.where(fallback, plain_sq, norm_sq)
-        alpha = tl.where(fallback, 1.0, alpha)
-        beta = tl.where(fallback, 0.0, beta)
-        gamma = tl.where(fallback, 0.0, gamma)
-    valid = chosen & (norm_sq > 0.0)
-    norm = tl.sqrt(tl.where(valid, norm_sq, 1.0))
-
-    if RULE:  # Eq. 13, and sqrt(d) of Eq. 15
-        n = tl.load(counts_ptr + k, mask=inside, other=0).to(tl.float64)
-        if DIRECTION == "joint":
-            n = zero + tl.sum(n, axis=0)
-        n = tl.where(n < 2.0, 1.0, n - 1.0)
-        d = tl.cast(root_d, tl.float64)
-        low64 = load_number(low_ptr, low).to(tl.float64)
-        high64 = load_number(high_ptr, high).to(tl.float64)
-        theta_norm = _norm_of_theta(theta_sq_ptr, n_partials, PARTS)
-        radius = load_number(scale_ptr, scale).to(tl.float64) * tl.sqrt(theta_norm / (2.0 * norm))
-        radius = radius / tl.sqrt(d * tl.sqrt(n))
-        below = tl.where(radius < low64, 1.0, 0.0)
-        above = tl.where(radius > high64, 1.0, 0.0)
-        clipped = above - below
-        r = d * tl.where(radius > high64, high64, tl.where(radius < low64, low64, radius)) / norm
-    else:
-        radius = zero + load_number(rho_ptr, rho).to(tl.float64)
-        clipped = zero
-        r = radius / norm
-    r = tl.where(valid, r, 0.0)
-
-    if SHARED:
-        if DIRECTION == "joint":
-            a = r
-        elif UNIFORM:
-            a = r * tl.where(present, 1.0, 0.0) / tl.sum(tl.where(present, 1.0, 0.0), axis=0)
-        else:
-            a = r * w / tl.sum(w, axis=0)
-        a = tl.where(valid, a, 0.0)
-        c = a * alpha + w * tl.sum(a * beta, axis=0)
-        c_moments = a * gamma
-        length_sq = zero + _bilinear(gram, c, c)
-        if DIRECTION == "friendly":
-            length_sq += 2.0 * _bilinear(cross, c, c_moments) + _bilinear(moments, c_moments, c_moments)
-        c = c.to(tl.float32)
-        c_moments = c_moments.to(tl.float32)
-        size += tl.sum(tl.abs(c) + tl.abs(c_moments), axis=0)
-        ok = (size < float("inf")) & (tl.sum(tl.where(valid, 1, 0), axis=0) > 0)
-        tl.store(coef_ptr + k, tl.where(ok, c, 0.0), mask=inside)
-        if DIRECTION == "friendly":
-            tl.store(coef_ptr + G + k, tl.where(ok, c_moments, 0.0), mask=inside)
-    else:
-        length_sq = r * r * norm_sq
-        same = tl.where(k[:, None] == k[None, :], 1.0, 0.0)
-        matrix = (r[:, None] * (alpha[:, None] * same + beta[:, None] * w[None, :])).to(tl.float32)
-        matrix_moments = ((r * gamma)[:, None] * same).to(tl.float32)
-        size += tl.sum(tl.sum(tl.abs(matrix) + tl.abs(matrix_moments), axis=1), axis=0)
-        ok = (size < float("inf")) & (tl.sum(tl.where(valid, 1, 0), axis=0) > 0)
-        cells = coef_ptr + k[:, None] * R + k[None, :]
-        mask = (k < K)[:, None] & inside[None, :]
-        tl.store(cells, tl.where(ok, matrix, 0.0), mask=mask)
-        if DIRECTION == "friendly":
-            tl.store(cells + G, tl.where(ok, matrix_moments, 0.0), mask=mask)
-
-    row = k < K
-    tl.store(stats_ptr + k, tl.where(valid, norm_sq, 0.0).to(tl.float32), mask=row)
-    tl.store(stats_ptr + K + k, tl.where(valid, radius, 0.0).to(tl.float32), mask=row)
-    tl.store(stats_ptr + 2 * K + k, tl.where(valid, clipped, 0.0).to(tl.float32), mask=row)
-    tl.store(stats_ptr + 3 * K + k, tl.where(fallback & valid, 1.0, 0.0), mask=row)
-    tl.store(stats_ptr + 4 * K + k, length_sq.to(tl.float32), mask=row)
-    tl.store(stats_ptr + 5 * K + k, tl.where(ok, one, zero).to(tl.float32), mask=row)
 
 
 def ascent_coefficients_reference(
@@ -355,7 +177,7 @@ def _empty_result(gram_PRR: Tensor, direction: str, objective: str) -> tuple[Ten
 
 
 @_ascent_coefficients.register_fake
-def _(gram_PRR, theta_sq_P, shares_G, counts_G, n_elements, direction, *rest):  # noqa: ANN001, ANN202
+def _(gram_PRR, theta_sq_P, shares_G, counts_G, n_elements, direction, *rest):
     return _empty_result(gram_PRR, direction, rest[-1])
 
 

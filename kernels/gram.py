@@ -11,6 +11,7 @@ Mutates nothing. Bytes an element: R * sizeof(grad) + 4 (theta, where it is give
 Source: the identities of Eq. 12-15 of arXiv 2603.21217 need nothing of the gradients but M and |theta|.
 """
 
+# ruff: noqa: RUF005 (triton tuples grow by +, not by unpacking)
 import torch
 from torch import Tensor
 

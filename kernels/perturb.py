@@ -10,6 +10,7 @@ Bytes an element: 4 + R * sizeof(grad) + sizeof(out).
 Source: Eq. 15 of arXiv 2603.21217 with the coefficients of `ascent_coefficients`.
 """
 
+# ruff: noqa: RUF005 (triton tuples grow by +, not by unpacking)
 import torch
 from torch import Tensor
 

@@ -93,9 +93,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report.getvalue())
     registers = re.findall(r"Used (\d+) registers", report.getvalue())
     assert spills, report.getvalue()
-    return Compiled(
-        compiled.asm["ttir"], compiled.asm["ptx"], sum(map(int, spills)), max(map(int, registers))
-    )
+    return Compiled(compiled.asm["ttir"], compiled.asm["ptx"], sum(map(int, spills)), max(map(int, registers)))
 
 
 @contextlib.contextmanager
