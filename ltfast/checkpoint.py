@@ -48,7 +48,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous host tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -113,7 +113,9 @@ def command_train(args: argparse.Namespace) -> int:
         result = train(
             config, resume=args.resume, ranks=ranks, progress=ConsoleProgress() if ranks.main else Progress()
         )
-        if ranks.main:
+        if ranks.main and "stopped" in result:
+            print(f"continue with: ltfast train --resume {result['folder']}")
+        elif ranks.main:
             print_result(result)
     finally:
         dist.stop()

@@ -121,13 +121,9 @@ class Ranks:
         """Rank 0's host tensors on every rank (a checkpoint: only rank 0 needs to see the file system it lies on)."""
         if self.world == 1:
             return named or {}
-        plan = (
-            None
-            if named is None
-            else [[k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in named.items()]
-        )
-        result = {}
-        for name, shape, dtype in self.share(plan) or []:
+        plan: list[Any] = [[k, list(v.shape), str(v.dtype).split(".")[1]] for k, v in (named or {}).items()]
+        result: dict[str, Tensor] = {}
+        for name, shape, dtype in self.share(plan):
             tensor = named[name].contiguous() if named is not None else torch.empty(shape, dtype=getattr(torch, dtype))
             if tensor.numel():
                 dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0, group=self.host)

@@ -9,7 +9,7 @@ Shapes: N flat parameters, G groups, R gradient rows, B local batch, P projectio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,7 @@ class GradientReducer:
 class Agreement:
     """What of an ascent is the whole batch's: everything (`everything`), or only what mode R remembers."""
 
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
     everything: bool = False
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -41,7 +41,7 @@ class Objective:
     a_scl: float = 0.35
     temperature: float = 0.1
     tau: float = 1.0
-    agreement: Agreement = Agreement()
+    agreement: Agreement = field(default_factory=Agreement)
 
     @property
     def n_views(self) -> int:

@@ -7,13 +7,15 @@ with sums over ranks whose backward is the sum over ranks of the incoming gradie
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltfast.dist import Ranks
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -67,13 +69,14 @@ class SyncedBatchNorm(_BatchNorm):
             running.add_((new - running) * factor)
 
 
-def synchronise(module: nn.Module, ranks: Ranks, cuda: bool) -> nn.Module:
+def synchronise(module: Net, ranks: Ranks, cuda: bool) -> Net:
     """`module` with every BatchNorm taking its training statistics over all ranks; parameters and buffers stay the same
     objects with the same names. Returns the module to use."""
     if ranks.world == 1:
         return module
     if cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: Net = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
     bound = type("SyncedBatchNorm", (SyncedBatchNorm,), {"ranks": ranks})
     for part in module.modules():
         if isinstance(part, _BatchNorm):

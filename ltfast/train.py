@@ -235,7 +235,7 @@ class Trainer:
         """Evaluate the last (and the best-on-validation) weights on the test split; nothing was chosen by it."""
         self.save_weights("last")
         result = {"last": self.evaluate("test")}
-        self.ranks.on_main(lambda: self.store and self.store.flush())
+        self.flush()
         if self.best["epoch"] >= 0 and self.ranks.share(self.folder is not None and self.folder.best.exists()):
             self.load_weights("best")
             result["best"] = {**self.evaluate("test"), "epoch": self.best["epoch"]}
@@ -262,10 +262,19 @@ class Trainer:
         path = self.folder.path if self.folder is not None else None
         self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
 
+    def flush(self) -> None:
+        """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""
+
+        def work() -> None:
+            if self.store is not None:
+                self.store.flush()
+
+        self.ranks.on_main(work)
+
     def stop(self) -> dict[str, Any]:
         """Leave early with a checkpoint; UserError if it cannot be written."""
         self.save_state()
-        self.ranks.on_main(lambda: self.store and self.store.flush())
+        self.flush()
         self.progress.note(
             f"{self.watch.reason} in epoch {self.epoch + 1} after {self.steps:,} steps; checkpoint written"
         )
@@ -287,10 +296,12 @@ class Trainer:
 
     def load_weights(self, name: str) -> None:
         """Put a written checkpoint's weights into the model, on every rank."""
-        folder = self.folder
-        self.ranks.on_main(
-            lambda: folder and checkpoint.load_into(self.model, folder.checkpoints / f"{name}.safetensors")
-        )
+
+        def work() -> None:
+            if self.folder is not None:
+                checkpoint.load_into(self.model, self.folder.checkpoints / f"{name}.safetensors")
+
+        self.ranks.on_main(work)
         self.ranks.broadcast_(self.flat.data)
         self.ranks.broadcast_(self.buffers.data)
 
@@ -343,7 +354,7 @@ def train(
     ranks, progress = ranks or Ranks(), progress or Progress()
     if resume:
         folder = ranks.on_main(lambda: RunFolder.open(resume))
-        values = ranks.share(folder.config.to_dict() if folder is not None else None)
+        values = ranks.share(folder.config.to_dict() if folder is not None else {})
         trainer = Trainer(Config.from_dict(values, resume), folder, ranks, progress)
         trainer.load_state()
     else:
