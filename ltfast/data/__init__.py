@@ -72,7 +72,8 @@ def load(
     if dataset in LARGE:
         from ltfast.data.large import load_large
 
-        return load_large(dataset, **common, **options)
+        given = {key: value for key, value in common.items() if value is not None or key == "data_dir"}
+        return load_large(dataset, **given, **options)
     if options:
         raise UserError(f"{dataset} does not take the option {next(iter(options))!r}")
     from ltfast.data.load_small import load_small

@@ -1,0 +1,80 @@
+"""A picture of what training sees: one row an image of the epoch's first batch, the plain view and then each training
+view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltfast.data.base import Source
+
+TILE = 96
+"""Wanted side of a tile in pixels; small pictures are enlarged by a whole factor, pixel for pixel."""
+GAP, CAPTION, LETTER = 4, 14, 7
+
+
+def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0) -> Path:
+    """Write a PNG with n images of the first training batch, as many classes as it holds; returns the path.
+
+    The normalisation is undone by `source.mean` and `source.std` where the source has them, else tiles are stretched to
+    the sheet's range.
+    """
+    from PIL import Image, ImageDraw
+
+    columns, labels = _collect(source, n, epoch)
+    names = [source.class_names[label] for label in labels]
+    tile = _tile_side(columns)
+    left = 8 + LETTER * max(len(name) for name in names)
+    sheet = Image.new("RGB", (left + len(columns) * (tile + GAP), CAPTION + len(names) * (tile + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, pictures in enumerate(columns):
+        x = left + column * (tile + GAP)
+        draw.text((x, 1), "plain" if column == 0 else f"view {column}", fill="black")
+        for row, picture in enumerate(_to_bytes(source, pictures)):
+            sheet.paste(Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST), (x, _top(row, tile)))
+    for row, name in enumerate(names):
+        draw.text((4, _top(row, tile) + tile // 2 - LETTER), name, fill="black")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _top(row: int, tile: int) -> int:
+    return CAPTION + row * (tile + GAP)
+
+
+def _tile_side(columns: list[Tensor]) -> int:
+    side = max(pictures.shape[-1] for pictures in columns)
+    return side * max(1, round(TILE / side))
+
+
+def _collect(source: Source, n: int, epoch: int) -> tuple[list[Tensor], list[int]]:
+    """The plain pictures and each view of n chosen images, normalised as they come, on the CPU; and their labels."""
+    batch = next(iter(source.train(epoch)))
+    labels, index = batch.labels.cpu(), batch.index.cpu()
+    seen_before = torch.stack([(labels[:i] == label).sum() for i, label in enumerate(labels)])
+    chosen = torch.argsort(seen_before * source.num_classes + labels, stable=True)[:n]
+    chosen = chosen[torch.argsort(labels[chosen], stable=True)]
+    # Every rank evaluates its own share, so all are asked for and the order is restored by index.
+    plain: dict[int, Tensor] = {}
+    for part in source.evaluate("train", indices=index[chosen]):
+        plain |= dict(zip(part.index.tolist(), part.views[0].float().cpu(), strict=True))
+    rows = [row for row in chosen.tolist() if int(index[row]) in plain]
+    columns = [torch.stack([plain[int(index[row])] for row in rows])]
+    columns += [view[torch.tensor(rows, device=view.device)].float().cpu() for view in batch.views]
+    return columns, labels[rows].tolist()
+
+
+def _to_bytes(source: Source, pictures: Tensor) -> list[np.ndarray]:
+    mean, std = getattr(source, "mean", None), getattr(source, "std", None)
+    if mean is not None and std is not None:
+        pictures = pictures * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    else:
+        low, high = pictures.min(), pictures.max()
+        pictures = (pictures - low) / (high - low).clamp(min=1e-6)
+    levels = (pictures * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+    return list(levels.permute(0, 2, 3, 1).numpy())
