@@ -26,7 +26,11 @@ class Data:
 
     dataset: str = _opt("digits-lt", "dataset name (see `ltfast datasets`)")
     data_dir: str | None = _opt(None, "folder, .npz pack, list root or shard pattern of the dataset")
-    imbalance: float = _opt(100.0, "largest over smallest class count of a thinned set; 1 = balanced", paper="100")
+    imbalance: float | None = _opt(
+        None,
+        "largest over smallest class count of a thinned set, 1 = balanced; default 100 for digits and CIFAR",
+        paper="100",
+    )
     imbalance_type: str = _opt("exp", "shape of the long tail", choices=("exp", "step"))
     limit_train: int = _opt(0, "keep this many training images, class proportions kept; 0 = all")
     val_per_class: int = _opt(
