@@ -1,0 +1,81 @@
+"""A stand-in for CUDA graphs that needs no GPU: records aten calls, undoes them, and replays them at the same addresses.
+
+Like a CUDA graph it runs nothing while recording (what ran to find the shapes is undone), replays kernels and no Python,
+and writes every result where the recorded one lay. So it shows the same faults: state that moves, numbers read by the
+host, decisions taken in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def is_view(function: Any) -> bool:
+    """True if every result is a view of an argument: at replay it is there already."""
+    results = function._schema.returns
+    return bool(results) and all(r.alias_info is not None and not r.alias_info.is_write for r in results)
+
+
+class Tape(TorchDispatchMode):
+    """Every aten call made inside, in order; the memory they found is put back on leaving."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> (flat view of it, its bytes before)
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tensors_in((args, kwargs)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.made and storage.data_ptr() not in self.found:
+                raw = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.found[storage.data_ptr()] = (raw, raw.clone())
+        result = function(*args, **kwargs)
+        self.made.update(
+            pointer for t in tensors_in(result) if (pointer := t.untyped_storage().data_ptr()) not in self.found
+        )
+        if not is_view(function):
+            self.calls.append((function, args, kwargs, result))
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for raw, before in self.found.values():
+            raw.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.calls:
+            for old, new in zip(tensors_in(result), tensors_in(function(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class TapeRecorder:
+    """A `ltfast.graph.Recorder` on the CPU."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        with Tape() as tape:
+            outputs = function()
+        leaves, form = tree_flatten(outputs)
+        self.tapes.append(tape)
+        return tape.replay, tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
