@@ -1,12 +1,13 @@
 """Ascent step: parameters moved along a combination of the gradient rows, in one pass.
 
-    out = theta + s^2 * sum_j coef_j g_j,   s = 1 or |theta| (adaptive)
+    out = theta + s^2 * sum_j coef_j g_j,   s = 1 or |theta| (adaptive);   keep = theta (optional)
 
-Shapes: theta, out [N]; grads [R, N] (1 <= R <= 64, dense rows at any distance); coef [R].
+Shapes: theta, out, keep [N]; grads [R, N] (1 <= R <= 64, dense rows at any distance); coef [R].
 Dtypes: theta float32; grads and out float32 or bfloat16. Accumulation: float32, rows in order.
-Mutates out only (out may be theta itself). A coefficient of zero removes its row whatever the row holds, inf and NaN too:
-an absent group or a skipped step (`AscentStats.ok` = 0) leaves theta exactly; the row is then not even read.
-Bytes an element: 4 + R * sizeof(grad) + sizeof(out).
+Mutates out and keep only (out may be theta itself, or one of the rows). A coefficient of zero removes its row whatever
+the row holds, inf and NaN too: an absent group or a skipped step (`AscentStats.ok` = 0) leaves theta exactly; the row is
+then not even read.
+Bytes an element: 4 + R * sizeof(grad) + sizeof(out) + 4 for keep.
 Source: Eq. 15 of arXiv 2603.21217 with the coefficients of `ascent_coefficients`.
 """
 
@@ -51,7 +52,7 @@ def _add_rows(step, grads_ptr, coef_ptr, start, stride, offsets, mask, ROWS: tl.
 
 @jit
 def _perturb_kernel(
-    theta_ptr, grads_ptr, coef_ptr, out_ptr, n_elements, row_stride,
+    theta_ptr, grads_ptr, coef_ptr, out_ptr, keep_ptr, n_elements, row_stride,
     R: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -65,6 +66,8 @@ def _perturb_kernel(
         step = _add_rows(step, grads_ptr, coef_ptr, R - R % UNROLL, stride, offsets, mask, R % UNROLL)
     if ADAPTIVE:
         step = theta * theta * step
+    if keep_ptr is not None:
+        tl.store(keep_ptr + offsets, theta, mask=mask)
     tl.store(out_ptr + offsets, (theta + step).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -76,21 +79,25 @@ def perturb_reference(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptiv
     return theta_N + (theta_N * theta_N * step if adaptive else step)
 
 
-@torch.library.custom_op("ltfast::perturb", mutates_args={"out"})
-def _perturb(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor) -> None:
-    count("perturb", 1, [theta_N, grads_GN], [out])
+@torch.library.custom_op("ltfast::perturb", mutates_args={"out", "keep"})
+def _perturb(
+    theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None
+) -> None:
+    count("perturb", 1, [theta_N, grads_GN], [out, keep])
     if not use_kernel(theta_N):
+        if keep is not None:
+            keep.copy_(theta_N)
         out.copy_(perturb_reference(theta_N, grads_GN, coef_G, adaptive))
         return
     rows, n = grads_GN.shape
     # No FMA: the same bits as the oracle, in a kernel that waits for memory anyway.
-    launch(_perturb_kernel, (cdiv(n, BLOCK),), theta_N.device, theta_N, grads_GN, coef_G, out, n, grads_GN.stride(0),
-           R=rows, ADAPTIVE=adaptive, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=WARPS, maxnreg=MAX_REGISTERS,
+    launch(_perturb_kernel, (cdiv(n, BLOCK),), theta_N.device, theta_N, grads_GN, coef_G, out, keep, n,
+           grads_GN.stride(0), R=rows, ADAPTIVE=adaptive, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=WARPS, maxnreg=MAX_REGISTERS,
            enable_fp_fusion=False)  # fmt: skip
 
 
 @_perturb.register_fake
-def _(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor) -> None:
+def _(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None) -> None:
     return None
 
 
@@ -101,6 +108,7 @@ def perturb(
     coef_G: Coefficients,
     adaptive: bool = False,
     out: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """out = theta + s^2 * (coef @ grads).
 
@@ -110,6 +118,7 @@ def perturb(
         coef_G: [G] coefficients on the same device (python numbers are copied there: not inside a CUDA graph).
         adaptive: s = |theta| (as ASAM) instead of 1.
         out: [N] float32 or bfloat16, may be theta_N; allocated like theta_N if None.
+        keep: [N] float32, gets theta as it was, bit for bit, so that an ascent in place can be taken back.
 
     Returns:
         out.
@@ -123,5 +132,9 @@ def perturb(
     if out is None:
         out = torch.empty_like(theta_N)
     check_vector("out", out, theta_N)
-    _perturb(theta_N, grads_GN, coef_G, bool(adaptive), out)
+    if keep is not None:
+        check_vector("keep", keep, theta_N, dtypes=(torch.float32,))
+        if keep.data_ptr() in (theta_N.data_ptr(), out.data_ptr()):
+            raise ValueError("keep must be an array of its own")
+    _perturb(theta_N, grads_GN, coef_G, bool(adaptive), out, keep)
     return out

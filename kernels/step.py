@@ -8,7 +8,8 @@
 Shapes: every array [N]. Dtypes: theta, state, A and T float32; gradient and mirror float32 or bfloat16.
 Arithmetic: float32 without fused multiply-add and with rounded division and root, as the torch oracle computes it.
 Mutates theta, state and mirror; with found_inf != 0 theta and state keep their bits and the mirror is refreshed from theta,
-so that a skipped step still takes the ascent back.
+so that a skipped step still takes the ascent back. With a source, theta is read there and only written in its place (as a
+working copy that holds theta + eps): the update of SAM restores and steps in the one pass.
 Bytes an element: SGD with momentum 16 + sizeof(grad), AdamW 24 + sizeof(grad); anchor + 8; mirror + its size.
 Source: torch.optim.SGD and torch.optim.AdamW (semantics); A, T: `collapse_anchors`.
 """
@@ -57,13 +58,13 @@ def _store_theta(theta_ptr, mirror_ptr, theta, offsets, mask):
 
 @jit
 def _sgd_step_kernel(
-    theta_ptr, grad_ptr, buf_ptr, anchor_ptr, target_ptr, mirror_ptr, found_inf_ptr,
+    theta_ptr, source_ptr, grad_ptr, buf_ptr, anchor_ptr, target_ptr, mirror_ptr, found_inf_ptr,
     lr_ptr, lr, strength_ptr, strength, scale_ptr, scale, first_ptr, keep, momentum, weight_decay, n_elements,
     NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n_elements
-    theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
+    theta = tl.load(source_ptr + offsets, mask=mask, other=0.0)
     d = _full_gradient(
         theta, grad_ptr, anchor_ptr, target_ptr, strength_ptr, strength, scale_ptr, scale, offsets, mask
     )  # fmt: skip
@@ -97,7 +98,7 @@ def _one_minus_power(log_beta, step):
 
 @jit
 def _adamw_step_kernel(
-    theta_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, anchor_ptr, target_ptr, mirror_ptr, found_inf_ptr,
+    theta_ptr, source_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, anchor_ptr, target_ptr, mirror_ptr, found_inf_ptr,
     lr_ptr, lr, strength_ptr, strength, scale_ptr, scale, step_ptr, correct1, correct2, log_beta1, log_beta2,
     one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, n_elements, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +112,7 @@ def _adamw_step_kernel(
     else:
         bias1 = tl.cast(correct1, tl.float32)
         bias2 = tl.cast(correct2, tl.float32)
-    theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
+    theta = tl.load(source_ptr + offsets, mask=mask, other=0.0)
     d = _full_gradient(
         theta, grad_ptr, anchor_ptr, target_ptr, strength_ptr, strength, scale_ptr, scale, offsets, mask
     )  # fmt: skip
@@ -135,65 +136,68 @@ def _gradient_reference(
     return d if anchor is None else d + strength * anchor * (theta - target)
 
 
-def _write(pairs: list[tuple[Tensor, Tensor]], found_inf: Tensor | None, mirror: Tensor | None) -> None:
-    """Put every new value over its array (pairs[0] is theta), none of them if found_inf; then refresh the mirror."""
-    for array, new in pairs:
-        array.copy_(new if found_inf is None else torch.where(found_inf.reshape(()) != 0, array, new))
+def _write(values: list[tuple[Tensor, Tensor, Tensor]], found_inf: Tensor | None, mirror: Tensor | None) -> None:
+    """(array, old value, new value), theta first: write the new values, the old ones if found_inf; refresh the mirror."""
+    for array, old, new in values:
+        array.copy_(new if found_inf is None else torch.where(found_inf.reshape(()) != 0, old, new))
     if mirror is not None:
-        mirror.copy_(pairs[0][0])
+        mirror.copy_(values[0][0])
 
 
 @torch.library.custom_op("ltfast::sgd_step", mutates_args={"theta", "buf", "mirror"})
 def _sgd_step(
-    theta: Tensor, grad: Tensor, buf: Tensor | None, anchor: Tensor | None, target: Tensor | None,
+    theta: Tensor, source: Tensor | None, grad: Tensor, buf: Tensor | None, anchor: Tensor | None, target: Tensor | None,
     mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
     strength_t: Tensor | None, scale: float, scale_t: Tensor | None, first_t: Tensor | None, keep: float,
     momentum: float, weight_decay: float, nesterov: bool,
 ) -> None:  # fmt: skip
     """`X` and `X_t` are one number: on the host, or (not None) on the device. keep = 1 - dampening."""
-    count("sgd_step", 1, [theta, grad, buf, anchor, target], [theta, buf, mirror])
+    source = theta if source is None else source
+    count("sgd_step", 1, [source, grad, buf, anchor, target], [theta, buf, mirror])
     if use_kernel(theta):
         n = theta.shape[0]
-        launch(_sgd_step_kernel, (cdiv(n, BLOCK),), theta.device, theta, grad, buf, anchor, target, mirror, found_inf,
-               lr_t, lr, strength_t, strength, scale_t, scale, first_t, keep, momentum, weight_decay, n,
+        launch(_sgd_step_kernel, (cdiv(n, BLOCK),), theta.device, theta, source, grad, buf, anchor, target,
+               mirror, found_inf, lr_t, lr, strength_t, strength, scale_t, scale, first_t, keep, momentum, weight_decay, n,
                NESTEROV=nesterov, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)  # fmt: skip
         return
-    d = _gradient_reference(theta, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
-    d = d + weight_decay * theta
+    d = _gradient_reference(source, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
+    d = d + weight_decay * source
     state = []
     if buf is not None:
         gain = keep if first_t is None else torch.where(first_t.reshape(()) != 0, 1.0, keep)
         new_buf = momentum * buf + gain * d
-        state = [(buf, new_buf)]
+        state = [(buf, buf, new_buf)]
         d = d + momentum * new_buf if nesterov else new_buf
-    _write([(theta, theta - number(lr, lr_t) * d), *state], found_inf, mirror)
+    _write([(theta, source, source - number(lr, lr_t) * d), *state], found_inf, mirror)
 
 
 @torch.library.custom_op("ltfast::adamw_step", mutates_args={"theta", "exp_avg", "exp_avg_sq", "mirror"})
 def _adamw_step(
-    theta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, anchor: Tensor | None, target: Tensor | None,
-    mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
+    theta: Tensor, source: Tensor | None, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, anchor: Tensor | None,
+    target: Tensor | None, mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
     strength_t: Tensor | None, scale: float, scale_t: Tensor | None, step: float, step_t: Tensor | None,
     beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """`X` and `X_t` are one number: on the host, or (not None) on the device."""
-    count("adamw_step", 1, [theta, grad, exp_avg, exp_avg_sq, anchor, target], [theta, exp_avg, exp_avg_sq, mirror])
+    source = theta if source is None else source
+    count("adamw_step", 1, [source, grad, exp_avg, exp_avg_sq, anchor, target], [theta, exp_avg, exp_avg_sq, mirror])
     if use_kernel(theta):
         n = theta.shape[0]
         log1, log2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-        launch(_adamw_step_kernel, (cdiv(n, BLOCK),), theta.device, theta, grad, exp_avg, exp_avg_sq, anchor, target,
-               mirror, found_inf, lr_t, lr, strength_t, strength, scale_t, scale, step_t, 1 - beta1**step,
+        launch(_adamw_step_kernel, (cdiv(n, BLOCK),), theta.device, theta, source, grad, exp_avg, exp_avg_sq,
+               anchor, target, mirror, found_inf, lr_t, lr, strength_t, strength, scale_t, scale, step_t, 1 - beta1**step,
                (1 - beta2**step) ** 0.5, log1, log2, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, n,
                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)  # fmt: skip
         return
     t: Number = step if step_t is None else step_t.reshape(()).double()
     correct1, correct2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
     rate = number(lr, lr_t)
-    d = _gradient_reference(theta, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
+    d = _gradient_reference(source, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
     m = exp_avg + (1 - beta1) * (d - exp_avg)
     v = beta2 * exp_avg_sq + (1 - beta2) * (d * d)
-    new = theta * (1 - rate * weight_decay) - rate / correct1 * (m / (v.sqrt() / correct2 + eps))
-    _write([(theta, new.to(theta.dtype)), (exp_avg, m), (exp_avg_sq, v)], found_inf, mirror)
+    new = source * (1 - rate * weight_decay) - rate / correct1 * (m / (v.sqrt() / correct2 + eps))
+    new = new.to(theta.dtype)
+    _write([(theta, source, new), (exp_avg, exp_avg, m), (exp_avg_sq, exp_avg_sq, v)], found_inf, mirror)
 
 
 @_sgd_step.register_fake
@@ -213,6 +217,7 @@ def _check_arrays(
     anchor: Anchor | None,
     mirror: Tensor | None,
     found_inf: Tensor | None,
+    source: Tensor | None,
 ) -> tuple:
     """Check everything before anything is written; returns (A, T, strength, strength_t)."""
     check_vector("theta_N", theta_N, dtypes=F32)
@@ -223,6 +228,8 @@ def _check_arrays(
         check_vector(name, tensor, theta_N, dtypes=F32)
     if mirror is not None:
         check_vector("mirror", mirror, theta_N)
+    if source is not None:
+        check_vector("source", source, theta_N, dtypes=F32)
     if found_inf is not None:
         if not isinstance(found_inf, Tensor):
             raise ValueError(f"found_inf must be a one-element tensor, not {type(found_inf).__name__}")
@@ -254,6 +261,7 @@ def sgd_step(
     *,
     grad_scale: Number | None = None,
     found_inf: Tensor | None = None,
+    source: Tensor | None = None,
     first_step: bool | Tensor = False,
 ) -> None:
     """One torch.optim.SGD update, in place, in one pass.
@@ -266,6 +274,8 @@ def sgd_step(
         mirror: [N] float32 or bfloat16 second copy that gets the new theta.
         grad_scale: multiplies the gradient (1 / loss scale).
         found_inf: one-element device tensor; nonzero: theta and buffer stay, the mirror is refreshed all the same.
+        source: [N] float32: theta is read here and written to theta_N, whose old content does not matter (found_inf:
+            theta_N becomes source). For SAM: theta_N holds theta + eps, source theta.
         first_step: torch starts the buffer with the whole gradient, undampened; matters only with dampening.
 
     Raises:
@@ -278,14 +288,14 @@ def sgd_step(
     split_number("dampening", dampening, theta_N.device, low=-math.inf)
     buf = momentum_N if momentum != 0 else None
     checked = _check_arrays(
-        theta_N, grad_N, {} if momentum == 0 else {"momentum_N": momentum_N}, anchor, mirror, found_inf
+        theta_N, grad_N, {} if momentum == 0 else {"momentum_N": momentum_N}, anchor, mirror, found_inf, source
     )
     weight, target, strength, strength_t = checked
     lr_pair = split_number("lr", lr, theta_N.device)
     first_t = first_step if isinstance(first_step, Tensor) else None
     keep = 1.0 if first_t is None and first_step else 1.0 - dampening
     _sgd_step(
-        theta_N, grad_N, buf, weight, target, mirror, found_inf, *lr_pair, strength, strength_t,
+        theta_N, source, grad_N, buf, weight, target, mirror, found_inf, *lr_pair, strength, strength_t,
         *_scale(grad_scale, theta_N.device), first_t, keep, float(momentum), float(weight_decay), bool(nesterov),
     )  # fmt: skip
 
@@ -306,6 +316,7 @@ def adamw_step(
     *,
     grad_scale: Number | None = None,
     found_inf: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> None:
     """One torch.optim.AdamW update, in place, in one pass.
 
@@ -313,7 +324,7 @@ def adamw_step(
         theta_N, exp_avg_N, exp_avg_sq_N: [N] float32; both moments start at zero.
         step: number of this step, 1 for the first; number or one-element device tensor, like lr. A skipped step
             (found_inf) must not be counted, which is the caller's part.
-        grad_N, lr, anchor, mirror, grad_scale, found_inf: as for `sgd_step`.
+        grad_N, lr, anchor, mirror, grad_scale, found_inf, source: as for `sgd_step`.
 
     Raises:
         ValueError: a bad argument, by name; then nothing has been written.
@@ -324,11 +335,11 @@ def adamw_step(
     split_number("eps", eps, theta_N.device)
     split_number("weight_decay", weight_decay, theta_N.device)
     weight, target, strength, strength_t = _check_arrays(
-        theta_N, grad_N, {"exp_avg_N": exp_avg_N, "exp_avg_sq_N": exp_avg_sq_N}, anchor, mirror, found_inf
+        theta_N, grad_N, {"exp_avg_N": exp_avg_N, "exp_avg_sq_N": exp_avg_sq_N}, anchor, mirror, found_inf, source
     )
     count_pair = split_number("step", step, theta_N.device, low=1)
     _adamw_step(
-        theta_N, grad_N, exp_avg_N, exp_avg_sq_N, weight, target, mirror, found_inf,
+        theta_N, source, grad_N, exp_avg_N, exp_avg_sq_N, weight, target, mirror, found_inf,
         *split_number("lr", lr, theta_N.device), strength, strength_t, *_scale(grad_scale, theta_N.device),
         *count_pair, *map(float, betas), float(eps), float(weight_decay),
     )  # fmt: skip
