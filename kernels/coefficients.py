@@ -12,7 +12,7 @@ With u_k = s g_k, u = sum_k w_k u_k, p_k = (M w)_k / (w' M w) and D (K x R) the 
     c_kj = r_k D_kj  (per group)    or    c_j = sum_k a_k r_k D_kj,  a = w / sum w ("share") or 1 / #present ("uniform")
 so that eps = s^2 * sum_j c_j g_j.
 
-Shapes: M [R, R] or partials [P, R, R]; shares, counts [G]; coefficients [R] or [K, R], float32; stats [6, K], float32.
+Shapes: M [R, R] or partials [P, R, R]; shares, counts [G]; coefficients [R] or [K, R], float32; stats [7, K], float32.
 Accumulation: float64 throughout. Mutates nothing. One program: the partials are some tens of kilobytes, the rest is
 in registers; nothing of size N is touched.
 Edge cases: |uh_k|^2 <= 1e-6 M_kk (or G = 1, where Eq. 12 removes everything) falls back to u_k; a group with w_k = 0
@@ -46,6 +46,7 @@ class AscentStats(NamedTuple):
     fallback: Tensor  # [K] 1 where uh_k was replaced by u_k
     length_sq: Tensor  # |sum_j c_j u_j|^2: 0-d (shared) or [K] (per group); |eps / s|^2 of the perturbation
     ok: Tensor  # 0-d: 0 if the gradient is zero or not finite: every coefficient is 0 and the step should be skipped
+    bad: Tensor  # 0-d: 1 if the gradient is not finite; the update takes it as its found_inf
 
 
 def ascent_coefficients_reference(
@@ -63,7 +64,7 @@ def ascent_coefficients_reference(
     aggregate: str,
     objective: str,
 ) -> tuple[Tensor, Tensor]:
-    """The torch oracle in float64: D (K x R) holds the directions, uh = D u; returns (coefficients, stats [6, K])."""
+    """The torch oracle in float64: D (K x R) holds the directions, uh = D u; returns (coefficients, stats [7, K])."""
     rows, groups = gram_PRR.shape[-1], shares_G.shape[0]
     present = shares_G > 0
     live = present.repeat(rows // groups)
@@ -123,9 +124,11 @@ def ascent_coefficients_reference(
     else:
         length_sq = r * r * norm_sq
     coef = coef.float()
-    ok = torch.isfinite(coef).all() & torch.isfinite(gram).all() & torch.isfinite(shares_G).all() & valid.any()
-    stats = torch.stack((norm_sq, radius, clipped, fallback.double(), length_sq, torch.ones_like(r)))
+    finite = torch.isfinite(coef).all() & torch.isfinite(gram).all() & torch.isfinite(shares_G).all()
+    ok = finite & valid.any()
+    stats = torch.stack((norm_sq, radius, clipped, fallback.double(), length_sq, torch.ones_like(r), torch.ones_like(r)))
     stats = torch.where(valid, stats, 0.0)
+    stats[6] = ~finite
     stats[4], stats[5] = (length_sq, ok) if objective == "shared" else (torch.where(valid, length_sq, 0.0), ok)
     return torch.where(ok, coef, 0.0), stats.float()
 
@@ -172,7 +175,7 @@ def _empty_result(gram_PRR: Tensor, direction: str, objective: str) -> tuple[Ten
     shape = (rows,) if objective == "shared" else (directions, rows)
     return (
         gram_PRR.new_empty(shape, dtype=torch.float32),
-        gram_PRR.new_empty((6, directions), dtype=torch.float32),
+        gram_PRR.new_empty((7, directions), dtype=torch.float32),
     )
 
 
@@ -262,4 +265,4 @@ def ascent_coefficients(
         aggregate, objective,
     )  # fmt: skip
     length_sq = stats[4, 0] if objective == "shared" else stats[4]
-    return coef, AscentStats(stats[0], stats[1], stats[2], stats[3], length_sq, stats[5, 0])
+    return coef, AscentStats(stats[0], stats[1], stats[2], stats[3], length_sq, stats[5, 0], stats[6, 0])

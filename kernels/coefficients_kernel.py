@@ -167,7 +167,8 @@ def _coefficients_kernel(
             length_sq += 2.0 * _bilinear(cross, c, c_moments) + _bilinear(moments, c_moments, c_moments)
         c = c.to(tl.float32)
         c_moments = c_moments.to(tl.float32)
-        ok = some & (size + tl.sum(tl.abs(c) + tl.abs(c_moments), axis=0) < float("inf"))
+        finite = size + tl.sum(tl.abs(c) + tl.abs(c_moments), axis=0) < float("inf")
+        ok = some & finite
         tl.store(coef_ptr + k, tl.where(ok, c, 0.0), mask=inside)
         if DIRECTION == "friendly":
             tl.store(coef_ptr + G + k, tl.where(ok, c_moments, 0.0), mask=inside)
@@ -176,7 +177,8 @@ def _coefficients_kernel(
         same = tl.where(k[:, None] == k[None, :], 1.0, 0.0)
         matrix = (r[:, None] * (alpha[:, None] * same + beta[:, None] * w[None, :])).to(tl.float32)
         matrix_moments = ((r * gamma)[:, None] * same).to(tl.float32)
-        ok = some & (size + _size(matrix) + _size(matrix_moments) < float("inf"))
+        finite = size + _size(matrix) + _size(matrix_moments) < float("inf")
+        ok = some & finite
         cells = coef_ptr + k[:, None] * R + k[None, :]
         mask = (k < K)[:, None] & inside[None, :]
         tl.store(cells, tl.where(ok, matrix, 0.0), mask=mask)
@@ -191,3 +193,4 @@ def _coefficients_kernel(
     tl.store(stats + 3 * K, tl.where(fallback & valid, 1.0, 0.0), mask=row)
     tl.store(stats + 4 * K, length_sq.to(tl.float32), mask=row)
     tl.store(stats + 5 * K, tl.where(ok, zero + 1.0, zero).to(tl.float32), mask=row)
+    tl.store(stats + 6 * K, tl.where(finite, zero, zero + 1.0).to(tl.float32), mask=row)

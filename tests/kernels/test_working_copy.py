@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ltfast.kernels import adamw_step, counting, perturb, sgd_step
+from ltfast.kernels import adamw_step, ascent_coefficients, counting, gram, perturb, sgd_step
 
 SIZES = (1, 127, 1024, 2500)
 
@@ -84,3 +84,17 @@ def test_bad_arguments_write_nothing() -> None:
         with pytest.raises(ValueError, match=name.strip()):
             call()
     assert torch.equal(theta, before)
+
+
+@pytest.mark.parametrize("objective", ["shared", "per_group"])
+def test_bad_tells_a_gradient_that_is_not_finite_from_one_that_is_zero(objective: str) -> None:
+    theta, *rows = arrays(300, 3)
+    for value, bad, ok in ((1.0, 0, 1), (0.0, 0, 0), (torch.inf, 1, 0), (torch.nan, 1, 0)):
+        stacked = torch.stack(rows)
+        stacked[:, :200] = value
+        if value == 0:
+            stacked.zero_()
+        _, stats = ascent_coefficients(
+            *gram(stacked, theta), torch.tensor([0.5, 0.5]), torch.tensor([3.0, 4.0]), 300, objective=objective
+        )
+        assert (float(stats.bad), float(stats.ok)) == (bad, ok)
