@@ -1,0 +1,65 @@
+"""Where the parity tests run, how close they must come, and the one comparison they all use.
+
+The same tests check three things: "cpu" in a plain session is the torch oracle, "cpu" under TRITON_INTERPRET=1 is the
+Triton kernel in the interpreter (test_interpreter.py starts that session), "cuda" is the Triton kernel on a GPU.
+"""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltfast.kernels import common
+
+PLACES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+# Largest |actual - expected| / max |expected| that passes, by class of error. Observed worst (interpreter and oracle):
+TOLERANCE = {
+    "reduction": 3e-7,  # 1.2e-7: float32 products summed in blocks, then float64
+    "elementwise": 1e-6,  # 2.4e-7: a few float32 roundings
+    "coefficients": 3e-7,  # 1.0e-7: float64, stored as float32
+    "chain": 5e-6,  # 1.1e-6: ten steps of an optimizer one after the other
+    "bf16": 2**-8,  # one rounding to bfloat16
+}
+
+
+def check(actual: Tensor, expected: Tensor, kind: str, wrong: Iterable[Tensor] = ()) -> None:
+    """Close to `expected`; zeros and every tensor of `wrong` (an oracle that lacks a term) must not be."""
+    actual = actual.detach().double().cpu()
+    expected = expected.detach().double().cpu()
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    scale = expected.abs().max().item()
+    assert scale > 0, "a test whose answer is zero shows nothing"
+    bound = TOLERANCE[kind] * scale
+    worst = (actual - expected).abs().max().item()
+    assert worst <= bound, f"off by {worst / scale:.1e} of the largest entry, allowed {TOLERANCE[kind]:.1e}"
+    for other in (torch.zeros_like(expected), *wrong):
+        assert (actual - other.detach().double().cpu()).abs().max().item() > bound, "a wrong oracle passes too"
+
+
+def normal(*shape: int, seed: int, place: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers that depend on the seed only."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(place)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors are equal bit by bit (NaN included)."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.cpu().numpy().tobytes() == b.cpu().numpy().tobytes()
+
+
+def skip_unless_interpreting() -> pytest.MarkDecorator:
+    """For tests of the interpreter session only."""
+    return pytest.mark.skipif(not common.INTERPRET, reason="runs in the interpreter session (test_interpreter.py)")
+
+
+def skip_if_interpreting() -> pytest.MarkDecorator:
+    """For tests that the plain session has run already, or that need compiled kernels."""
+    return pytest.mark.skipif(common.INTERPRET, reason="runs in the plain session")
