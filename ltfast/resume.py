@@ -33,8 +33,9 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     tensors |= {f"bank.{k}": v for k, v in trainer.bank.state_dict().items()}
     if trainer.step.engine is not None:
         tensors |= {f"engine.{k}": v for k, v in trainer.step.engine.state().items()}
-        if "engine.averages" in tensors:
-            tensors["engine.averages"] = ranks.mean_(tensors["engine.averages"].clone())
+        for name in ("engine.averages", "engine.eps"):
+            if name in tensors:
+                tensors[name] = ranks.mean_(tensors[name].clone())
     if trainer.groups is not None:
         tensors["groups"] = trainer.groups
     if trainer.anchor is not None:

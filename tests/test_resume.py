@@ -1,0 +1,203 @@
+"""A run that was interrupted, however rudely, ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltfast import build, checkpoint
+from ltfast.progress import Progress
+from ltfast.recipes import build_config
+from ltfast.train import train
+from tests import procs
+
+# Nine steps an epoch for about 0.1 s, scouting for two epochs, then groups, anchor and sharpness: everything there is.
+SMALL = {
+    "epochs": 5, "batch": 36, "fisher_budget": 16, "deterministic": True, "tensorboard": False, "device": "cpu",
+    "keep_checkpoints": 2,
+}  # fmt: skip
+
+
+def config(out: Path, method: str = "gkp-gsa", **values: Any) -> Any:
+    return build_config("digits-lt", method, {}, {**SMALL, "out": str(out), **values})
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return checkpoint.load(out / "checkpoints" / "last.safetensors")[0]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Same weights and BatchNorm statistics to the bit, and the same log but for times."""
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    wrong = [name for name in first if not first[name].equal(second[name])]
+    assert not wrong, f"{len(wrong)} of {len(first)} tensors differ, first {wrong[0]}"
+    assert log(a) == log(b)
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+class StopAt(Progress):
+    """Sends the process a signal after some steps, as a scheduler would."""
+
+    def __init__(self, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.steps, self.number = steps, number
+
+    def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
+        self.steps -= 1
+        if self.steps == 0:
+            signal.raise_signal(self.number)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(config(out))
+    return out
+
+
+def test_runs_are_reproducible_and_the_comparison_can_fail(undisturbed: Path, tmp_path: Path) -> None:
+    train(config(tmp_path / "again"))
+    assert_same_run(undisturbed, tmp_path / "again")
+    train(config(tmp_path / "other", seed=1))
+    with pytest.raises(AssertionError):
+        assert_same_run(undisturbed, tmp_path / "other")
+
+
+@pytest.mark.parametrize("stops", [(4,), (9, 1, 1), (23, 9)])
+def test_sigterm_then_resume(undisturbed: Path, tmp_path: Path, stops: tuple[int, ...]) -> None:
+    """In the middle of scouting; at an epoch's last step, then after single steps; between groups and the end."""
+    out = tmp_path / "run"
+    for i, steps in enumerate(stops):
+        result = train(config(out), resume=str(out) if i else None, progress=StopAt(steps))
+        assert result["stopped"] == "stopped by SIGTERM"
+    result = train(config(out), resume=str(out))
+    assert result["last"]["n"] == 400
+    assert_same_run(undisturbed, out)
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("gsa-full", {"gram_every": 4, "sampler": "group-stratified"}),  # mode R: Gram memory and its age
+        ("gsa-release", {"regroup": 1}),  # moving averages; the bank goes on filling
+        ("ce+imbsam", {"optimizer": "adamw", "lr": 0.001, "sampler": "progressive"}),
+        ("bcl+sam", {"sampler": "class-balanced"}),
+    ],
+)
+def test_every_method_resumes_in_the_middle_of_an_epoch(tmp_path: Path, method: str, values: dict[str, Any]) -> None:
+    for name, stop in (("a", 0), ("b", 14)):
+        out = tmp_path / name
+        result = train(config(out, method, epochs=3, **values), progress=StopAt(stop))
+        if "stopped" in result:
+            train(config(out), resume=str(out))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_dropout_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of torch's generator is part of the checkpoint."""
+    real = build.build_model
+
+    def with_dropout(*args: Any) -> Any:
+        model = real(*args)
+        model.encoder = torch.nn.Sequential(model.encoder, torch.nn.Dropout(0.3))
+        return model
+
+    monkeypatch.setattr(build, "build_model", with_dropout)
+    for name, stop in (("a", 0), ("b", 4)):
+        out = tmp_path / name
+        if "stopped" in train(config(out, "ce", epochs=1), progress=StopAt(stop)):
+            torch.manual_seed(123)
+            train(config(out), resume=str(out))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_resume_of_a_run_without_a_checkpoint_starts_again(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out), progress=StopAt(3))
+    for path in (out / "checkpoints").glob("*.safetensors"):
+        path.unlink()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "epoch", "cut sho')
+    train(config(out), resume=str(out))
+    assert_same_run(undisturbed, out)
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+def part_of_a_run(out: str, kill_at_piece: int = 0) -> None:
+    """Train or resume; with `kill_at_piece`, kill this process when that many pieces of checkpoints have been written.
+
+    Checkpoints follow each other without pause and are written in small, flushed pieces.
+    """
+    torch.set_num_threads(1)
+    checkpoint.CHUNK = 1 << 16
+    if kill_at_piece:
+        real, written = checkpoint.file_content, [0]
+
+        def deadly(*args: Any) -> Any:
+            for piece in real(*args):
+                yield piece
+                written[0] += 1
+                if written[0] >= kill_at_piece:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.file_content = deadly  # type: ignore[assignment]
+    path = Path(out)
+    train(config(path, checkpoint_minutes=1e-5), resume=out if (path / "config.toml").exists() else None)
+
+
+def survive(out: Path, moments: list[tuple[str, float]]) -> list[int]:
+    """Start or resume the run once for each moment, killed there ("after" seconds or "at" a written piece), then let it
+    end. Returns the steps of the newest state after each kill."""
+    reached = []
+    for kind, moment in moments:
+        process = procs.start(part_of_a_run, str(out), int(moment) if kind == "at" else 0)
+        if kind == "after":
+            process.join(moment)
+            process.kill()
+        assert procs.wait(process) in (0, -signal.SIGKILL)
+        states = sorted(path.name for path in (out / "checkpoints").glob("state-*"))
+        reached.append(int(states[-1][6:15]) if states else 0)
+    assert procs.wait(procs.start(part_of_a_run, str(out))) == 0
+    assert not list((out / "checkpoints").glob(".*")), "no unfinished file is left"
+    return reached
+
+
+@pytest.mark.dist
+def test_kill_9(undisturbed: Path, tmp_path: Path) -> None:
+    """Twice in the middle of a checkpoint's bytes, once at a random moment, all in one run."""
+    chance = random.Random(time.time_ns())
+    moments = [("at", 7), ("at", chance.randint(20, 200)), ("after", chance.uniform(0.2, 2.0))]
+    reached = survive(tmp_path / "run", moments)
+    print("killed", moments, "steps saved then", reached)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_kill_9_at_twenty_moments(undisturbed: Path, tmp_path: Path) -> None:
+    """Twenty runs, each killed once or several times at random, at least half of them inside a checkpoint write."""
+    chance = random.Random(time.time_ns())
+    for i in range(20):
+        moments = [
+            ("at", chance.randint(1, 400)) if chance.random() < 0.5 + 0.5 * (k == 0) else ("after", chance.uniform(0.1, 3.0))
+            for k in range(chance.randint(1, 3))
+        ]
+        out = tmp_path / str(i)
+        reached = survive(out, moments)
+        print("killed", moments, "steps saved then", reached)
+        assert_same_run(undisturbed, out)
