@@ -196,5 +196,6 @@ def _by_dali(path: str) -> str:
     try:
         decode_pipeline(os.fsencode(path)).run()
     except RuntimeError as error:
-        return "DALI cannot decode it: " + str(error).strip().splitlines()[-1]
+        after = str(error).partition("encountered:")[2].strip() or str(error).strip()
+        return "DALI cannot decode it: " + after.splitlines()[0]
     return ""

@@ -119,6 +119,8 @@ def to_rgb(image: Image) -> Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return pil.fromarray((levels // _LEVELS_16_BIT).astype(np.uint8)).convert("RGB")
+    if image.mode == "P":
+        image.info.pop("transparency", None)  # else PIL warns; the colours are the palette's either way
     return image.convert("RGB")
 
 
@@ -140,6 +142,8 @@ def read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
+    except FileNotFoundError as error:
+        raise BadImage("missing") from error
     except OSError as error:
         raise BadImage((error.strerror or str(error)).lower()) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ltfast.data.base import Source
 from ltfast.data.check import read_bad_list
 from ltfast.data.dali_pipeline import dali_available
 from ltfast.data.folders import limit, thin
-from ltfast.data.large_source import LargeSource
+from ltfast.data.large_source import LargeSource, available_cores
 from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, view_recipes
 from ltfast.data.lists import ImageList, hold_out_each, validate_lists
 from ltfast.data.public import PUBLIC, find_lists
@@ -166,8 +165,3 @@ def _source_class(loader: str) -> type[LargeSource]:
     from ltfast.data.synthetic_source import SyntheticSource
 
     return SyntheticSource
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,7 @@ class shares and the order of all other images stay; in evaluation it is left ou
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,3 +232,8 @@ class Substitutes:
         count, start = int(self._counts[label]), int(self._starts[label])
         offset = int(self._place[index]) - start
         return (int(self._by_class[start + (offset + step) % count]) for step in range(count))
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

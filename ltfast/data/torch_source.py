@@ -18,7 +18,7 @@ from torch import Tensor
 from ltfast.data.base import Batch
 from ltfast.data.color import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from ltfast.data.decode import BadImage, load_picture
-from ltfast.data.large_source import LargeSource, Step, Substitutes
+from ltfast.data.large_source import LargeSource, Step, Substitutes, available_cores
 from ltfast.data.large_views import ViewDraw, ViewRecipe, crop_windows, draw_views, evaluation_window
 from ltfast.data.lists import ImageList
 from ltfast.data.randaugment import apply_rand_augment_pil
@@ -147,14 +147,15 @@ class TorchSource(LargeSource):
     loader = "torch"
 
     def _load(self, dataset: torch.utils.data.Dataset[Decoded], tasks: list[Step] | list[Tensor]) -> Iterator[Decoded]:
+        workers = min(self.workers, len(tasks), available_cores())  # more would only cost memory, and torch warns
         # One worker task is one whole batch: the loader's own batching is off.
         return iter(
             torch.utils.data.DataLoader(
                 dataset,
                 batch_size=None,
                 sampler=tasks,  # type: ignore[arg-type]
-                num_workers=min(self.workers, len(tasks)),
-                prefetch_factor=AHEAD if self.workers and tasks else None,
+                num_workers=workers,
+                prefetch_factor=AHEAD if workers else None,
                 pin_memory=self.device.type == "cuda",
             )
         )
