@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltfast.compiled import Compiler, Report, quiet
 from ltfast.config import Config
 from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
+from ltfast.graph import Captured, CudaRecorder
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.models.registry import is_cifar_encoder
+from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import Rule
 from ltfast.reduce import Agreement
-from ltfast.step import Objective
+from ltfast.scaler import LossScale
+from ltfast.step import Taken
 
 MEMBERSHIP_KIND = {"one": "single", "class": "classes", "head-tail": "head-tail", "focal": "focal", "bank": "groups"}
 # CC-SAM evaluates one perturbed classifier a class; above this many classes that is more work than the encoder.
@@ -40,7 +44,7 @@ def build_device(config: Config, ranks: Ranks) -> torch.device:
     device = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    tf32 = config.run.precision in ("auto", "tf32", "bf16")
+    tf32 = config.run.precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not config.run.deterministic
@@ -56,6 +60,44 @@ def build_autocast(config: Config, device: torch.device) -> Callable[[], Abstrac
     if precision in ("fp32", "tf32"):
         return nullcontext
     return partial(torch.autocast, device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def build_scaler(config: Config, device: torch.device) -> LossScale | None:
+    """The loss scale that fp16 needs; bf16 has float32's range and needs none."""
+    return LossScale(device) if config.run.precision == "fp16" else None
+
+
+def chosen(option: str, device: torch.device) -> bool:
+    """auto|on|off -> yes or no: auto is on for CUDA. On the CPU compiling takes longer than it saves on small pictures."""
+    return option == "on" or (option == "auto" and device.type == "cuda")
+
+
+def build_forward(
+    config: Config, model: LongTailModel, objective: Objective | None, device: torch.device, report: Report = quiet
+) -> Forward:
+    """The functions that a step and an evaluation (which needs no objective) call, compiled if the config says so."""
+    compiler = Compiler(model, report) if chosen(config.run.compile, device) else None
+    return Forward(model, objective, build_autocast(config, device), compiler)
+
+
+def build_capture(
+    config: Config, source: Source, device: torch.device, ranks: Ranks, report: Report = quiet
+) -> Callable[[Callable[..., Taken]], Captured] | None:
+    """What turns a step into one that is recorded as CUDA graphs, or None.
+
+    auto: for pictures that live on the device, alone in the run. Large pictures keep the device busy long enough for
+    launches not to matter, and collectives are left out of graphs.
+
+    Raises:
+        UserError: recording was asked for where it cannot be.
+    """
+    if config.run.capture == "on" and (device.type != "cuda" or ranks.world > 1):
+        raise UserError("--capture on: CUDA graphs need one process on a CUDA device; use --capture auto")
+    small = hasattr(source, "make_batch")
+    if ranks.world > 1 or not (config.run.capture == "on" or (small and chosen(config.run.capture, device))):
+        return None
+    recorder = CudaRecorder(device)
+    return lambda take: Captured(take, "step", recorder, report)
 
 
 def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:

@@ -118,6 +118,8 @@ def fresh(function: Callable[P, R]) -> Callable[P, R]:
     of eight and then fail.
     """
     inner = getattr(function, "__func__", function)
-    copy = FunctionType(inner.__code__.replace(), inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
+    copy = FunctionType(
+        inner.__code__.replace(), inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__
+    )
     owner = getattr(function, "__self__", None)
     return copy if owner is None else copy.__get__(owner)

@@ -99,6 +99,9 @@ class Sharpness:
     aggregate: str | None = _opt(None, "override: uniform or share averaging of groups in a shared perturbation")
     gram_every: int | None = _opt(None, "override: steps between exact group gradients; 1 = every step")
     gram_ema: float | None = _opt(None, "override: weight of the old Gram matrix at a refresh")
+    ascent_every: int | None = _opt(None, "inexact, faster: climb every k-th step only, reuse the perturbation between")
+    ascent_views: int | None = _opt(None, "inexact, faster: 1 = climb on the classification view alone; 0 = all views")
+    ascent_fraction: float | None = _opt(None, "inexact, faster: share of the batch that the ascent sees")
     tail_below: int = _opt(20, "imbsam: classes with fewer training images than this are tail")
     focal_gamma: float = _opt(1.0, "focal-sam: t_c = focal_strength * (1 - pi_c) ** focal_gamma")
     focal_strength: float = _opt(0.5, "focal-sam: see focal_gamma")
@@ -156,7 +159,12 @@ class Run:
     precision: str = _opt(
         "auto", "auto = bf16 autocast on GPU, fp32 on CPU", choices=("auto", "fp32", "tf32", "bf16", "fp16")
     )
-    compile: bool = _opt(False, "torch.compile forward and backward")
+    compile: str = _opt(
+        "auto", "torch.compile forward and backward; auto = on GPU", choices=("auto", "on", "off")
+    )
+    capture: str = _opt(
+        "auto", "record whole steps as CUDA graphs; auto = small pictures on one GPU", choices=("auto", "on", "off")
+    )
     deterministic: bool = _opt(False, "bit-reproducible kernels")
     checkpoint_every: int = _opt(1, "epochs between checkpoints")
     checkpoint_minutes: float = _opt(0.0, "also checkpoint after this many minutes; 0 = off")

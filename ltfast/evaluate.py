@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltfast.data.base import Source
 from ltfast.dist import Ranks
@@ -22,16 +21,24 @@ def evaluate(
     split: str,
     device: torch.device,
     ranks: Ranks | None = None,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    logits: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Figures of `ltfast.metrics.Accumulator.to_dict` for `split` ("train", "val" or "test"); the model's mode is kept."""
+    """Figures of `ltfast.metrics.Accumulator.to_dict` for `split` ("train", "val" or "test"); the model's mode is kept.
+
+    logits: pictures [b, ...] -> logits [b, C] of the model, if it is not to be called itself (compiled, autocast). It
+    always gets as many pictures as in the first batch, so one compiled graph serves a split.
+    """
     was_training = model.training
     model.eval()
     accumulator = Accumulator(source.num_classes, source.train_counts, device=device)
+    size = 0
     for batch in source.evaluate(split):
-        with autocast():
-            logits = model(batch.views[0])
-        accumulator.update(logits.float(), batch.labels)
+        n = batch.labels.numel()
+        size = size or n
+        pictures = batch.views[0]
+        if n < size:  # the last batch: filled up with copies of its first picture, which do not count
+            pictures = torch.cat([pictures, pictures[:1].expand(size - n, *pictures.shape[1:])])
+        accumulator.update((logits or model)(pictures)[:n].float(), batch.labels)
     for tensor in accumulator.state().values():
         (ranks or Ranks()).sum_(tensor)
     model.train(was_training)
@@ -58,4 +65,5 @@ def evaluate_run(
         raise UserError(f"--split {split}: this run held out no such images; use --split test")
     model = build.build_model(config, source.input_shape, source.num_classes)
     checkpoint.load_into(model, run.checkpoints / f"{which}.safetensors")
-    return evaluate(model.to(device), source, split, device, ranks, build.build_autocast(config, device)), source
+    forward = build.build_forward(config.with_(compile="off"), model.to(device), None, device)
+    return evaluate(model, source, split, device, ranks, logits=forward.logits), source

@@ -135,6 +135,12 @@ def rule_of(config: Config) -> Rule | None:
         raise UserError(
             f"gram_every={rule.gram_every}: only a shared objective with gradient directions can reuse the Gram matrix; use 1"
         )
+    saving = rule.ascent_every > 1 or rule.partial
+    if saving and (rule.scope, rule.objective, rule.split) != ("all", "shared", False):
+        raise UserError(
+            f"{sharp.sharpness}: ascent_every, ascent_views and ascent_fraction need one perturbation of all parameters "
+            "for the whole batch; use sam, gsa-full, gsa-exact or gsa-release"
+        )
     if rule.split and (rule.scope, rule.objective) != ("all", "shared"):
         raise UserError(f"{sharp.sharpness}: only scope=all and objective=shared exist for it")
     return rule

@@ -1,74 +1,32 @@
 """One optimisation step: views -> group losses -> ascent -> descent -> update.
 
-Shapes: B batch, C classes, G groups, D feature dimension, N flat parameters. Nothing here waits for the device: every
-statistic stays a tensor until the logging interval asks for it.
+Shapes: B batch, V views, C classes, G groups, D feature dimension, N flat parameters. Nothing here waits for the device:
+every statistic stays a tensor until the logging interval asks for it. Python decides nothing but the branch of a step
+(`TrainStep.next_branch`), so each branch can be recorded as one CUDA graph (ltfast/graph.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ltfast.backward import Backward
 from ltfast.data.base import Batch
 from ltfast.flat import FlatBuffers, FlatParameters
+from ltfast.graph import Captured
 from ltfast.kernels import adamw_step, ascent_coefficients, gram_partials, perturb, sgd_step
-from ltfast.losses import balanced_softmax, balanced_supcon, cross_entropy, group_losses, log_prior
 from ltfast.models import LongTailModel
-from ltfast.optim.engine import Engine
+from ltfast.objective import Forward, Objective
+from ltfast.optim.engine import EXACT, REPEAT, Engine
 from ltfast.optim.rules import Rule
 from ltfast.reduce import Agreement, GradientReducer
+from ltfast.scaler import LossScale
 
-
-@dataclass(frozen=True)
-class Objective:
-    """The base loss (docs/method.md): a_ce * CE(view 1) + a_scl * BalSCL(views 2, 3).
-
-    Attributes:
-        kind: "ce", "balanced-softmax" or "bcl".
-        counts: [C] training images a class (the prior).
-        a_ce, a_scl, temperature, tau: weights, BalSCL temperature, strength of the prior.
-        agreement: over how many ranks the contrast set of bcl reaches.
-    """
-
-    kind: str
-    counts: Tensor
-    a_ce: float = 1.0
-    a_scl: float = 0.35
-    temperature: float = 0.1
-    tau: float = 1.0
-    agreement: Agreement = field(default_factory=Agreement)
-
-    @property
-    def n_views(self) -> int:
-        return 3 if self.kind == "bcl" else 1
-
-    @cached_property
-    def prior(self) -> Tensor:
-        """log(n_c / n), [C]."""
-        return log_prior(self.counts)
-
-    def classification(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The CE term for each sample [B] (this is also the loss whose Fisher GKP uses)."""
-        if self.kind == "ce":
-            return cross_entropy(logits, labels)
-        return balanced_softmax(logits, labels, self.prior, self.tau)
-
-    def __call__(
-        self, model: LongTailModel, features: Tensor, z: Tensor | None, labels: Tensor, weight: Tensor | None = None
-    ) -> Tensor:
-        """Loss of each sample [B] from features [V*B, D], projections z [2B, P] and an optional perturbed classifier."""
-        b = labels.numel()
-        if self.kind != "bcl":
-            return self.classification(model.logits(features[:b], weight), labels)
-        assert z is not None
-        loss = self.a_ce * self.classification(model.logits(features[:b], weight), labels)
-        z, everyone, own = self.agreement.contrast(z, labels)
-        return loss + self.a_scl * balanced_supcon(z, model.centers(weight), everyone, self.temperature)[own]
+__all__ = ["Objective", "TrainStep", "Update"]
 
 
 class Update:
@@ -77,6 +35,7 @@ class Update:
     Attributes:
         lr: learning rate, 0-dim device tensor (changing it recompiles and synchronises nothing).
         anchor: (A [N], T [N]) of shared GKP or None; `strength` is (1 - alpha) * lambda, `alpha` scales the gradient.
+        scaler: loss scale of fp16, told of every skipped step, or None.
         state: tensors to checkpoint.
     """
 
@@ -90,9 +49,10 @@ class Update:
         nesterov: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         clip: float = 0.0,
+        scaler: LossScale | None = None,
     ) -> None:
         device = flat.device
-        self.flat, self.kind, self.clip = flat, kind, clip
+        self.flat, self.kind, self.clip, self.scaler = flat, kind, clip, scaler
         self.momentum, self.weight_decay, self.nesterov, self.betas = momentum, weight_decay, nesterov, betas
         self.lr = torch.zeros((), device=device)
         self.alpha = torch.ones((), device=device)
@@ -116,6 +76,8 @@ class Update:
         self.skipped += skip
         self.in_a_row.add_(skip).mul_(skip)
         self.step += 1 - skip
+        if self.scaler is not None:
+            self.scaler.update(skip)
         theta, mirror = (self.flat.data, None) if kept is None else (kept, self.flat.data)
         if self.kind == "sgd":
             sgd_step(
@@ -132,7 +94,19 @@ class Update:
     def state(self) -> dict[str, Tensor]:
         """Tensors to checkpoint, by name."""
         named = {f"slot{i}": slot for i, slot in enumerate(self.slots)}
-        return {**named, "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        scale = {} if self.scaler is None else self.scaler.state()
+        return {**named, **scale, "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+
+class Taken(NamedTuple):
+    """What a step leaves behind, on the device.
+
+    result: 0-dim figures for the log; features: [B, D] of view 1; stats: of the ascent, one value a direction.
+    """
+
+    result: dict[str, Tensor]
+    features: Tensor
+    stats: dict[str, Tensor]
 
 
 class TrainStep:
@@ -143,6 +117,12 @@ class TrainStep:
         rule: sharpness-aware rule, or None.
         membership: [C, G] group weights of every class (rows sum to 1).
         group_counts: [G] training images of each group.
+        forward: the objective's functions, compiled or not; made here if None.
+        capture: wraps the step's function in a recorder of CUDA graphs.
+
+    Attributes:
+        features: [B, D] of view 1 of the last batch (detached).
+        ascent_stats: statistics of the last ascent, one value a direction; empty without one.
     """
 
     def __init__(
@@ -155,164 +135,203 @@ class TrainStep:
         rule: Rule | None = None,
         membership: Tensor | None = None,
         group_counts: Tensor | None = None,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        forward: Forward | None = None,
         reducer: GradientReducer | None = None,
         agreement: Agreement | None = None,
+        capture: Callable[[Callable[..., Taken]], Captured] | None = None,
     ) -> None:
-        self.model, self.objective, self.flat, self.buffers, self.update = model, objective, flat, buffers, update
-        self.rule, self.autocast, self.reducer = rule, autocast, reducer
+        self.model, self.flat, self.buffers, self.update = model, flat, buffers, update
+        self.rule, self.reducer = rule, reducer
+        self.forward = forward or Forward(model, objective)
         self.agreement = agreement or Agreement()
         c = objective.counts.numel()
         device = flat.device
         self.membership = torch.ones(c, 1, device=device) if membership is None else membership.to(device)
         counts = self.membership.T @ objective.counts.to(device).float() if group_counts is None else group_counts
         self.group_counts = counts.to(device, torch.float32)
-        self.engine = Engine(flat, rule, self.group_counts, self.agreement) if rule and rule.scope == "all" else None
-        self.features: Tensor | None = None
-        self.classifier_stats: dict[str, Tensor] = {}
-        if rule is None or rule.scope == "classifier":
+        self.backward = Backward(flat, update.scaler)
+        self.engine: Engine | None = None
+        if rule is not None and rule.scope == "all":
+            self.engine = Engine(flat, rule, self.group_counts, self.agreement, self.backward)
+        else:
             flat.resize_rows(1)
+        self.features: Tensor | None = None
+        self.ascent_stats: dict[str, Tensor] = {}
+        self._run: Callable[..., Taken] = self.take if capture is None else capture(self.take)
+        self._some: Tensor | None = None  # positions of the samples that a partial ascent sees
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Train on one batch; returns 0-dim device tensors (loss, grad_norm, skipped, statistics of the ascent)."""
-        x, labels = torch.cat(batch.views), batch.labels
+        """Train on one batch; returns 0-dim device tensors (loss, grad_norm, statistics of the ascent)."""
+        taken = self._run(self.next_branch(), batch.labels, *batch.views)
+        self.features, self.ascent_stats = taken.features, taken.stats
+        return taken.result
+
+    def next_branch(self) -> str:
+        """Which path the coming step takes; counts the step."""
+        return EXACT if self.engine is None else self.engine.next_branch()
+
+    def take(self, branch: str, labels: Tensor, *views: Tensor) -> Taken:
+        """One step along `branch`: losses and gradient by the rule's kind of step, then the update."""
+        x = torch.cat(views)
+        if x.is_cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
         if self.rule is None:
-            loss = self._plain(x, labels)
+            loss, features, stats = self._plain(x, labels)
         elif self.rule.scope == "classifier":
-            loss = self._classifier(x, labels)
+            loss, features, stats = self._classifier(x, labels)
         elif self.rule.objective == "per_group":
-            loss = self._per_group(x, labels)
+            loss, features, stats = self._per_group(x, labels)
         else:
-            loss = self._shared(x, labels)
-        grad = self.flat.grads[self._final_row]
+            loss, features, stats = self._shared(branch, x, labels)
         bad = (~torch.isfinite(loss)).float()
+        if self.update.scaler is not None and stats and branch != REPEAT:
+            bad = bad.maximum(1 - stats["ok"].min())  # overflow on the way up
         if self.reducer is not None:
             self.reducer.finish(bad)
         kept = self.engine.kept if self.engine is not None else None
-        norm = self.update(grad, kept, bad)
+        norm = self.update(self.flat.grads[self._final_row], kept, bad)
         if self.engine is not None:
             self.engine.climbed = False
-        return {"loss": loss.detach(), "grad_norm": norm, **self._stats}
+        means = {name: value.mean() for name, value in stats.items()}
+        return Taken({"loss": loss, "grad_norm": norm, **means}, features, stats)
 
-    # -- losses -----------------------------------------------------------------------------------------------------------
-
-    def _encode(self, x: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
-        features = self.model.features(x)
-        z = self.model.project(features[batch:]) if self.objective.kind == "bcl" else None
-        return features, z
+    # -- parts -----------------------------------------------------------------------------------------------------------
 
     def losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Group losses [G], batch shares [G] and the features of view 1 [B, D] (detached)."""
-        with self.autocast():
-            features, z = self._encode(x, labels.numel())
-            per_sample = self.objective(self.model, features, z, labels)
-        losses, shares = self.agreement.losses(*group_losses(per_sample, self.membership[labels]))
-        return losses, shares, features[: labels.numel()].detach()
+        """Group losses [G], batch shares [G] and the features of view 1 [B, D] (detached) of pictures [V*B, ...]."""
+        losses, shares, features = self.forward.losses(x, labels, self.membership)
+        return *self.agreement.losses(losses, shares), features
+
+    def ascent_losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the ascent climbs: `losses`, or those of a part of the samples and views (then without features)."""
+        rule = self.rule
+        assert rule is not None
+        if not rule.partial:
+            return self.losses(x, labels)
+        if rule.ascent_views == 1:
+            x = x[: labels.numel()]
+        if rule.ascent_fraction < 1:
+            some = self._thinned(labels)
+            x = x.view(-1, labels.numel(), *x.shape[1:])[:, some].flatten(0, 1)
+            labels = labels[some]
+        evaluated = (self.forward.first_view if rule.ascent_views == 1 else self.forward.losses)(
+            x, labels, self.membership
+        )
+        return *self.agreement.losses(evaluated[0], evaluated[1]), None
+
+    def _thinned(self, labels: Tensor) -> Tensor:
+        """Positions of the samples that a partial ascent sees: evenly spaced, whatever a batch may be sorted by."""
+        if self._some is None:
+            assert self.rule is not None
+            b, share = labels.numel(), self.rule.ascent_fraction
+            self._some = (torch.arange(max(1, round(b * share))) / share).long().clamp_max(b - 1).to(labels.device)
+        return self._some
 
     @property
     def _final_row(self) -> int:
         return self.engine.n_rows if self.engine is not None and self.engine.rule.objective == "per_group" else 0
 
-    @property
-    def ascent_stats(self) -> dict[str, Tensor]:
-        """Statistics of the last ascent, one value a direction; empty without one."""
-        return self.classifier_stats if self.engine is None else self.engine.stats
+    @contextmanager
+    def _statistics_kept(self, keep: bool = True) -> Iterator[None]:
+        """BatchNorm statistics come out as they went in: of a step's passes over the whole batch only one moves them."""
+        if keep:
+            self.buffers.save()
+        yield
+        if keep:
+            self.buffers.restore()
 
-    @property
-    def _stats(self) -> dict[str, Tensor]:
-        """The same, 0-dim: each averaged over its directions."""
-        return {name: value.mean() for name, value in self.ascent_stats.items()}
-
-    def _descend(self, loss: Tensor) -> None:
-        """Backward of the final loss: its gradient leaves for the other ranks while earlier layers are still computed."""
+    def _descend(self, loss: Tensor, *, add: bool = False) -> None:
+        """Gradient of the final loss, or of its last part (add); leaves for the other ranks while still being computed."""
+        row = self._final_row
+        overlapped = self.reducer is not None and self.update.scaler is None
+        if not overlapped:
+            self.backward(loss, row, add=add)
         if self.reducer is not None:
-            self.reducer.arm(self.flat.grads[self._final_row])
-        loss.backward()
+            self.reducer.arm(self.flat.grads[row])
+        if overlapped:  # its hooks wait for autograd to add into p.grad
+            self.flat.attach(row, zero=not add)
+            loss.backward()
 
     # -- the four kinds of step ----------------------------------------------------------------------------------------
 
-    def _plain(self, x: Tensor, labels: Tensor) -> Tensor:
-        losses, shares, self.features = self.losses(x, labels)
+    def _plain(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        losses, shares, features = self.losses(x, labels)
         loss = (losses * shares).sum()
-        self.flat.attach(0)
         self._descend(loss)
-        return loss
+        return loss.detach(), features, {}
 
-    def _shared(self, x: Tensor, labels: Tensor) -> Tensor:
+    def _shared(self, branch: str, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One perturbation for the whole batch: SAM, its variants, and GSA with a shared objective."""
-        assert self.engine is not None
-        assert self.rule is not None
-        losses, shares, self.features = self.losses(x, labels)
-        self.engine.ascend(losses, shares)
-        self.buffers.save()
-        perturbed, shares, _ = self.losses(x, labels)
-        self.buffers.restore()
-        if self.rule.split:  # row 0 already holds the gradient of the part that stays at theta
-            self.flat.attach(0, zero=False)
-            self._descend(perturbed[1] * shares[1])
+        engine, rule = self.engine, self.rule
+        assert engine is not None
+        assert rule is not None
+        features = None  # of the first pass, if that sees the whole batch; it then is the one that moves the statistics
+        if branch == REPEAT:
+            engine.repeat()
         else:
-            self.flat.attach(0)
+            with self._statistics_kept(rule.partial):
+                losses, shares, features = self.ascent_losses(x, labels)
+            engine.ascend(losses, shares, branch)
+        with self._statistics_kept(features is not None):
+            perturbed, shares, after = self.losses(x, labels)
+        if features is None:
+            losses, features = perturbed, after
+        if rule.split:  # row 0 already holds the gradient of the part that stays at theta
+            self._descend(perturbed[1] * shares[1], add=True)
+        else:
             self._descend((perturbed * shares).sum())
-        return (losses.detach() * shares).sum()
+        return (losses.detach() * shares).sum(), features, engine.stats
 
-    def _per_group(self, x: Tensor, labels: Tensor) -> Tensor:
+    def _per_group(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """sum_k w_k L_k(theta + eps_k) exactly: G forward and backward passes at G perturbed points (for ablation)."""
-        assert self.engine is not None
-        losses, shares, self.features = self.losses(x, labels)
-        coef = self.engine.ascend(losses, shares)
-        self.buffers.save()
-        self.flat.attach(self._final_row)
-        for k in range(self.engine.n_groups):
-            self.engine.move_to(coef[k])
-            perturbed, _, _ = self.losses(x, labels)
-            last = k + 1 == self.engine.n_groups
-            (self._descend if last else torch.Tensor.backward)(perturbed[k] * shares[k])
-        self.buffers.restore()
-        return (losses.detach() * shares).sum()
+        engine = self.engine
+        assert engine is not None
+        losses, shares, features = self.losses(x, labels)
+        coef = engine.ascend(losses, shares)
+        with self._statistics_kept():
+            for k in range(engine.n_groups):
+                engine.move_to(coef[k])
+                perturbed, _, _ = self.losses(x, labels)
+                if k + 1 < engine.n_groups:
+                    self.backward(perturbed[k] * shares[k], self._final_row, add=k > 0)
+        self._descend(perturbed[-1] * shares[-1], add=engine.n_groups > 1)
+        return (losses.detach() * shares).sum(), features, engine.stats
 
-    def _classifier(self, x: Tensor, labels: Tensor) -> Tensor:
+    def _classifier(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Perturb the classifier only: the encoder runs once, G perturbed classifiers read its features (Figure 3)."""
-        with self.autocast():
-            features, z = self._encode(x, labels.numel())
-        self.features = features[: labels.numel()].detach()
+        features, z = self.forward.encode(x, labels)
         weight = self.model.classifier.weight
-        member = self.membership[labels]
-        eps, plain = self._classifier_ascent(features.detach(), None if z is None else z.detach(), labels, member)
-        self.buffers.save()
+        eps, plain, stats = self._classifier_ascent(features.detach(), None if z is None else z.detach(), labels)
         total = torch.zeros((), device=x.device)
-        with self.autocast():
+        with self._statistics_kept():
             for k, eps_k in enumerate(eps):
-                per_sample = self.objective(self.model, features, z, labels, weight + eps_k.view_as(weight))
-                part = member.sum(1) if eps.shape[0] == 1 else member[:, k]
-                total = total + (per_sample * part).sum() / labels.numel()
-        self.buffers.restore()
-        self.flat.attach(0)
+                losses, shares = self.forward.head(features, z, labels, self.membership, weight + eps_k.view_as(weight))
+                total = total + ((losses * shares).sum() if len(eps) == 1 else losses[k] * shares[k])
         self._descend(total)
-        return plain
+        return plain, features[: labels.numel()].detach(), stats
 
     def _classifier_ascent(
-        self, features: Tensor, z: Tensor | None, labels: Tensor, member: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Perturbations [G or 1, C*D] of the classifier weight, and the unperturbed loss."""
+        self, features: Tensor, z: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Perturbations [G or 1, C*D] of the classifier weight, the unperturbed loss, and statistics."""
         rule = self.rule
         assert rule is not None
-        weight = self.model.classifier.weight.view_as(
-            self.model.classifier.weight
-        )  # not a leaf: FLOP counters need that
-        with self.autocast():
-            per_sample = self.objective(self.model, features, z, labels, weight)
-        losses, shares = self.agreement.losses(*group_losses(per_sample, member))
+        own = self.model.classifier.weight
+        weight = own.view_as(own)  # not a leaf: FLOP counters need that
+        losses, shares = self.agreement.losses(*self.forward.head(features, z, labels, self.membership, weight))
         last = losses.numel() - 1
         grads = [
-            torch.autograd.grad(loss, weight, retain_graph=k < last)[0].reshape(-1) for k, loss in enumerate(losses)
+            torch.autograd.grad(self.backward.scaled(loss), weight, retain_graph=k < last)[0].reshape(-1)
+            for k, loss in enumerate(losses)
         ]
         rows, theta = self.agreement.rows(torch.stack(grads).float()), weight.detach().reshape(-1)
+        if self.update.scaler is not None:
+            rows = rows * self.update.scaler.inverse
         coef, stats = ascent_coefficients(
             *gram_partials(rows, theta, rule.adaptive), shares, self.group_counts, theta.numel(),
             direction=rule.direction, objective=rule.objective, rho=rule.rho, C=rule.radius_C,
             rho_min=rule.rho_min, rho_max=rule.rho_max, sigma=rule.sigma, aggregate=rule.aggregate,
         )  # fmt: skip
-        self.classifier_stats = stats._asdict()
         coef = coef.reshape(-1, losses.numel())
         eps = torch.stack([perturb(theta, rows, c, rule.adaptive) - theta for c in coef])
-        return eps, (losses * shares).sum().detach()
+        return eps, (losses * shares).sum().detach(), stats._asdict()

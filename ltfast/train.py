@@ -54,6 +54,8 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.agreement = Agreement(ranks, config.run.ascent == "global")
         self.objective = build.build_objective(config, self.counts, self.agreement)
+        self.forward = build.build_forward(config, self.model, self.objective, self.device, self.compiled)
+        self.capture = build.build_capture(config, self.source, self.device, ranks, self.compiled)
         self.flat = FlatParameters(self.model.parameters())
         self.reducer = GradientReducer(self.flat, ranks) if ranks.world > 1 else None
         self.buffers = FlatBuffers(self.model)
@@ -62,6 +64,7 @@ class Trainer:
         self.update = Update(
             self.flat, kind=optim.optimizer, momentum=optim.momentum, weight_decay=optim.weight_decay,
             nesterov=optim.nesterov, clip=optim.clip, betas=(optim.momentum, 0.999),
+            scaler=build.build_scaler(config, self.device),
         )  # fmt: skip
         self.quality = QualityStats(self.source.num_classes, self.model.feature_dim, self.device)
         theta = self.flat.data[self.encoder]
@@ -152,10 +155,9 @@ class Trainer:
         """The step for the groups there are: plain descent while scouting for them."""
         rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
         membership = build.build_membership(self.config, rule, self.source.train_counts, self.groups)
-        autocast = build.build_autocast(self.config, self.device)
         self.step = TrainStep(
-            self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, autocast=autocast,
-            reducer=self.reducer, agreement=self.agreement,
+            self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, forward=self.forward,
+            reducer=self.reducer, agreement=self.agreement, capture=self.capture,
         )  # fmt: skip
         if self.anchor is not None:
             self.update.anchor = (self.anchor.weight.to(self.device), self.anchor.target.to(self.device))
@@ -245,8 +247,7 @@ class Trainer:
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Accuracy and calibration of the current weights on a split, over all ranks."""
-        autocast = build.build_autocast(self.config, self.device)
-        return evaluate(self.model, self.source, split, self.device, self.ranks, autocast)
+        return evaluate(self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits)
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -279,6 +280,12 @@ class Trainer:
             f"{self.watch.reason} in epoch {self.epoch + 1} after {self.steps:,} steps; checkpoint written"
         )
         return {"stopped": self.watch.reason}
+
+    def compiled(self, name: str, *, seconds: float, reason: str | None) -> None:
+        """Note what was compiled or recorded, or (reason) why it runs eagerly instead; see `ltfast.compiled.Report`."""
+        if reason is not None:
+            self.progress.note(f"{name}: running eagerly, slower and with the same results, because of {reason}")
+        self.log("compile", what=name, seconds=seconds, ok=reason is None, reason=reason)
 
     def log(self, kind: str, **values: Any) -> None:
         if self.folder is not None and self.ranks.main:

@@ -13,6 +13,7 @@ from ltfast.data.base import Batch
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
+from ltfast.optim.engine import STALE
 from ltfast.optim.rules import RULES, Rule
 from ltfast.plan import flops_ratio
 from ltfast.step import Objective, TrainStep, Update
@@ -250,7 +251,7 @@ def test_mode_r_refresh_is_exact_and_reuse_keeps_the_intended_norm() -> None:
     assert engine is not None
     losses, shares, _ = step.losses(torch.cat(batch.views), batch.labels)
     coef, intended = engine.stale_coefficients(shares)
-    engine.ascend(losses, shares)
+    engine.ascend(losses, shares, STALE)
     s = engine.kept.abs()
     moved = ((engine.flat.data - engine.kept) / s.clamp_min(1e-12))[s > 1e-6].double().norm()
     assert float(moved) == pytest.approx(float(intended), rel=1e-3)

@@ -59,7 +59,9 @@ class LongTailModel(nn.Module):
         """Class centres [C, P], unit rows: the centre MLP of the raw classifier weight, or of `weight` [C, D]."""
         if self.center_projection is None:
             raise ValueError("projection: this model has none; pass projection=(hidden, out)")
-        return self.center_projection(self.classifier.weight if weight is None else weight)
+        own = self.classifier.weight
+        # A view, not the leaf: FLOP counters hook what enters a module, and autograd.grad takes no hooks on leaves.
+        return self.center_projection(own.view_as(own) if weight is None else weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures [B, ch, H, W] -> logits [B, C]."""

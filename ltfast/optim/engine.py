@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltfast.backward import Backward
 from ltfast.flat import FlatParameters
 from ltfast.kernels import ascent_coefficients, gram, gram_partials, perturb
 from ltfast.optim.rules import Rule
@@ -25,6 +26,8 @@ from ltfast.reduce import Agreement
 # Mode R: below this ratio of |sum_j c_j u_j|^2 to (sum_j |c_j| |u_j|)^2 the groups' terms nearly cancel and a stale Gram
 # matrix no longer tells where their sum points: the step then takes the plain SAM direction at the intended norm.
 CANCELLATION = 1e-2
+# The paths of an ascent: group gradients; one gradient with remembered coefficients (mode R); the last eps once more.
+EXACT, STALE, REPEAT = "exact", "stale", "repeat"
 
 
 class Engine:
@@ -35,15 +38,25 @@ class Engine:
         rule: the method.
         counts: [G] training images of each group (Eq. 13).
         agreement: what of the ascent is taken over all ranks.
+        backward: gathers gradients into the rows of `flat`.
 
     Attributes:
         kept: [N] theta as it was before the climb, bit-exact; meaningful while `climbed` is true.
         stats: device tensors describing the last ascent, for logging.
     """
 
-    def __init__(self, flat: FlatParameters, rule: Rule, counts: Tensor, agreement: Agreement | None = None) -> None:
+    def __init__(
+        self,
+        flat: FlatParameters,
+        rule: Rule,
+        counts: Tensor,
+        agreement: Agreement | None = None,
+        backward: Backward | None = None,
+    ) -> None:
         self.flat, self.rule, self.agreement = flat, rule, agreement or Agreement()
+        self.backward = backward or Backward(flat)
         self.kept = torch.empty_like(flat.data)
+        self.eps = torch.zeros_like(flat.data) if rule.ascent_every > 1 else None
         self.stats: dict[str, Tensor] = {}
         self.climbed = False
         self.set_groups(counts)
@@ -55,28 +68,48 @@ class Engine:
         self.n_groups = counts.numel()
         self.n_rows = self.n_groups * (2 if self.rule.direction == "friendly" else 1)
         self.flat.resize_rows(self.n_rows + (self.rule.objective == "per_group"))
-        self.memory: Tensor | None = None  # [G, G] Gram matrix that mode R reads
-        self.theta_sq: Tensor | None = None
+        # Changed in place only, here and below: a CUDA graph finds it where it was.
+        self.memory = torch.zeros(self.n_groups, self.n_groups, dtype=torch.float64, device=device)  # read by mode R
+        self.theta_sq = torch.zeros((), dtype=torch.float64, device=device)
+        self.remembers = False
         self.seen = torch.zeros(self.n_groups, device=device)
+        self.tail = (
+            torch.arange(self.n_groups, device=device).clamp_max(1).float()
+        )  # [0, 1]: what a split rule perturbs
         self.steps = 0
         # Cosines at Gram refreshes of mode R since the last reset: sum, count, smallest.
         self.refresh = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device)
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
-    def ascend(self, losses: Tensor, shares: Tensor) -> Tensor:
+    def next_branch(self) -> str:
+        """How the coming step climbs: EXACT, STALE or REPEAT. Counts the step."""
+        ascent, between = divmod(self.steps, self.rule.ascent_every)
+        self.steps += 1
+        if between:
+            return REPEAT
+        return EXACT if ascent % self.rule.gram_every == 0 or not self.remembers else STALE
+
+    def ascend(self, losses: Tensor, shares: Tensor, branch: str = EXACT) -> Tensor:
         """First pass: from group losses [G] and batch shares [G] at theta to coefficients; leaves theta + eps in place.
 
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """
-        exact = self.rule.gram_every == 1 or self.memory is None or self.steps % self.rule.gram_every == 0
-        self.steps += 1
-        coef, rows = self._exact(losses, shares) if exact else self._stale(losses, shares)
+        coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares)
         self.kept.copy_(self.flat.data)
         self.climbed = True
         if self.rule.objective == "shared":
             self.move_to(coef, rows)
+            if self.eps is not None:
+                torch.sub(self.flat.data, self.kept, out=self.eps)
         return coef
+
+    def repeat(self) -> None:
+        """Climb by the last ascent's eps without a pass of its own (rule.ascent_every > 1)."""
+        assert self.eps is not None
+        self.kept.copy_(self.flat.data)
+        self.climbed = True
+        self.flat.data.add_(self.eps)
 
     def move_to(self, coef: Tensor, rows: Tensor | None = None) -> None:
         """Put theta + s^2 * coef @ rows into the parameters (theta = `kept`)."""
@@ -97,10 +130,9 @@ class Engine:
 
     def _exact(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         for k in range(self.n_groups):
-            self.flat.attach(k)
             # In a split rule row 0 is part of the final gradient, so it carries its share; directions ignore it.
             loss = losses[k] * shares[k] if self.rule.split and k == 0 else losses[k]
-            loss.backward(retain_graph=k + 1 < self.n_groups)
+            self.backward(loss, k, retain_graph=k + 1 < self.n_groups)
         self.agreement.rows(self.flat.grads[: self.n_groups])
         return self.from_rows(shares), self.rows
 
@@ -108,9 +140,10 @@ class Engine:
         """Coefficients from gradient rows that are already filled; updates mode R's memory and the moving averages."""
         rule, g = self.rule, self.n_groups
         if rule.gram_every > 1:
-            matrix, self.theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
+            matrix, theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
+            self.theta_sq.copy_(theta_sq)
             matrix, shares = self.agreement.gram(matrix, shares), self.agreement.shares(shares)
-            stale = None if self.memory is None else self.stale_coefficients(shares)[0]
+            stale = self.stale_coefficients(shares)[0] if self.remembers else None
             self._remember(matrix, shares)
             coef = self._coefficients(matrix, self.theta_sq, shares)
             if stale is not None:
@@ -119,10 +152,12 @@ class Engine:
         matrix, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
         coef = self._coefficients(matrix, theta_sq, shares)
         if rule.direction == "friendly":
-            present = (shares > 0).float()
+            present = (shares > 0).float() * self.stats["ok"]
             weight = present * torch.where(self.seen > 0, 1 - rule.lmbda, 1.0)
-            self.flat.grads[g : 2 * g].lerp_(self.flat.grads[:g], weight[:, None])
-            self.seen = torch.maximum(self.seen, present)
+            for k in range(g):  # m <- (1 - weight) m + weight u; perturb leaves a row of weight 0 out, NaN or not
+                average = self.flat.grads[g + k].mul_(1 - weight[k])
+                perturb(average, self.flat.grads[k : k + 1], weight[k : k + 1], out=average)
+            torch.maximum(self.seen, present, out=self.seen)
         return coef
 
     def _coefficients(self, matrix: Tensor, theta_sq: Tensor | None, shares: Tensor) -> Tensor:
@@ -137,7 +172,7 @@ class Engine:
             "sigma": rule.sigma * self.seen if rule.direction == "friendly" else rule.sigma,
             "aggregate": rule.aggregate,
         }
-        weights = shares * torch.tensor([0.0, 1.0], device=shares.device) if rule.split else shares
+        weights = shares * self.tail if rule.split else shares
         coef, stats = ascent_coefficients(matrix, theta_sq, weights, self.counts, self.flat.numel, **options)
         self.stats = stats._asdict()
         return coef
@@ -145,29 +180,28 @@ class Engine:
     # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
 
     def _remember(self, matrix: Tensor, shares: Tensor) -> None:
-        present = shares > 0
+        present = (shares > 0) & torch.isfinite(matrix).all()  # a batch that overflowed leaves no trace
         both = present[:, None] & present[None, :]
-        if self.memory is None:
-            self.memory = torch.where(both, matrix, torch.zeros_like(matrix))
-            return
         ema = self.rule.gram_ema
         known = self.memory.diagonal() > 0
         mixed = torch.where(known[:, None] & known[None, :], ema * self.memory + (1 - ema) * matrix, matrix)
-        self.memory = torch.where(both, mixed, self.memory)
+        self.memory.copy_(torch.where(both, mixed, self.memory))
+        self.remembers = True
 
     def _compare(self, stale: Tensor, exact: Tensor, matrix: Tensor) -> None:
         """Log the cosine between the direction of the remembered Gram matrix and the exact one, at a refresh."""
         lengths = (stale @ matrix @ stale) * (exact @ matrix @ exact)
         cosine = torch.where(lengths > 0, (stale @ matrix @ exact) / lengths.clamp_min(1e-300).sqrt(), 1.0)
-        self.refresh = torch.stack([self.refresh[0] + cosine, self.refresh[1] + 1, self.refresh[2].minimum(cosine)])
+        self.refresh.copy_(
+            torch.stack([self.refresh[0] + cosine, self.refresh[1] + 1, self.refresh[2].minimum(cosine)])
+        )
 
     def _stale(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.memory is not None
         coef, intended = self.stale_coefficients(self.agreement.shares(shares))
-        row = self.flat.attach(0)
-        (coef * losses).sum().backward()
+        row = self.backward((coef * losses).sum(), 0)
         self.agreement.rows(row)
-        actual, self.theta_sq = gram(row[None], self.flat.data, self.rule.adaptive)
+        actual, theta_sq = gram(row[None], self.flat.data, self.rule.adaptive)
+        self.theta_sq.copy_(theta_sq)
         scale = (intended / actual.reshape(()).clamp_min(1e-30).sqrt()).float()
         scale = torch.where(torch.isfinite(scale), scale, 0.0)
         return scale.reshape(1), row[None]
@@ -175,7 +209,6 @@ class Engine:
     def stale_coefficients(self, shares: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients [G] from the remembered Gram matrix and the norm |s^-1 eps| they intend (0-dim)."""
         memory = self.memory
-        assert memory is not None
         coef = self._coefficients(memory, self.theta_sq, shares)
         c = coef.double()
         square = c @ memory @ c
@@ -187,21 +220,27 @@ class Engine:
     # -- state -----------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to checkpoint: Gram memory, moving averages, step count."""
+        """Tensors to checkpoint: Gram memory, moving averages, the last eps, step count."""
         g = self.n_groups
         state = {"steps": torch.tensor(self.steps), "seen": self.seen}
-        if self.memory is not None and self.theta_sq is not None:
+        if self.remembers:
             state |= {"memory": self.memory, "theta_sq": self.theta_sq}
+        if self.eps is not None:
+            state["eps"] = self.eps
         if self.rule.direction == "friendly":
             state["averages"] = self.flat.grads[g : 2 * g]
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from `state`."""
-        g, device = self.n_groups, self.flat.device
+        g = self.n_groups
         self.steps = int(state["steps"])
         self.seen.copy_(state["seen"])
-        if "memory" in state:
-            self.memory, self.theta_sq = state["memory"].to(device), state["theta_sq"].to(device)
+        self.remembers = "memory" in state
+        if self.remembers:
+            self.memory.copy_(state["memory"])
+            self.theta_sq.copy_(state["theta_sq"])
+        if self.eps is not None:
+            self.eps.copy_(state["eps"])
         if "averages" in state:
             self.flat.grads[g : 2 * g].copy_(state["averages"])

@@ -39,6 +39,9 @@ class Rule:
         aggregate: how a shared perturbation averages groups: "uniform" or by "share" of the batch.
         gram_every: 1 = exact group gradients each step (mode E); k > 1 = Gram matrix refreshed every k steps (mode R).
         gram_ema: weight of the old Gram matrix at a refresh (mode R).
+        ascent_every, ascent_views, ascent_fraction: what an ascent may save at the price of exactness, off by default and
+            for a shared perturbation of all parameters only: climb every k-th step and in between perturb by the last
+            eps; climb on the classification term of view 1 alone (1; 0 = all views); climb on a part of the samples.
     """
 
     groups: str = "one"
@@ -55,6 +58,9 @@ class Rule:
     aggregate: str = "uniform"
     gram_every: int = 1
     gram_ema: float = 0.5
+    ascent_every: int = 1
+    ascent_views: int = 0
+    ascent_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         checks = (
@@ -67,6 +73,9 @@ class Rule:
             ("rho_min", 0 <= self.rho_min <= self.rho_max, "0 <= rho_min <= rho_max"),
             ("gram_every", self.gram_every >= 1, "an integer >= 1"),
             ("gram_ema", 0 <= self.gram_ema < 1, "a number in [0, 1)"),
+            ("ascent_every", self.ascent_every >= 1, "an integer >= 1"),
+            ("ascent_views", self.ascent_views in (0, 1), "0 (all views) or 1 (the classification view)"),
+            ("ascent_fraction", 0 < self.ascent_fraction <= 1, "a number in (0, 1]"),
         )
         for name, good, fix in checks:
             if not good:
@@ -76,6 +85,11 @@ class Rule:
     def split(self) -> bool:
         """True if group 0 is minimised at theta itself and only group 1 is perturbed (ImbSAM, Focal-SAM)."""
         return self.groups in ("head-tail", "focal")
+
+    @property
+    def partial(self) -> bool:
+        """True if the ascent sees only a part of a batch's samples or views."""
+        return self.ascent_views > 0 or self.ascent_fraction < 1
 
 
 RULES: dict[str, Rule] = {
