@@ -48,7 +48,7 @@ def train_pipeline(
     threads: int,
     device_id: int | None,
 ) -> Any:
-    """A built pipeline with outputs view 1..views (uint8 [batch, S, S, 3]) and index (int64 [batch]).
+    """A pipeline with outputs view 1..views (uint8 [batch, S, S, 3]) and index (int64 [batch]).
 
     source(BatchInfo) -> (paths: list of uint8 [length], across, down: float64 [batch, views, CROP_TRIES], place:
     float64 [batch, views, 2], flip: float32 [batch, views], index: int64 [batch]). device_id None: all on the CPU.
@@ -75,14 +75,13 @@ def train_pipeline(
             windows = _windows(decoded.shape(), across, down, place)
             pictures = [_resized(decoded, *windows, flip, view, image_size) for view in range(views)]
         pipeline.set_outputs(*pictures, index)
-    pipeline.build()
     return pipeline
 
 
 def evaluation_pipeline(
     source: Callable[[Any], Sequence[Any]], *, image_size: int, batch: int, threads: int, device_id: int | None
 ) -> Any:
-    """A built pipeline with outputs view (uint8 [n, S, S, 3]) and index (int64 [n]), n up to batch; resize and
+    """A pipeline with outputs view (uint8 [n, S, S, 3]) and index (int64 [n]), n up to batch; resize and
     centre crop.
 
     source(BatchInfo) -> (paths, index), StopIteration at the end.
@@ -98,12 +97,11 @@ def evaluation_pipeline(
         start, end = fn.cast(start, dtype=types.FLOAT), fn.cast(end, dtype=types.FLOAT)
         view = fn.resize(decoded, size=[image_size, image_size], roi_start=start, roi_end=end, antialias=True)
         pipeline.set_outputs(view, index)
-    pipeline.build()
     return pipeline
 
 
 def decode_pipeline(path: bytes) -> Any:
-    """A built CPU pipeline that decodes one file: the last resort to find out whether DALI can."""
+    """A CPU pipeline that decodes one file: the last resort to find out whether DALI can."""
     dali = _dali()
     fn = dali.fn
 
@@ -111,7 +109,6 @@ def decode_pipeline(path: bytes) -> Any:
     with pipeline:
         name = fn.external_source(lambda: [np.frombuffer(path, dtype=np.uint8)], batch=True)
         pipeline.set_outputs(fn.decoders.image(fn.io.file.read(name), **_decoder(None)))
-    pipeline.build()
     return pipeline
 
 

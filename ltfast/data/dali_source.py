@@ -49,6 +49,7 @@ class TrainFeed:
             threads=max(source.workers, 1),
             device_id=source.device_id,
         )
+        self.pipeline.build()
 
     def next_inputs(self, info: Any) -> tuple[Any, ...]:
         """What DALI asks for: a pure function of info.iteration (and of the files known to be bad)."""
@@ -91,6 +92,7 @@ class EvaluationFeed:
             threads=max(source.workers, 1),
             device_id=source.device_id,
         )
+        self.pipeline.build()
 
     def next_inputs(self, info: Any) -> tuple[Any, ...]:
         """What DALI asks for, part by part."""
