@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ltfast.compiled import Compiler, Report, quiet
 from ltfast.config import Config
-from ltfast.data.base import Source
+from ltfast.data.base import Batch, Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
-from ltfast.graph import Captured, CudaRecorder
+from ltfast.graph import Captured, CudaRecorder, Recorder
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.models.registry import is_cifar_encoder
@@ -97,6 +97,8 @@ def build_capture(
     if ranks.world > 1 or not (config.run.capture == "on" or (small and chosen(config.run.capture, device))):
         return None
     recorder = CudaRecorder(device)
+    if small:
+        record_batches(source, recorder, report)
     return lambda take: Captured(take, "step", recorder, report)
 
 
@@ -155,6 +157,18 @@ def build_objective(config: Config, counts: Tensor, agreement: Agreement | None 
     """The base loss over classes with `counts` [C] training images."""
     loss = config.loss
     return Objective(loss.loss, counts, loss.a_ce, loss.a_scl, loss.temperature, loss.tau, agreement or Agreement())
+
+
+def record_batches(source: Any, recorder: Recorder, report: Report = quiet) -> None:
+    """Make the views of a `SmallSource` by replaying one recorded graph: some hundred small launches otherwise."""
+    make = source.make_batch
+    recorded = Captured(lambda branch, index, key: tuple(make(index, key)[:2]), "views", recorder, report)
+
+    def make_batch(index: Tensor, key: Tensor) -> Batch:
+        views, labels = recorded("train", index, key)
+        return Batch(views, labels, index)
+
+    source.make_batch = make_batch
 
 
 def build_membership(config: Config, rule: Rule | None, counts: Tensor, group_of_class: Tensor | None) -> Tensor:

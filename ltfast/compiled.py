@@ -49,7 +49,8 @@ class Compiler:
 
     def __call__(self, function: Callable[P, R], name: str) -> Callable[P, R]:
         """`function` of tensors (and None), one graph: shapes are static, a graph break is a failure."""
-        return Compiled(self, function, name)
+        compiled: Any = Compiled(self, function, name)
+        return compiled  # type: ignore[no-any-return]
 
     def give_up(self, name: str, error: Exception, seconds: float) -> None:
         """From now on everything is eager."""
@@ -106,7 +107,7 @@ class Compiled:
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         ends = [t.float().sum() for t in tensors if t is not None and t.requires_grad]
         if ends:
-            leaves = [p for p in self.compiler.module.parameters() if p.requires_grad]
+            leaves: list[Tensor] = [p for p in self.compiler.module.parameters() if p.requires_grad]
             leaves += [c for c in copies if c is not None and c.requires_grad]
             torch.autograd.grad(torch.stack(ends).sum(), leaves, allow_unused=True)
 

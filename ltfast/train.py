@@ -173,8 +173,10 @@ class Trainer:
             assert self.step.features is not None
             self.quality.update(self.step.features, batch.labels)
             self.meter.add(self.batch, self.step.ascent_stats)
-            for name, value in result.items():
-                sums[name] = sums[name] + value.float().mean() if name in sums else value.float().mean()
+            if sums:
+                torch._foreach_add_(list(sums.values()), [result[name] for name in sums])
+            else:
+                sums |= {name: value.clone() for name, value in result.items()}
             self.batch += 1
             self.steps += 1
             self.progress.step(epoch, self.batch, total, sums.get("loss"))
