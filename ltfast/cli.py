@@ -9,13 +9,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import ltfast
-from ltfast.config import FIELDS, SECTIONS, base_type, check, flatten, load_toml, nearest
+from ltfast.config import FIELDS, SECTIONS, Config, base_type, check, flatten, load_toml, nearest
 from ltfast.errors import UserError
 
 TOPICS = {
     "data": "data", "model": "network", "loss": "base loss", "sharpness": "sharpness (overrides of the method's rule)",
     "preserve": "memory bank, groups and GKP", "optim": "descent", "run": "run",
 }  # fmt: skip
+
+# What a resumed run may be given anew: where and how long it runs, not what it computes.
+RESUME_OPTIONS = {
+    "gpus",
+    "procs",
+    "max_restarts",
+    "max_hours",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "data_dir",
+    "workers",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,32 +99,49 @@ def build_parser() -> Parser:
 
 
 def command_train(args: argparse.Namespace) -> int:
-    from ltfast import dist
-    from ltfast.config import Config
-    from ltfast.progress import ConsoleProgress, Progress
+    from ltfast import launch
     from ltfast.recipes import build_config
-    from ltfast.train import train
+    from ltfast.runs import RunFolder, fresh_name
 
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
     if args.resume:
-        if flags or args.method or args.config:
-            raise UserError("--resume: continues the run with its own settings; give no other option")
-        config = Config()
+        if flags.keys() - RESUME_OPTIONS or args.method or args.config:
+            options = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUME_OPTIONS))
+            raise UserError(
+                f"--resume: continues the run with its own settings; only these may be given anew: {options}"
+            )
+        config = Config() if launch.launched() else RunFolder.open(args.resume).config.with_(**flags)
     else:
         values = load_toml(args.config) if args.config else {}
         fields = flatten(values, args.config or "")
         dataset = flags.pop("dataset", None) or fields.pop("dataset", "digits-lt")
         config = build_config(dataset, args.method or values.get("method", "gkp-gsa"), fields, flags)
+    config = launch.on_cpu(config)
     if args.dry_run:
         from ltfast.plan import print_plan
 
         print_plan(config)
         return 0
+    count = launch.process_count(config)
+    if count > 1 and not launch.launched():
+        out = args.resume or config.run.out or str(fresh_name(config))
+        words = ["train", "--resume", out, *launch.words(flags)] if args.resume else [*args.words, "--out", out]
+        return launch.launch(
+            count, words, out=out, max_restarts=config.run.max_restarts, cpu=config.run.device == "cpu"
+        )
+    return train_here(config, args.resume or launch.restarted_run(config), flags if args.resume else {})
+
+
+def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> int:
+    """Train in this process, alone or as one of several."""
+    from ltfast import dist
+    from ltfast.progress import ConsoleProgress, Progress
+    from ltfast.train import train
+
     ranks = dist.start()
     try:
-        result = train(
-            config, resume=args.resume, ranks=ranks, progress=ConsoleProgress() if ranks.main else Progress()
-        )
+        progress = ConsoleProgress() if ranks.main else Progress()
+        result = train(config, resume=resume, changes=changes, ranks=ranks, progress=progress)
         if ranks.main and "stopped" in result:
             print(f"continue with: ltfast train --resume {result['folder']}")
         elif ranks.main:
@@ -193,12 +222,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
+        args.words = list(sys.argv[1:] if argv is None else argv)
         if args.command is None:
             parser.print_help()
             return 0
         return int(args.run(args))
     except UserError as error:
-        print(f"ltfast: {error}", file=sys.stderr)
-        return 2
+        from ltfast import launch
+
+        return launch.report(error)
     except BrokenPipeError:
         return 0

@@ -159,9 +159,7 @@ class Run:
     precision: str = _opt(
         "auto", "auto = bf16 autocast on GPU, fp32 on CPU", choices=("auto", "fp32", "tf32", "bf16", "fp16")
     )
-    compile: str = _opt(
-        "auto", "torch.compile forward and backward; auto = on GPU", choices=("auto", "on", "off")
-    )
+    compile: str = _opt("auto", "torch.compile forward and backward; auto = on GPU", choices=("auto", "on", "off"))
     capture: str = _opt(
         "auto", "record whole steps as CUDA graphs; auto = small pictures on one GPU", choices=("auto", "on", "off")
     )
@@ -172,6 +170,9 @@ class Run:
     max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off")
     max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row")
     tensorboard: bool = _opt(True, "write TensorBoard events")
+    gpus: int = _opt(-1, "GPUs of this machine, one process each; -1 = all for large data sets, else one; 0 = CPU")
+    procs: int = _opt(0, "processes on the CPU instead of GPUs; 0 = one process")
+    max_restarts: int = _opt(3, "times that all processes start again from the last checkpoint after one has died")
     sync_bn: bool = _opt(False, "BatchNorm statistics over all processes; off = each its own part of the batch")
     ascent: str = _opt(
         "local",

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltfast.errors import UserError
+from ltfast.launch import launched
 
 T = TypeVar("T")
 HASH_BLOCK = 1 << 22  # elements hashed at once: 32 MiB of int64 products
@@ -156,11 +157,6 @@ def checksum(tensor: Tensor) -> Tensor:
         odd = torch.arange(2 * start + 1, 2 * (start + part.numel()) + 1, 2, device=tensor.device)
         total += (part * odd).sum()
     return total
-
-
-def launched() -> bool:
-    """True inside a process that torchrun (or anything that sets its variables) has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def start() -> Ranks:

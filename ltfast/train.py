@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
+from ltfast.launch import on_cpu
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
 from ltfast.preserve.knowledge import collapse_knowledge
@@ -357,14 +359,20 @@ def load_bank(run: Path) -> dict[str, Tensor]:
 
 
 def train(
-    config: Config, *, resume: str | None = None, ranks: Ranks | None = None, progress: Progress | None = None
+    config: Config,
+    *,
+    resume: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train by `config` (or continue the run folder `resume`); returns the test results, see `Trainer.fit`."""
+    """Train by `config`, or continue the run folder `resume` with its own config and these `changes`; returns the test
+    results, see `Trainer.fit`."""
     ranks, progress = ranks or Ranks(), progress or Progress()
     if resume:
         folder = ranks.on_main(lambda: RunFolder.open(resume))
         values = ranks.share(folder.config.to_dict() if folder is not None else {})
-        trainer = Trainer(Config.from_dict(values, resume), folder, ranks, progress)
+        trainer = Trainer(on_cpu(Config.from_dict(values, resume).with_(**changes or {})), folder, ranks, progress)
         trainer.load_state()
     else:
         trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists

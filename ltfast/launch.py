@@ -1,0 +1,146 @@
+"""`--gpus N` and `--procs N`: this machine's processes, started and restarted by torch's own elastic launcher.
+
+The command line runs once more in every process; there RANK and WORLD_SIZE are set, so it trains instead of launching.
+Several machines: run `torchrun --nnodes ... -m ltfast train ...` on each (docs/scaling.md); it sets the same variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ltfast.config import Config
+from ltfast.errors import UserError
+
+# Where a worker leaves the text of a UserError: it then exits with 0, because no restart can mend a user's mistake.
+MESSAGE = "LTFAST_MESSAGE_FILE"
+# Seconds a worker has, after SIGTERM, to finish its step and write its checkpoint (torchrun's own default is 30).
+GRACE_SECONDS = 60
+
+
+def launched() -> bool:
+    """True in a process that torchrun (or `launch`, or anything that sets the same variables) has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def on_cpu(config: Config) -> Config:
+    """The config with --device cpu where --procs or --gpus 0 ask for the CPU."""
+    return config.with_(device="cpu") if config.run.procs or config.run.gpus == 0 else config
+
+
+def process_count(config: Config) -> int:
+    """Processes to run on this machine.
+
+    By default, data sets that are decoded on the way take every visible GPU; those that live on one device (digits,
+    CIFAR) take one, so that their results do not depend on the machine.
+
+    Raises:
+        UserError: more GPUs than there are, or options that exclude each other.
+    """
+    import torch
+
+    from ltfast.data.registry import LARGE
+
+    gpus, procs, visible = config.run.gpus, config.run.procs, torch.cuda.device_count()
+    if gpus >= 0 and procs:
+        raise UserError("--gpus and --procs exclude each other: --gpus N runs on N GPUs, --procs N on the CPU")
+    if procs < 0 or gpus < -1:
+        raise UserError(f"--{'procs' if procs < 0 else 'gpus'} {min(procs, gpus)}: use 0 or more")
+    if gpus > visible:
+        raise UserError(
+            f"--gpus {gpus}: {visible} CUDA devices are visible; use at most that, or --procs {gpus} for the CPU"
+        )
+    if procs or gpus >= 0:
+        return max(procs, gpus, 1)
+    everything = config.data.dataset in LARGE and config.run.device in ("auto", "cuda")
+    return max(visible, 1) if everything else 1
+
+
+def words(flags: Mapping[str, Any]) -> list[str]:
+    """Config values as command-line words."""
+    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def restarted_run(config: Config) -> str | None:
+    """The run folder to continue in a worker that was started again after a failure, or None.
+
+    Raises:
+        UserError: it cannot be known, because --out was not given.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    if MESSAGE in os.environ and Path(os.environ[MESSAGE]).exists():
+        raise SystemExit(0)  # another worker has met a user's mistake: restarting mends nothing
+    if config.run.out is None:
+        raise UserError("restarted by torchrun after a failure, but no --out says where the run is; give --out RUN")
+    return config.run.out if (Path(config.run.out) / "config.toml").exists() else None
+
+
+def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int, cpu: bool) -> int:
+    """Run `ltfast ARGUMENTS` in `count` processes; returns the exit code.
+
+    A worker that dies makes all of them start again from the last checkpoint in `out`, at most `max_restarts` times.
+    SIGTERM and SIGINT go on to the workers, which checkpoint and end.
+
+    Raises:
+        UserError: what a worker raised.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
+    if cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryDirectory(prefix="ltfast-") as folder:
+        message = Path(folder) / "message"
+        os.environ[MESSAGE] = str(message)
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.2,
+        )  # fmt: skip
+        fields = {field.name for field in dataclasses.fields(config)}
+        if "shutdown_timeout" in fields:  # torch 2.11 has none and waits 30 s
+            config.shutdown_timeout = GRACE_SECONDS
+        code = 0
+        try:
+            elastic_launch(config, sys.executable)("-m", "ltfast", *arguments)
+        except SignalException as stop:
+            code = 0 if stop.sigval in (signal.SIGTERM, signal.SIGINT) else 128 + stop.sigval
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            what = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            print(
+                f"ltfast: process {rank} ended with {what} after {max_restarts} restarts; continue with: "
+                f"ltfast train --resume {out}",
+                file=sys.stderr,
+            )
+            code = 1
+        if message.exists():
+            raise UserError(message.read_text())
+    return code
+
+
+def report(error: UserError) -> int:
+    """Hand a worker's UserError to the launching process, once; returns the worker's exit code."""
+    path = os.environ.get(MESSAGE)
+    if path is None:  # alone, or under plain torchrun: rank 0 speaks, and the exit code tells torchrun
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ltfast: {error}", file=sys.stderr)
+        return 2
+    try:
+        with open(path, "x") as file:
+            file.write(str(error))
+    except OSError:
+        pass
+    return 0
