@@ -122,7 +122,8 @@ class Trainer:
         cfg = self.config.preserve
         started = time.perf_counter()
         counts = self.source.train_counts
-        self.groups = group_classes(self.bank, counts, cfg.groups, center=cfg.center, seed=self.config.run.seed)
+        groups = group_classes(self.bank, counts, cfg.groups, center=cfg.center, seed=self.config.run.seed)
+        self.groups = self.ranks.broadcast_(groups)  # k-means may break ties by the processor's rounding
         self.source.set_groups(self.groups)
         if cfg.gkp:
             sizes = group_sizes(self.groups, counts, cfg.groups, cfg.gkp_normalise)

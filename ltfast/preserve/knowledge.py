@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltfast.data.base import Source
 from ltfast.dist import Ranks
@@ -13,7 +14,7 @@ from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
 from ltfast.preserve.anchor import Anchor, stream_anchor
 from ltfast.preserve.bank import MemoryBank
-from ltfast.preserve.fisher import fisher_diagonal, reestimate_batchnorm, sample_indices, swapped_parameters
+from ltfast.preserve.fisher import fisher_sums, reestimate_batchnorm, sample_indices, swapped_parameters
 
 PREFIX = "encoder."
 
@@ -46,6 +47,7 @@ def collapse_knowledge(
     means = bank.group_means(groups, len(sizes))
     everything = torch.zeros_like(groups)
     calibration = sample_indices(everything, source.train_labels, 0, budget, seed)
+    calibration = calibration.repeat(ranks.world)[: -(-len(calibration) // ranks.world) * ranks.world]  # equal shares
 
     def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
         parts = {p: gradients[n] for n, p in model.named_parameters() if n in gradients}
@@ -58,7 +60,23 @@ def collapse_knowledge(
             images = (batch.views[0] for batch in source.evaluate("train", calibration))
             with swapped_parameters(flat.data[span], theta_star), reestimate_batchnorm(model, images):
                 batches = ((batch.views[0], batch.labels) for batch in source.evaluate("train", chosen))
-                diagonal = fisher_diagonal(model, names, batches, loss, mode=fisher, flatten=flatten)
-            yield theta_star, ranks.mean_(diagonal)
+                agree_on_statistics(model, ranks)
+                sums, seen = fisher_sums(model, names, batches, loss, mode=fisher, flatten=flatten)
+            total = ranks.sum_(torch.tensor([float(seen)], dtype=torch.float64, device=sums.device))
+            yield theta_star, (ranks.sum_(sums) / total).float()
 
     return stream_anchor(pairs(), sizes, strength)
+
+
+@torch.no_grad()
+def agree_on_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """BatchNorm statistics of equal shares of images, merged over the ranks: mean of means, mean of variances plus
+    variance of means. Exact for the first layer; deeper ones have seen inputs normalised by their own rank's share."""
+    if ranks.world == 1:
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            own = module.running_mean.clone()
+            ranks.mean_(module.running_mean)
+            module.running_var += (own - module.running_mean).square()
+            ranks.mean_(module.running_var)
