@@ -78,16 +78,16 @@ class Update:
         self.step += 1 - skip
         if self.scaler is not None:
             self.scaler.update(skip)
-        theta, mirror = (self.flat.data, None) if kept is None else (kept, self.flat.data)
+        theta = self.flat.data
         if self.kind == "sgd":
             sgd_step(
-                theta, grad, self.slots[0], self.lr, self.momentum, 0.0, self.weight_decay, self.nesterov, anchor, mirror,
-                grad_scale=scale, found_inf=skip,
+                theta, grad, self.slots[0], self.lr, self.momentum, 0.0, self.weight_decay, self.nesterov, anchor,
+                grad_scale=scale, found_inf=skip, source=kept,
             )  # fmt: skip
         else:
             adamw_step(
-                theta, grad, *self.slots, self.step, self.lr, self.betas, 1e-8, self.weight_decay, anchor, mirror,
-                grad_scale=scale, found_inf=skip,
+                theta, grad, *self.slots, self.step, self.lr, self.betas, 1e-8, self.weight_decay, anchor,
+                grad_scale=scale, found_inf=skip, source=kept,
             )  # fmt: skip
         return norm
 

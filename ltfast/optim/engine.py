@@ -12,25 +12,21 @@ coefficients come from a Gram matrix refreshed every few steps; the result is re
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ltfast.backward import Backward
 from ltfast.flat import FlatParameters
-from ltfast.kernels import ascent_coefficients, gram, gram_partials, perturb
+from ltfast.kernels import gram, gram_partials, perturb
+from ltfast.optim.ascent import Ascent
 from ltfast.optim.rules import Rule
 from ltfast.reduce import Agreement
 
-# Mode R: below this ratio of |sum_j c_j u_j|^2 to (sum_j |c_j| |u_j|)^2 the groups' terms nearly cancel and a stale Gram
-# matrix no longer tells where their sum points: the step then takes the plain SAM direction at the intended norm.
-CANCELLATION = 1e-2
 # The paths of an ascent: group gradients; one gradient with remembered coefficients (mode R); the last eps once more.
 EXACT, STALE, REPEAT = "exact", "stale", "repeat"
 
 
-class Engine:
+class Engine(Ascent):
     """Climb from theta to theta + eps by `rule`, for parameters held by `flat`.
 
     Args:
@@ -53,32 +49,17 @@ class Engine:
         agreement: Agreement | None = None,
         backward: Backward | None = None,
     ) -> None:
-        self.flat, self.rule, self.agreement = flat, rule, agreement or Agreement()
+        self.flat, self.agreement = flat, agreement or Agreement()
         self.backward = backward or Backward(flat)
         self.kept = torch.empty_like(flat.data)
         self.eps = torch.zeros_like(flat.data) if rule.ascent_every > 1 else None
-        self.stats: dict[str, Tensor] = {}
         self.climbed = False
-        self.set_groups(counts)
+        super().__init__(rule, counts, flat.numel, flat.device)
 
-    def set_groups(self, counts: Tensor) -> None:
-        """Start afresh with groups of `counts` [G] images: gradient rows, Gram matrix and moving averages are reset."""
-        device = self.flat.device
-        self.counts = counts.to(device, torch.float32)
-        self.n_groups = counts.numel()
-        self.n_rows = self.n_groups * (2 if self.rule.direction == "friendly" else 1)
+    def start(self, counts: Tensor) -> None:
+        """Begin afresh with groups of `counts` [G] images: rows, Gram matrix and moving averages are reset."""
+        super().start(counts)
         self.flat.resize_rows(self.n_rows + (self.rule.objective == "per_group"))
-        # Changed in place only, here and below: a CUDA graph finds it where it was.
-        self.memory = torch.zeros(self.n_groups, self.n_groups, dtype=torch.float64, device=device)  # read by mode R
-        self.theta_sq = torch.zeros((), dtype=torch.float64, device=device)
-        self.remembers = False
-        self.seen = torch.zeros(self.n_groups, device=device)
-        self.tail = (
-            torch.arange(self.n_groups, device=device).clamp_max(1).float()
-        )  # [0, 1]: what a split rule perturbs
-        self.steps = 0
-        # Cosines at Gram refreshes of mode R since the last reset: sum, count, smallest.
-        self.refresh = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device)
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -96,10 +77,12 @@ class Engine:
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """
         coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares)
-        self.kept.copy_(self.flat.data)
         self.climbed = True
-        if self.rule.objective == "shared":
-            self.move_to(coef, rows)
+        if self.rule.objective == "per_group":
+            self.kept.copy_(self.flat.data)
+        else:
+            theta = self.flat.data
+            perturb(theta, rows, coef, self.rule.adaptive, out=theta, keep=self.kept)
             if self.eps is not None:
                 torch.sub(self.flat.data, self.kept, out=self.eps)
         return coef
@@ -141,90 +124,30 @@ class Engine:
         rule, g = self.rule, self.n_groups
         if rule.gram_every > 1:
             matrix, theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
-            self.theta_sq.copy_(theta_sq)
-            matrix, shares = self.agreement.gram(matrix, shares), self.agreement.shares(shares)
-            stale = self.stale_coefficients(shares)[0] if self.remembers else None
-            self._remember(matrix, shares)
-            coef = self._coefficients(matrix, self.theta_sq, shares)
-            if stale is not None:
-                self._compare(stale.double(), coef.double(), matrix.double())
-            return coef
-        matrix, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
-        coef = self._coefficients(matrix, theta_sq, shares)
+            return self.refreshed(self.agreement.gram(matrix, shares), theta_sq, self.agreement.shares(shares))
+        coef = self.coefficients(*gram_partials(self.rows, self.flat.data, rule.adaptive), shares)
         if rule.direction == "friendly":
-            present = (shares > 0).float() * self.stats["ok"]
-            weight = present * torch.where(self.seen > 0, 1 - rule.lmbda, 1.0)
+            weights = self.average_weights(shares)
             for k in range(g):  # m <- (1 - weight) m + weight u; perturb leaves a row of weight 0 out, NaN or not
-                average = self.flat.grads[g + k].mul_(1 - weight[k])
-                perturb(average, self.flat.grads[k : k + 1], weight[k : k + 1], out=average)
-            torch.maximum(self.seen, present, out=self.seen)
-        return coef
-
-    def _coefficients(self, matrix: Tensor, theta_sq: Tensor | None, shares: Tensor) -> Tensor:
-        rule = self.rule
-        options: dict[str, Any] = {
-            "direction": rule.direction,
-            "objective": rule.objective,
-            "rho": rule.rho,
-            "C": rule.radius_C,
-            "rho_min": rule.rho_min,
-            "rho_max": rule.rho_max,
-            "sigma": rule.sigma * self.seen if rule.direction == "friendly" else rule.sigma,
-            "aggregate": rule.aggregate,
-        }
-        weights = shares * self.tail if rule.split else shares
-        coef, stats = ascent_coefficients(matrix, theta_sq, weights, self.counts, self.flat.numel, **options)
-        self.stats = stats._asdict()
+                average = self.flat.grads[g + k].mul_(1 - weights[k])
+                perturb(average, self.flat.grads[k : k + 1], weights[k : k + 1], out=average)
         return coef
 
     # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
-
-    def _remember(self, matrix: Tensor, shares: Tensor) -> None:
-        present = (shares > 0) & torch.isfinite(matrix).all()  # a batch that overflowed leaves no trace
-        both = present[:, None] & present[None, :]
-        ema = self.rule.gram_ema
-        known = self.memory.diagonal() > 0
-        mixed = torch.where(known[:, None] & known[None, :], ema * self.memory + (1 - ema) * matrix, matrix)
-        self.memory.copy_(torch.where(both, mixed, self.memory))
-        self.remembers = True
-
-    def _compare(self, stale: Tensor, exact: Tensor, matrix: Tensor) -> None:
-        """Log the cosine between the direction of the remembered Gram matrix and the exact one, at a refresh."""
-        lengths = (stale @ matrix @ stale) * (exact @ matrix @ exact)
-        cosine = torch.where(lengths > 0, (stale @ matrix @ exact) / lengths.clamp_min(1e-300).sqrt(), 1.0)
-        self.refresh.copy_(
-            torch.stack([self.refresh[0] + cosine, self.refresh[1] + 1, self.refresh[2].minimum(cosine)])
-        )
 
     def _stale(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         coef, intended = self.stale_coefficients(self.agreement.shares(shares))
         row = self.backward((coef * losses).sum(), 0)
         self.agreement.rows(row)
-        actual, theta_sq = gram(row[None], self.flat.data, self.rule.adaptive)
-        self.theta_sq.copy_(theta_sq)
-        scale = (intended / actual.reshape(()).clamp_min(1e-30).sqrt()).float()
-        scale = torch.where(torch.isfinite(scale), scale, 0.0)
-        return scale.reshape(1), row[None]
-
-    def stale_coefficients(self, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients [G] from the remembered Gram matrix and the norm |s^-1 eps| they intend (0-dim)."""
-        memory = self.memory
-        coef = self._coefficients(memory, self.theta_sq, shares)
-        c = coef.double()
-        square = c @ memory @ c
-        reach = (c.abs() * memory.diagonal().clamp_min(0).sqrt()).sum()
-        cancels = square <= CANCELLATION * reach * reach
-        plain = torch.where(cancels, shares, coef)
-        return plain, torch.where(cancels, CANCELLATION**0.5 * reach, square.clamp_min(0).sqrt())
+        partials, theta_sq = gram_partials(row[None], self.flat.data, self.rule.adaptive)
+        return self.rescaled(partials, theta_sq, intended), row[None]
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to checkpoint: Gram memory, moving averages, the last eps, step count."""
         g = self.n_groups
-        state = {"steps": torch.tensor(self.steps), "seen": self.seen}
-        if self.remembers:
-            state |= {"memory": self.memory, "theta_sq": self.theta_sq}
+        state = super().state()
         if self.eps is not None:
             state["eps"] = self.eps
         if self.rule.direction == "friendly":
@@ -233,13 +156,8 @@ class Engine:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from `state`."""
+        super().load_state(state)
         g = self.n_groups
-        self.steps = int(state["steps"])
-        self.seen.copy_(state["seen"])
-        self.remembers = "memory" in state
-        if self.remembers:
-            self.memory.copy_(state["memory"])
-            self.theta_sq.copy_(state["theta_sq"])
         if self.eps is not None:
             self.eps.copy_(state["eps"])
         if "averages" in state:

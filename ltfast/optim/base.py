@@ -1,0 +1,333 @@
+"""What all sharpness-aware optimizers share: flat parameters, the descent, AMP, skipping, and restoring theta.
+
+Between steps the flat buffer IS theta: in-place edits of parameters, EMA swaps and `model.load_state_dict` are respected.
+An ascent copies theta to `kept` in the pass that writes theta + eps; the update reads `kept` and writes theta, so restoring
+costs no pass of its own and is exact to the bit. Parameters' storage is set once, at construction, and never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ltfast.kernels import gram_partials
+from ltfast.optim.inner import Block, adopt_state, check_options, foreign_step, fused, fused_step, release_state
+from ltfast.optim.state import export_extra, import_extra, merge_groups
+from ltfast.optim.statistics import frozen_statistics
+
+FLAGS = 256  # skip flags are added up once in so many steps: counting them costs no launch in the others
+ASCENTS = ("local", "global")
+
+
+class FlatOptimizer(Optimizer):
+    """Base class; see SAM for the two-pass protocol and GSA for the closure of group losses.
+
+    Args:
+        params: parameters or param groups, float32, on one device.
+        base_optimizer: a class such as torch.optim.SGD; SGD and AdamW run fused, any other through its own step.
+        defaults: this optimizer's own options of a param group.
+        base_kwargs: options of the base optimizer.
+
+    Attributes:
+        base_optimizer: the inner optimizer; it shares `param_groups` and `state` with this one.
+        climbed: True between an ascent and the descent (or `restore`).
+        stats: device tensors that describe the last ascent, for logging.
+        check_finite: also test the final gradient for inf and NaN, one more pass (always done with several processes
+            and where a GradScaler has scaled it); a step with a non-finite gradient is skipped.
+
+    Raises:
+        ValueError: a bad argument, by name.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then calls step() even on overflow, which must restore theta
+    _ready = False
+    ascent_rows = 1
+
+    def __init__(
+        self, params: Any, base_optimizer: Callable[..., Optimizer], defaults: dict[str, Any], base_kwargs: dict[str, Any]
+    ) -> None:
+        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+            raise ValueError(f"base_optimizer must be a class like torch.optim.SGD, not {base_optimizer!r}")
+        check_options({**defaults, **base_kwargs})
+        super().__init__(params, {**defaults, **base_kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        self.defaults.update(self.base_optimizer.defaults)
+        self._setup()
+
+    def _setup(self) -> None:
+        """Everything that is made anew after unpickling, too."""
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        for group in self.param_groups:
+            check_options(group)
+        self.blocks = self._make_blocks()
+        self.climbed = False
+        self.check_finite = False
+        self.stats: dict[str, Tensor] = {}
+        self.alpha: float | Tensor | None = None
+        self._first_bad: Tensor | None = None
+        self._first_pass = _FirstPass(self)
+        self._fused = fused(self.base_optimizer)
+        self._skipped = torch.zeros((), device=self.blocks[0].flat.device)
+        self._flags: list[Tensor] = []
+        self._model: nn.Module | None = None
+        self._ascent = "local"
+        self._ready = True
+
+    def _make_blocks(self) -> list[Block]:
+        return [Block([(k, g["params"]) for k, g in enumerate(self.param_groups)], self.ascent_rows)]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at construction or later; a later one gets a flat buffer of its own."""
+        if isinstance(param_group, dict):
+            check_options(param_group)
+        super().add_param_group(param_group)
+        if not self._ready:
+            return
+        try:
+            block = self._new_block(len(self.param_groups) - 1)
+            if block.flat.device != self.blocks[0].flat.device:
+                raise ValueError(f"params of the new group lie on {block.flat.device}, the others elsewhere")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        block.kept.copy_(block.flat.data)
+        self.blocks.append(block)
+
+    def _new_block(self, index: int) -> Block:
+        return Block([(index, self.param_groups[index]["params"])], self.ascent_rows)
+
+    def bind(self, model: nn.Module, ascent: str = "local") -> FlatOptimizer:
+        """Tell the optimizer its model, so that `step(closure)` can do right by it; returns the optimizer.
+
+        BatchNorm statistics then move in the first pass only. Under DistributedDataParallel the closure's first pass
+        runs without synchronisation ("local" ascent: each process climbs by its own batch) or with it ("global").
+        """
+        if ascent not in ASCENTS:
+            raise ValueError(f"ascent is {ascent!r}; it must be one of {', '.join(ASCENTS)}")
+        self._model, self._ascent = model, ascent
+        return self
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients: those in use become zero views of the flat buffer, in which autograd adds up in place.
+
+        `set_to_none` is accepted for compatibility; parameters that had no gradient the last time get None either way.
+        """
+        for block in self.blocks:
+            wanted = [e and p.requires_grad for e, p in zip(block.expected, block.flat.params, strict=True)]
+            block.flat.rows.attach(0, only=wanted)
+
+    @property
+    def gathered(self) -> int:
+        """Gradients that had to be copied into the flat buffer because p.grad was not a view of it."""
+        return sum(block.flat.rows.gathered for block in self.blocks)
+
+    def _collect(self, row: int = 0) -> list[tuple[bool, ...]]:
+        """Bring every gradient into row `row`; which parameters have one, for each block."""
+        presents = []
+        for block in self.blocks:
+            block.flat.adopt()
+            presents.append(block.flat.rows.collect(row))
+            block.expected = list(presents[-1])
+        return presents
+
+    def _fresh(self) -> bool:
+        return any(block.flat.rows.fresh() for block in self.blocks)
+
+    # -- the descent ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring theta back, bit for bit, if an ascent left theta + eps in the parameters."""
+        if self.climbed:
+            for block in self.blocks:
+                block.flat.data.copy_(block.kept)
+            self.climbed = False
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """`with optimizer.perturbed(): second forward and backward`; an exception inside restores theta."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def _descend(self, row: int = 0, *, check: bool = False) -> None:
+        """Update theta (restoring it first) by gradient row `row`; a non-finite gradient skips the update."""
+        presents = self._collect(row)
+        loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale = None if loss_scale is None else 1.0 / loss_scale
+        if self.alpha is not None:
+            scale = self.alpha if scale is None else scale * self.alpha
+        try:
+            for group in self.param_groups:
+                check_options(group)
+            skip = self._skip(row, found_inf, check)
+            self._switch(fused(self.base_optimizer))
+            if self._fused:
+                for block, present in zip(self.blocks, presents, strict=True):
+                    fused_step(self.base_optimizer, block, row, present, self.climbed, scale, skip)
+            else:
+                self.restore()
+                foreign_step(self.base_optimizer, self.blocks, row, presents, scale, skip)
+        except BaseException:
+            self.restore()
+            raise
+        self._count(skip)
+        self.climbed, self._first_bad = False, None
+        self._opt_called = self.base_optimizer._opt_called = True  # what learning-rate schedulers look at
+        for block in self.blocks:
+            block.flat.rows.consume()
+
+    def _skip(self, row: int, found_inf: Tensor | None, check: bool) -> Tensor | None:
+        """0-dim flag, nonzero if this update must not happen; None if nothing speaks for or against.
+
+        With several processes the first pass is each one's own, so only the final, reduced gradient may decide.
+        """
+        flags = [] if found_inf is None else [found_inf.reshape(())]
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        if alone and self._first_bad is not None and (fused(self.base_optimizer) or flags):
+            flags.append(self._first_bad)
+        if check or self.check_finite or not alone:
+            total = sum(gram_partials(block.flat.grads[row][None])[0].sum() for block in self.blocks)
+            flags.append((~torch.isfinite(torch.as_tensor(total))).float())
+        if len(flags) <= 1:
+            return flags[0] if flags else None
+        return torch.stack(flags).amax()
+
+    def _switch(self, to_fused: bool) -> None:
+        """Options may change at any time; hand the state over when the path changes."""
+        if to_fused and not self._fused:
+            adopt_state(self.base_optimizer, self.blocks)
+        elif self._fused and not to_fused:
+            release_state(self.base_optimizer)
+            for block in self.blocks:
+                block.forget()
+        self._fused = to_fused
+
+    def _count(self, skip: Tensor | None) -> None:
+        if skip is not None:
+            self._flags.append(skip)
+            if len(self._flags) >= FLAGS:
+                self._fold()
+
+    def _fold(self) -> None:
+        if self._flags:
+            self._skipped += torch.stack(self._flags).ne(0).sum()
+            self._flags.clear()
+
+    @property
+    def skipped(self) -> Tensor:
+        """Updates left out because a gradient was not finite, 0-dim device tensor."""
+        self._fold()
+        return self._skipped
+
+    # -- knowledge preservation ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_anchor(
+        self,
+        weights: Iterable[Tensor | None] | None,
+        targets: Iterable[Tensor | None] | None = None,
+        strength: float | Tensor = 1.0,
+        alpha: float | Tensor | None = None,
+    ) -> None:
+        """Add strength * A * (theta - T) to the gradient in the update's own pass (GKP); `set_anchor(None)` removes it.
+
+        Args:
+            weights, targets: A and T for each parameter in the order of the param groups; None: that one is free.
+            strength: (1 - alpha) * lambda; a 0-dim device tensor may be changed in place.
+            alpha: factor of the loss gradient; None is 1.
+        """
+        if weights is None or targets is None:
+            for block in self.blocks:
+                block.anchor = None
+            self.alpha = None
+            return
+        params = [p for group in self.param_groups for p in group["params"]]
+        weights, targets = list(weights), list(targets)
+        for name, tensors in (("weights", weights), ("targets", targets)):
+            if len(tensors) != len(params):
+                raise ValueError(f"{name} holds {len(tensors)} tensors for {len(params)} parameters")
+            for p, t in zip(params, tensors, strict=True):
+                if t is not None and t.shape != p.shape:
+                    raise ValueError(f"{name} holds a tensor of shape {tuple(t.shape)} for a parameter of {tuple(p.shape)}")
+        a, t = dict(zip(params, weights, strict=True)), dict(zip(params, targets, strict=True))
+        for block in self.blocks:
+            flat = block.flat
+            parts = (flat.flatten([a[p] for p in flat.params]), flat.flatten([t[p] for p in flat.params]))
+            block.anchor = (*parts, strength)
+        self.alpha = alpha
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format with the base optimizer's state; "ltfast" holds what goes beyond it."""
+        packed = super().state_dict()
+        packed["ltfast"] = export_extra(self)
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's own state dict, one of torch.optim.SGD / AdamW, or one of davda54's SAM.
+
+        Raises:
+            ValueError: groups or parameters do not match; then nothing has changed.
+        """
+        merged, extra = merge_groups(self, state_dict)
+        super().load_state_dict(merged)
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+        self.restore()
+        self._fused = fused(self.base_optimizer)
+        if self._fused:
+            adopt_state(self.base_optimizer, self.blocks)
+        import_extra(self, extra)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "base": self.base_optimizer, "own": self._own_state(), "extra": export_extra(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" not in state:  # Optimizer.load_state_dict
+            super().__setstate__(state)
+            return
+        own, extra, self.base_optimizer = state.pop("own"), state.pop("extra"), state.pop("base")
+        super().__setstate__(state)
+        self.__dict__.update(own)
+        self._setup()
+        if self._fused:
+            adopt_state(self.base_optimizer, self.blocks)
+        import_extra(self, extra)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Constructor arguments that a subclass needs before `_setup` when it is unpickled."""
+        return {}
+
+    # -- two processes, BatchNorm ----------------------------------------------------------------------------------------
+
+    def _second_pass(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._model is None else frozen_statistics(self._model)
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        no_sync = getattr(self._model, "no_sync", None)
+        return no_sync() if no_sync is not None and self._ascent == "local" else nullcontext()
+
+
+class _FirstPass:
+    """Stands for the optimizer in GradScaler.unscale_ of the first pass, which allows one call an optimizer and step."""
+
+    def __init__(self, owner: FlatOptimizer) -> None:
+        self._owner = owner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._owner.param_groups

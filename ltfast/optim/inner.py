@@ -1,0 +1,276 @@
+"""The descent of every optimizer here: torch.optim.SGD and AdamW on flat buffers, any other optimizer through its own step.
+
+State lives in flat buffers and `base.state[p]` holds views of them under torch's own names, so `state_dict` is that of the
+base optimizer and either path can take the next step. Parameters without a gradient are left alone, as torch leaves them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from ltfast.flat import FlatParameters
+from ltfast.kernels import adamw_step, sgd_step
+
+Anchor = tuple[Tensor, Tensor, float | Tensor]
+Present = tuple[int, ...]  # one truth value (or other small number) for each parameter of a block
+
+SLOTS = {SGD: ("momentum_buffer",), AdamW: ("exp_avg", "exp_avg_sq")}
+# Options that the kernels do not cover; torch's own step then runs on the flat views, with the same state.
+UNCOVERED = ("maximize", "differentiable", "amsgrad")
+
+
+@dataclass
+class Run:
+    """Neighbouring parameters of one group that share presence and step count: one launch."""
+
+    group: int
+    first: int  # index of the first parameter
+    span: slice  # of the flat buffer
+    present: int
+
+
+class Block:
+    """One flat buffer of parameters, with what the optimizer keeps beside it.
+
+    Attributes:
+        flat: the parameters.
+        kept: [N] theta as it was before the ascent, bit for bit.
+        group_of: index of each parameter's group.
+        slots: flat optimizer state by torch's name.
+        counters: each parameter's number of updates, 0-dim; parameters always updated together share one tensor.
+        anchor: (A, T, strength) of a quadratic penalty, or None.
+    """
+
+    def __init__(self, groups: list[tuple[int, list[nn.Parameter]]], rows: int) -> None:
+        self.flat = FlatParameters([p for _, params in groups for p in params], rows)
+        index = {p: k for k, params in groups for p in params}
+        self.group_of = [index[p] for p in self.flat.params]
+        self.kept = torch.zeros_like(self.flat.data)
+        self.slots: dict[str, Tensor] = {}
+        self.views: dict[str, list[Tensor]] = {}
+        self.counters = [torch.zeros((), device=self.flat.device)] * len(self.flat.params)
+        self.expected = [p.requires_grad for p in self.flat.params]
+        self.anchor: Anchor | None = None
+        self.published: set[Present] = set()  # whose state base.state already shows
+        self._runs: dict[Present, list[Run]] = {}
+
+    def bounds(self, first: int, end: int) -> slice:
+        """The span of parameters first .. end - 1."""
+        offsets = self.flat.offsets
+        return slice(offsets[first], offsets[end] if end < len(offsets) else self.flat.size)
+
+    def spans(self) -> list[tuple[int, slice]]:
+        """(group, span) in order."""
+        runs = self.runs((True,) * len(self.group_of), split_counters=False)
+        return [(run.group, run.span) for run in runs]
+
+    def runs(self, present: Present, split_counters: bool = True) -> list[Run]:
+        """The runs of neighbours that one launch can update."""
+        if split_counters and present in self._runs:
+            return self._runs[present]
+        runs: list[Run] = []
+        keys = [
+            (g, here, id(c) if split_counters and here else 0)
+            for g, here, c in zip(self.group_of, present, self.counters, strict=True)
+        ]
+        start = 0
+        for end in range(1, len(keys) + 1):
+            if end == len(keys) or keys[end] != keys[start]:
+                runs.append(Run(keys[start][0], start, self.bounds(start, end), keys[start][1]))
+                start = end
+        if split_counters:
+            if len(self._runs) >= 64:  # parameters used in ever new combinations: do not hoard
+                self.forget()
+            self._runs[present] = runs
+        return runs
+
+    def slot(self, name: str) -> Tensor:
+        """The flat state `name`, zero when first asked for."""
+        if name not in self.slots:
+            self.slots[name] = torch.zeros_like(self.flat.data)
+            self.views[name] = self.flat.views(self.slots[name])
+        return self.slots[name]
+
+    def split_counters(self, present: Present) -> None:
+        """Give the present parameters counters of their own where absent ones share them."""
+        sharing: dict[int, list[int]] = defaultdict(list)
+        for i, counter in enumerate(self.counters):
+            sharing[id(counter)].append(i)
+        for members in sharing.values():
+            updated = [i for i in members if present[i]]
+            if updated and len(updated) < len(members):
+                counter = self.counters[updated[0]].clone()
+                for i in updated:
+                    self.counters[i] = counter
+                self.forget()
+
+    def count(self, present: Present, skip: Tensor | None) -> None:
+        """One more update of the present parameters (none if skip is nonzero)."""
+        for counter in {id(c): c for c, here in zip(self.counters, present, strict=True) if here}.values():
+            counter += 1.0 if skip is None else 1.0 - skip
+
+    def forget(self) -> None:
+        """The counters have changed: drop what was derived from them."""
+        self._runs.clear()
+        self.published.clear()
+
+    def set_counters(self, values: list[float]) -> None:
+        """Start counting from `values`; equal ones share a tensor."""
+        shared: dict[float, Tensor] = {}
+        for v in values:
+            if v not in shared:
+                shared[v] = torch.full((), float(v), device=self.flat.device)
+        self.counters = [shared[v] for v in values]
+        self.forget()
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """ValueError for an option that no update could use, before anything is written."""
+    for name in ("lr", "momentum", "weight_decay", "eps", "rho"):
+        value = group.get(name, 0.0)
+        if not isinstance(value, Tensor) and not (0 <= value < math.inf):
+            raise ValueError(f"{name} is {value}; it must be a finite number >= 0")
+
+
+def fused(base: Optimizer) -> bool:
+    """True if the kernels cover every option of `base`."""
+    if type(base) not in SLOTS:
+        return False
+    for group in base.param_groups:
+        betas = group.get("betas", ())
+        if any(group.get(name) for name in UNCOVERED) or any(isinstance(b, Tensor) for b in betas):
+            return False
+    return True
+
+
+def fused_step(
+    base: Optimizer, block: Block, row: int, present: Present, climbed: bool, scale: Any, skip: Tensor | None
+) -> None:
+    """Restore theta and take the step of `base` in one pass a run; absent parameters are only restored."""
+    names = SLOTS[type(base)]  # type: ignore[index]
+    kind = type(base)
+    first: dict[int, Tensor] = {}
+    if kind is AdamW or any(group.get("dampening") for group in base.param_groups):
+        block.split_counters(present)
+        if kind is SGD:
+            first = {id(c): (c == 0).float() for c in set(block.counters)}
+        block.count(present, skip)
+    theta, grad = block.flat.data, block.flat.grads[row]
+    for run in block.runs(present):
+        s = run.span
+        if not run.present:
+            if climbed:
+                theta[s].copy_(block.kept[s])
+            continue
+        group = base.param_groups[run.group]
+        common: dict[str, Any] = {
+            "source": block.kept[s] if climbed else None,
+            "anchor": None if block.anchor is None else (block.anchor[0][s], block.anchor[1][s], block.anchor[2]),
+            "weight_decay": group["weight_decay"],
+            "grad_scale": scale,
+            "found_inf": skip,
+        }
+        lr = _rate(group["lr"], theta)
+        if kind is SGD:
+            buffer = block.slot(names[0])[s] if group["momentum"] else None
+            fresh = first.get(id(block.counters[run.first]), False)
+            sgd_step(
+                theta[s], grad[s], buffer, lr, group["momentum"], group["dampening"], nesterov=group["nesterov"],
+                first_step=fresh, **common,
+            )  # fmt: skip
+        else:
+            moments = [block.slot(name)[s] for name in names]
+            step = block.counters[run.first]
+            adamw_step(theta[s], grad[s], *moments, step, lr, group["betas"], group["eps"], **common)
+    publish(base, block, present)
+
+
+def _rate(lr: float | Tensor, theta: Tensor) -> float | Tensor:
+    """A learning rate the kernels take: torch also allows a CPU tensor for CUDA parameters."""
+    return float(lr) if isinstance(lr, Tensor) and lr.device != theta.device else lr
+
+
+def publish(base: Optimizer, block: Block, present: Present) -> None:
+    """Show the flat state of present parameters in base.state, under torch's names."""
+    if present in block.published:
+        return
+    names = [name for name in SLOTS[type(base)] if name in block.slots]  # type: ignore[index]
+    for i, (p, here) in enumerate(zip(block.flat.params, present, strict=True)):
+        if here and names:
+            state = base.state[p]
+            for name in names:
+                state[name] = block.views[name][i]
+            if type(base) is AdamW:
+                state["step"] = block.counters[i]
+    block.published.add(present)
+
+
+def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
+    """Move state that lies elsewhere (loaded, or made by torch's own step) into the flat buffers."""
+    names = SLOTS[type(base)]  # type: ignore[index]
+    for block in blocks:
+        counts = [0.0] * len(block.flat.params)
+        for i, p in enumerate(block.flat.params):
+            state = base.state.get(p, {})
+            for name in names:
+                held = state.get(name)
+                if held is not None:
+                    block.slot(name)
+                    if held is not block.views[name][i]:
+                        block.views[name][i].copy_(held)
+                    counts[i] = 1.0
+                elif name in block.slots:
+                    block.views[name][i].zero_()
+            if "step" in state:
+                counts[i] = float(state["step"])
+        block.set_counters(counts)
+        publish(base, block, tuple(count > 0 for count in counts))
+
+
+def release_state(base: Optimizer) -> None:
+    """Give every parameter a step count of its own before torch's step, which counts each one up."""
+    for state in base.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].detach().cpu().clone()
+
+
+@torch.no_grad()
+def foreign_step(
+    base: Optimizer, blocks: list[Block], row: int, presents: list[Present], scale: Any, skip: Tensor | None
+) -> None:
+    """Take the step of `base` itself; theta must have been restored. `skip` costs one wait for the device.
+
+    p.grad is what the user left there, afterwards too: scaling and anchor act on a copy.
+    """
+    if skip is not None and bool(skip):
+        return
+    params = [p for block in blocks for p in block.flat.params]
+    held = [p.grad for p in params]
+    try:
+        for block, present in zip(blocks, presents, strict=True):
+            edited = _edited_gradient(block, row, scale)
+            grads = [p.grad for p in block.flat.params] if edited is None else block.flat.views(edited)
+            for p, here, grad in zip(block.flat.params, present, grads, strict=True):
+                p.grad = grad if here else None
+        base.step()
+    finally:
+        for p, grad in zip(params, held, strict=True):
+            p.grad = grad
+
+
+def _edited_gradient(block: Block, row: int, scale: Any) -> Tensor | None:
+    """scale * g + strength * A * (theta - T), [N]; None if that is g itself."""
+    if scale is None and block.anchor is None:
+        return None
+    grad = block.flat.grads[row] * (1.0 if scale is None else scale)
+    if block.anchor is not None:
+        weight, target, strength = block.anchor
+        grad += strength * weight * (block.flat.data - target)
+    return grad

@@ -1,0 +1,260 @@
+"""SAM, ASAM and Friendly-SAM: drop-in replacements of davda54/sam and nblt/F-SAM on flat buffers.
+
+    eps = rho * s^2 * g / |s * g|,  s = 1 or |theta| (adaptive);  g is the gradient, for Friendly-SAM g - sigma * m
+    theta <- base_optimizer(theta, gradient at theta + eps)
+
+One step is four launches: Gram matrix of the gradient, coefficient, perturbation (which keeps theta), update (which
+restores it). Sources: Foret et al., ICLR 2021; Kwon et al., ICML 2021; Li et al., CVPR 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from ltfast.kernels import ascent_coefficients, gram_partials, perturb
+from ltfast.optim.base import FlatOptimizer
+from ltfast.optim.inner import Block
+from ltfast.optim.state import averages_by_index, indices, load_averages
+
+Closure = Callable[[], Any]
+ABSENT, KNOWN, NEW = 0, 1, 2  # no gradient; has a moving average; its first gradient
+
+
+class SAM(FlatOptimizer):
+    """Sharpness-aware minimisation: replace the import of davda54/sam and keep the rest.
+
+        loss(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        loss(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    Args:
+        params: parameters or param groups; groups may have their own rho and adaptive beside the base optimizer's options.
+        base_optimizer: torch.optim.SGD or AdamW (fused) or any other optimizer class.
+        rho: radius of the ascent, >= 0. For adaptive steps about ten times that of plain ones.
+        adaptive: scale by |theta| (ASAM).
+        base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
+
+    Raises:
+        ValueError: a bad argument, by name.
+    """
+
+    direction = "joint"
+
+    def __init__(
+        self, params: Any, base_optimizer: Callable[..., Optimizer], rho: float = 0.05, adaptive: bool = False, **base_kwargs: Any
+    ) -> None:
+        super().__init__(params, base_optimizer, {"rho": rho, "adaptive": bool(adaptive)}, base_kwargs)
+
+    def _setup(self) -> None:
+        super()._setup()
+        device = self.blocks[0].flat.device
+        self._one = torch.ones(1, device=device)
+
+    # -- the two passes ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False, *, scaler: GradScaler | None = None) -> None:
+        """Climb from theta to theta + eps by the gradients there are.
+
+        Args:
+            zero_grad: clear the gradients afterwards, ready for the second pass.
+            scaler: the GradScaler that scaled the loss; its overflow check covers this pass too.
+        """
+        self.restore()
+        if scaler is not None:
+            self._unscale(scaler)
+        self._collect()
+        for group in self.param_groups:
+            if not 0 <= group["rho"] < float("inf"):
+                raise ValueError(f"rho is {group['rho']}; it must be a finite number >= 0")
+        self._climb()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Go back to theta and take the base optimizer's step by the gradients there are.
+
+        Without a first step before it, this is the base optimizer's plain step. p.grad stays as it is.
+        """
+        self._descend()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Closure | None = None, *, scaler: GradScaler | None = None) -> Any:  # type: ignore[override]
+        """One whole step. `closure` runs forward and backward (as often as it likes) and may return the loss.
+
+        The gradients at theta are those already there (davda54's protocol) or, if none have come since the last step,
+        those of a first call of the closure. Without a closure this is `second_step`, so that
+        `first_step(); ...; scaler.step(optimizer)` works. An exception in the closure restores theta.
+
+        Args:
+            closure: forward and backward of the same batch; with `scaler`, of the scaled loss.
+            scaler: GradScaler; call its update() afterwards. `scaler.step(optimizer, closure)` works as well.
+        """
+        if closure is None:
+            if not self.climbed:
+                raise ValueError("closure is None: pass a function that runs forward and backward, or call first_step")
+            with torch.no_grad():
+                self._descend()
+            return None
+        closure = torch.enable_grad()(closure)
+        scaled = getattr(self, "grad_scale", None)
+        if not self._fresh():
+            self.zero_grad()
+            with self._without_sync():
+                closure()
+        if scaled is not None:
+            self._divide(scaled)
+        self.first_step(zero_grad=True, scaler=scaler)
+        with self.perturbed(), self._second_pass():
+            loss = closure()
+        if scaler is not None:
+            scaler.step(self)
+        else:
+            with torch.no_grad():
+                self._descend(check=scaled is not None)
+        return loss
+
+    def _unscale(self, scaler: GradScaler) -> None:
+        """Unscale the first pass's gradients.
+
+        With several processes overflow is not told to the scaler: it may differ between them, and so would the scale.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._divide(scaler.scale(self._one.reshape(())))
+        else:
+            scaler.unscale_(self._first_pass)  # type: ignore[arg-type]
+
+    def _divide(self, scale: Tensor) -> None:
+        grads = [p.grad for block in self.blocks for p in block.flat.params if p.grad is not None]
+        if grads:
+            with torch.no_grad():
+                torch._foreach_mul_(grads, scale.reciprocal().to(grads[0].device))
+
+    # -- the ascent ------------------------------------------------------------------------------------------------------
+
+    def _parts(self, *names: str) -> list[tuple[Block, slice, tuple[Any, ...]]]:
+        """Stretches of the blocks whose groups agree in the options `names`."""
+        parts: list[tuple[Block, slice, tuple[Any, ...]]] = []
+        for block in self.blocks:
+            for k, span in block.spans():
+                options = tuple(self.param_groups[k][name] for name in names)
+                if parts and parts[-1][0] is block and parts[-1][2] == options:
+                    parts[-1] = (block, slice(parts[-1][1].start, span.stop), options)
+                else:
+                    parts.append((block, span, options))
+        return parts
+
+    def _climb(self) -> None:
+        rows = self.ascent_rows
+        partials = []
+        for block, span, (adaptive,) in self._parts("adaptive"):
+            theta = block.flat.data[span] if adaptive else None
+            partials.append(gram_partials(block.flat.grads[:rows, span], theta, adaptive)[0])
+        matrix = partials[0] if len(partials) == 1 else torch.cat(partials)
+        parts = self._parts("rho", "adaptive")
+        radii = {options[0] for _, _, options in parts}
+        rho = radii.pop() if len(radii) == 1 else None
+        coef, stats = ascent_coefficients(
+            matrix, None, self._one, None, 1, direction=self.direction, rho=1.0 if rho is None else rho, sigma=self._sigma()
+        )
+        for block, span, (radius, adaptive) in parts:
+            own = coef if rho is not None else coef * radius
+            theta = block.flat.data[span]
+            perturb(theta, block.flat.grads[:rows, span], own, adaptive, out=theta, keep=block.kept[span])
+        self.climbed = True
+        self.stats = stats._asdict()
+        self._first_bad = stats.bad
+
+    def _sigma(self) -> float | Tensor:
+        return 1.0
+
+    def _export(self) -> dict[str, Any]:
+        return {}
+
+    def _import(self, extra: dict[str, Any]) -> None:
+        pass
+
+
+class FriendlySAM(SAM):
+    """Friendly-SAM: climb along g - sigma * m, the part of the gradient that its moving average m does not explain.
+
+    m <- lmbda * m + (1 - lmbda) * g, after the ascent; the first gradient of a parameter starts its average, and until
+    then the direction is the plain gradient. Parameters without a gradient keep their average.
+
+    Args:
+        sigma, lmbda: as above; the others as for SAM.
+    """
+
+    direction = "friendly"
+    ascent_rows = 2  # the gradient, its moving average
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        sigma: float = 1,
+        lmbda: float = 0.9,
+        adaptive: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        if not 0 <= lmbda <= 1:
+            raise ValueError(f"lmbda is {lmbda}; it must be in [0, 1]")
+        if not 0 <= sigma < float("inf"):
+            raise ValueError(f"sigma is {sigma}; it must be a finite number >= 0")
+        self.sigma, self.lmbda = float(sigma), float(lmbda)
+        super().__init__(params, base_optimizer, rho, adaptive, **base_kwargs)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"sigma": self.sigma, "lmbda": self.lmbda}
+
+    def _setup(self) -> None:
+        super()._setup()
+        self._averaged: set[Tensor] = set()
+        self._seen = torch.zeros((), device=self.blocks[0].flat.device)  # 1 once an average has begun
+
+    def _sigma(self) -> float | Tensor:
+        return self.sigma
+
+    def _collect(self, row: int = 0) -> list[tuple[bool, ...]]:
+        self._present = super()._collect(row)
+        return self._present
+
+    def _climb(self) -> None:
+        """Climb, then move the averages: m + w (g - m) as a perturbation of m by the rows g and m, which leaves m
+        alone where w = 0 even if g is infinite."""
+        super()._climb()
+        ok = 1.0 - self.stats["bad"]
+        known = ok * torch.where(self._seen > 0, 1 - self.lmbda, 1.0)
+        weights = {KNOWN: torch.stack((known, -known)), NEW: torch.stack((ok, -ok))}
+        for block, present in zip(self.blocks, self._present, strict=True):
+            status = tuple(
+                ABSENT if not here else KNOWN if p in self._averaged or not self._averaged else NEW
+                for p, here in zip(block.flat.params, present, strict=True)
+            )
+            for run in block.runs(status, split_counters=False):
+                if run.present != ABSENT:
+                    rows = block.flat.grads[:2, run.span]
+                    perturb(rows[1], rows, weights[run.present], out=rows[1])
+            self._averaged.update(p for p, here in zip(block.flat.params, present, strict=True) if here)
+        self._seen = torch.maximum(self._seen, ok)
+
+    def _export(self) -> dict[str, Any]:
+        known = {i for p, i in indices(self).items() if p in self._averaged}
+        return {"averages": {i: t for i, t in averages_by_index(self, 1, 1).items() if i in known}}
+
+    def _import(self, extra: dict[str, Any]) -> None:
+        averages = extra.get("averages", {})
+        load_averages(self, averages, 1, 1)
+        self._averaged = {p for p, i in indices(self).items() if i in averages}
+        self._seen.fill_(bool(averages))
