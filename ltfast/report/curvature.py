@@ -25,9 +25,9 @@ def hessian_product(
     model: nn.Module,
     params: Sequence[nn.Parameter],
     loss: Callable[[Tensor, Tensor], Tensor],
-    batches: Callable[[], Sequence[tuple[Tensor, Tensor]]],
+    batches: Sequence[tuple[Tensor, Tensor]],
 ) -> MatVec:
-    """v [N] -> H v [N], H the Hessian of the mean of `loss` over all samples of `batches()`; N as in `flatten(params)`.
+    """v [N] -> H v [N], H the Hessian of the mean of `loss` over all samples of `batches`; N as in `flatten(params)`.
 
     loss: (logits, labels) -> loss of each sample [B]. The model runs in eval mode (BatchNorm on its running statistics,
     so samples do not mix) and gets its mode back. Double backward, one batch in memory at a time.
@@ -39,7 +39,7 @@ def hessian_product(
         count = 0
         was_training = model.training
         model.eval()
-        for images, labels in batches():
+        for images, labels in batches:
             value = loss(model(images), labels).sum()
             grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
             terms = [(g * v).sum() for g, v in zip(grads, parts, strict=True) if g is not None]
@@ -65,7 +65,7 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 class Quadrature(NamedTuple):
     """Float64 [m]: nodes (Ritz values, increasing), weights (they sum to 1) and residuals: each node lies within its
-    residual of an eigenvalue. first: v'Hv / v'v."""
+    residual (with the rounding of the vectors' dtype) of an eigenvalue. first: v'Hv / v'v."""
 
     nodes: Tensor
     weights: Tensor
@@ -97,7 +97,8 @@ def lanczos(matvec: MatVec, start: Tensor, steps: int, stop: Callable[[], bool] 
     off = torch.tensor(betas[: m - 1], dtype=torch.float64)
     matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
     nodes, vectors = torch.linalg.eigh(matrix)
-    return Quadrature(nodes, vectors[0].square(), betas[-1] * vectors[-1].abs(), alphas[0])
+    rounding = torch.finfo(start.dtype).eps * scale
+    return Quadrature(nodes, vectors[0].square(), betas[-1] * vectors[-1].abs() + rounding, alphas[0])
 
 
 def norm(v: Tensor) -> float:

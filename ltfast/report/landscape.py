@@ -55,19 +55,21 @@ def surface(
 ) -> Surface:
     """Evaluate `loss_at` on nested grids, coarse to fine; returns the finest that was completed.
 
-    The first level is always completed; `stop()` is asked before each further point, `tick()` called after every one.
+    `stop()` is asked before each point, `tick()` called after it. Raises TimeoutError if it ends before the first level.
     """
     size = side(levels - 1)
     x, y = torch.linspace(*x_range, size, dtype=torch.float64), torch.linspace(*y_range, size, dtype=torch.float64)
     known: dict[tuple[int, int], Tensor] = {}
-    done = 0
+    done = -1
     for level in range(levels):
         stride = 2 ** (levels - 1 - level)
         for i in range(0, size, stride):
             for j in range(0, size, stride):
                 if (i, j) in known:
                     continue
-                if level and stop():
+                if stop():
+                    if done < 0:
+                        raise TimeoutError("no level of the surface was completed")
                     return collect(known, x, y, 2 ** (levels - 1 - done))
                 known[i, j] = loss_at(float(x[j]), float(y[i])).detach().double().cpu()
                 tick()

@@ -42,7 +42,7 @@ def problem(request):
     images, labels = data()
     params = list(model.parameters())
     batches = list(zip(images.split(10), labels.split(10), strict=True))
-    product = hessian_product(model, params, per_sample, lambda: batches)
+    product = hessian_product(model, params, per_sample, batches)
     return model, product, exact_hessian(small_copy(model), images, labels)
 
 

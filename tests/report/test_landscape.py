@@ -57,18 +57,25 @@ def test_directions_have_the_norm_of_each_filter():
     assert not torch.equal(direction[0], other[0])
 
 
-@pytest.mark.parametrize("budget", [0, 25, 80, 81, 10**6])
+def test_stop_before_the_first_level_is_an_error():
+    calls = []
+    with pytest.raises(TimeoutError):
+        surface(lambda x, y: torch.zeros(1), stop=lambda: len(calls) >= 24, tick=lambda: calls.append(0))
+    assert len(calls) == 24
+
+
+@pytest.mark.parametrize("budget", [25, 80, 81, 10**6])
 def test_stopped_surface_is_a_coarser_whole_one(budget):
     calls = []
     found = surface(
         lambda x, y: torch.tensor([x - 3 * y]), levels=3, stop=lambda: len(calls) >= budget, tick=lambda: calls.append(0)
     )
-    expected = {0: 5, 25: 5, 80: 5, 81: 9, 10**6: 17}[budget]
+    expected = {25: 5, 80: 5, 81: 9, 10**6: 17}[budget]
     assert found.values.shape == (1, expected, expected)
     torch.testing.assert_close(found.values[0], found.x[None] - 3 * found.y[:, None])
     assert float(found.x[0]) == -1
     assert float(found.x[-1]) == 1
-    assert len(calls) == {0: 25, 25: 25, 80: 80, 81: 81, 10**6: 289}[budget]
+    assert len(calls) == {25: 25, 80: 80, 81: 81, 10**6: 289}[budget]
 
 
 def test_rise_of_a_paraboloid():
@@ -80,9 +87,13 @@ def test_rise_of_a_paraboloid():
 def test_moved_restores_after_an_error():
     model = net()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError), moved(list(model.parameters())) as put:
+
+    def fail(put):
         put([torch.zeros_like(p) for p in model.parameters()])
         raise RuntimeError
+
+    with moved(list(model.parameters())) as put, pytest.raises(RuntimeError):
+        fail(put)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -1,0 +1,65 @@
+"""Everything of a run that needs its weights and data, within the time there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ltfast.report import geometry
+from ltfast.report.budget import Budget, Progress
+from ltfast.report.landscape import side
+from ltfast.report.predictions import Predictions, predict
+from ltfast.report.runs import OUT_OF_TIME, Live, Missing, RunView, open_live
+
+PARTS = ("predictions", "curvature", "landscape", "plane")
+GEOMETRY_PARTS = 4  # shares of the time: head and tail spectra, two landscapes
+
+
+@dataclass
+class Computed:
+    """Results of one run by part; a part that is not there has its reason in `missing`."""
+
+    predictions: Predictions | None = None
+    curvature: geometry.Curvature | None = None
+    landscape: geometry.Landscape | None = None
+    plane: geometry.Landscape | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def compute_all(
+    views: Sequence[RunView], *, max_minutes: float | None, device: str, data_dir: str | None, quiet: bool
+) -> list[Computed]:
+    """Run by run, so that one model is held at a time; every part gets a fair share of the time that is left."""
+    budget = Budget(max_minutes, parts=len(views) * (1 + GEOMETRY_PARTS))
+    results = [Computed() for _ in views]
+    with Progress(len(views) * len(PARTS), quiet) as progress:
+        for view, result in zip(views, results, strict=True):
+            try:
+                live = open_live(view, device=device, data_dir=data_dir)
+            except Missing as reason:
+                result.missing = dict.fromkeys(PARTS, str(reason))
+                budget.parts -= 1 + GEOMETRY_PARTS
+                continue
+            compute_run(view.name, live, result, budget, progress)
+    return results
+
+
+def compute_run(name: str, live: Live, result: Computed, budget: Budget, progress: Progress) -> None:
+    """Fill `result`; parts for which no time is left say so."""
+    points = side(geometry.LEVELS - 1) ** 2
+    parts: dict[str, tuple[int | None, Callable[[Callable[[], None]], Any]]] = {
+        "predictions": (None, lambda tick: predict(live, budget.share(), tick)),
+        "curvature": (geometry.products(), lambda tick: geometry.curvature(live, budget.share, tick)),
+        "landscape": (points, lambda tick: geometry.solution_landscape(live, budget.share(), tick)),
+        "plane": (points, lambda tick: geometry.plane_landscape(live, budget.share(), tick)),
+    }
+    for part, (ticks, work) in parts.items():
+        if budget.spent:
+            result.missing[part] = OUT_OF_TIME
+            continue
+        with progress.part(f"{name}: {part}", ticks) as tick:
+            try:
+                setattr(result, part, work(tick))
+            except Missing as reason:
+                result.missing[part] = str(reason)

@@ -1,0 +1,151 @@
+"""Figures of what the model gets right: by class size, many/medium/few, confusion, calibration, worst classes.
+
+Each function takes [(run name, numbers)] and returns a Figure (or one a run).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ltfast.report.numbers import Confusion
+from ltfast.report.predictions import PICTURES, Predictions
+from ltfast.report.style import FAINT, INK, colour, hatch, legend_below, line, marker, panels, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Runs = Sequence[tuple[str, dict[str, Any]]]
+
+
+def draw_class_size(runs: Runs) -> Figure:
+    """Accuracy of each class against its training images, with a smoothed curve."""
+    figure, (ax,) = panels(1, width=7.2, height=3.4)
+    for i, (name, run) in enumerate(runs):
+        many = len(run["size"]) > 100
+        ax.scatter(
+            run["size"], run["accuracy"], s=14 if many else 34, marker=marker(i), facecolor=colour(i), edgecolor="white",
+            linewidth=0.5, alpha=0.6 if many else 0.95, zorder=3,
+        )  # fmt: skip
+        ax.plot(run["curve_x"], run["curve_y"], color=colour(i), linestyle=line(i), marker=marker(i), markevery=(5, 12), label=name)
+    ax.set(xscale="log", ylim=(-4, 104), xlabel="training images of the class", ylabel="test accuracy (%)")
+    for limit, label in ((20, "few | medium"), (100, "medium | many")):
+        low, high = ax.get_xlim()
+        if low < limit < high:
+            ax.axvline(limit, color="#888888", linewidth=0.8, linestyle=":")
+            ax.text(limit, -2, f" {label}", fontsize=7.5, color="#555555")
+    ax.xaxis.set_major_formatter("{x:g}")
+    legend_below(figure, ax)
+    return figure
+
+
+def draw_shots(runs: Runs) -> Figure:
+    """Bars of accuracy over all, many-, medium- and few-shot classes."""
+    figure, (ax,) = panels(1, width=7.2, height=3.0)
+    names, width = runs[0][1]["names"], 0.84 / len(runs)
+    for i, (name, run) in enumerate(runs):
+        x = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
+        values = run["accuracy"]
+        bars = ax.bar(x, np.nan_to_num(values), 0.92 * width, color=colour(i), hatch=hatch(i), edgecolor="white", label=name)
+        labels = ["-" if np.isnan(v) else f"{v:.1f}" for v in values]
+        ax.bar_label(bars, labels, padding=2, fontsize=8 if len(runs) < 5 else 6.5)
+    classes = runs[0][1]["classes"]
+    same = all(run["classes"] == classes for _, run in runs)
+    ticks = [f"{n}\n{c} class{'es' if c != 1 else ''}" if same else n for n, c in zip(names, classes, strict=True)]
+    ax.set_xticks(np.arange(len(names)), ticks)
+    ax.set(ylim=(0, 110), ylabel="test accuracy (%)", yticks=range(0, 101, 20))
+    ax.grid(axis="x", visible=False)
+    legend_below(figure, ax)
+    return figure
+
+
+def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[int]]]) -> Figure:
+    """Shares of tail classes' test images by predicted class, one panel a run: (name, numbers, class names, counts)."""
+    columns = min(2, len(runs))
+    deepest = max(len(c.rows) for _, c, _, _ in runs)
+    figure, axes = panels(columns, -(-len(runs) // columns), width=5.2, height=1.3 + 0.3 * deepest)
+    for ax, (name, found, names, counts) in zip(axes, runs, strict=False):
+        image = ax.imshow(found.shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        ax.grid(False)
+        ax.set_yticks(range(len(found.rows)), [f"{shorten(names[c], 16)} ({counts[c]})" for c in found.rows])
+        labels = [*(shorten(names[c], 12) for c in found.columns), "others"]
+        ax.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels[:-1]), default=0) < 4 else 60)
+        for i, j in np.ndindex(found.shares.shape):
+            value = found.shares[i, j]
+            if value >= 0.5:
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="white" if value > 55 else INK)
+        for i, row in enumerate(found.rows):
+            if row in found.columns:
+                ax.add_patch(frame(found.columns.index(row), i))
+        ax.set(title=shorten(name, 32), xlabel="predicted class", ylabel="tail class (training images)")
+        figure.colorbar(image, ax=ax, label="% of its test images")
+    for ax in axes[len(runs) :]:
+        ax.set_visible(False)
+    return figure
+
+
+def frame(x: int, y: int) -> Any:
+    """An outline around one cell of an image: the correct class."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.4)
+
+
+def draw_reliability(runs: Sequence[tuple[str, Predictions]]) -> Figure:
+    """Accuracy against confidence in 15 bins, and under it the share of the test images in each bin."""
+    columns = min(3, len(runs))
+    rows = -(-len(runs) // columns)
+    figure, axes = panels(columns, 2 * rows, width=3.4, height=1.8, sharex=True, height_ratios=[3, 1] * rows)
+    for ax in axes:
+        ax.set_visible(False)
+    for i, (name, found) in enumerate(runs):
+        upper = axes[2 * columns * (i // columns) + i % columns]
+        lower = axes[2 * columns * (i // columns) + columns + i % columns]
+        for ax in (upper, lower):
+            ax.set_visible(True)
+        bins = len(found.bin_seen)
+        middle, width = (np.arange(bins) + 0.5) * 100 / bins, 100 / bins
+        accuracy = np.nan_to_num(found.bin_accuracy)
+        gap = np.nan_to_num(found.bin_confidence) - accuracy
+        upper.bar(middle, accuracy, 0.94 * width, color=colour(0), label="accuracy")
+        upper.bar(
+            middle, gap, 0.94 * width, bottom=accuracy, facecolor="none", edgecolor=colour(1), hatch="////", linewidth=0.8,
+            label="gap to confidence",
+        )  # fmt: skip
+        upper.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle="--", label="perfect")
+        upper.set(title=f"{shorten(name)}: ECE {found.result['ece']:.1f} %", ylim=(0, 102), xlim=(0, 100))
+        lower.bar(middle, 100 * found.bin_seen / found.bin_seen.sum(), 0.94 * width, color="#777777")
+        lower.set(xlabel="confidence (%)", ylim=(0, None))
+        lower.tick_params(labelbottom=True)
+        if i % columns == 0:
+            upper.set_ylabel("accuracy (%)")
+            lower.set_ylabel("images (%)")
+    legend_below(figure, axes[0])
+    return figure
+
+
+def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
+    """The least accurate classes of one run, a row each: what they are taken for, most confident mistakes first."""
+    worst = found.worst
+    figure, axes = panels(PICTURES + 1, len(worst), width=1.15, height=1.3, width_ratios=[1.6] + [1] * PICTURES)
+    for r, item in enumerate(worst):
+        row = axes[r * (PICTURES + 1) : (r + 1) * (PICTURES + 1)]
+        for ax in row:
+            ax.set_axis_off()
+        images = f"{item.images} training image{'s' if item.images != 1 else ''}"
+        text = f"{shorten(names[item.label], 18)}\n{item.accuracy:.0f} % right\n{images}"
+        row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes)
+        for ax, mistake in zip(row[1:], item.mistakes, strict=False):
+            ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
+            ax.set_title(f"{shorten(names[mistake.predicted], 12)} {100 * mistake.confidence:.0f} %", fontsize=7.5)
+            ax.set_axis_on()
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            for spine in ax.spines.values():
+                spine.set(visible=True, color=FAINT)
+        if not item.mistakes:
+            row[1].text(0, 0.5, "no mistake", va="center", fontsize=8, transform=row[1].transAxes)
+    figure.suptitle(f"{shorten(name, 40)}: most confident mistakes", fontsize=10)
+    return figure

@@ -1,0 +1,235 @@
+"""Figures of how training went: curves, feature quality, gradients, ascent, forces, groups, time.
+
+Each function takes [(run name, numbers of ltfast.report.numbers)] and returns a Figure; the i-th run has the same
+colour, marker and line style everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ltfast.report.style import FAINT, INK, MAP, colour, every, hatch, legend_below, line, marker, panels, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Runs = Sequence[tuple[str, dict[str, Any]]]
+GROUP_BARS = 60  # above this many classes the groups figure shows points instead of bars
+
+
+def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None, **options: Any) -> None:
+    """One line in the i-th colour and marker; points that are not finite are left out."""
+    known = np.isfinite(y)
+    if known.any():
+        x, y = np.asarray(x)[known], np.asarray(y)[known]
+        ax.plot(
+            x, y, color=colour(i), linestyle=line(i if style is None else style), marker=marker(i),
+            markevery=every(len(x)), label=label, **options,
+        )  # fmt: skip
+
+
+def draw_curves(runs: Runs) -> Figure:
+    """Training loss, learning rate and validation accuracy by epoch; vertical lines mark groupings."""
+    figure, axes = panels(3, 2)
+    parts = [("loss", "training loss"), ("lr", "learning rate"), ("top1", "validation, all classes (%)")]
+    parts += [(k, f"validation, {k}-shot (%)") for k in ("many", "medium", "few")]
+    for ax, (key, title) in zip(axes, parts, strict=True):
+        for i, (name, run) in enumerate(runs):
+            plot(ax, run["epoch"], run[key], i, name)
+            for epoch in run["groupings"]:
+                ax.axvline(epoch + 0.5, color=colour(i), linewidth=0.8, linestyle=":")
+        ax.set(title=title, xlabel="epoch")
+        if key == "loss":
+            ax.set_yscale("log")
+        if key not in ("loss", "lr"):
+            ax.set_ylim(-3, 103)
+        if not ax.lines:
+            ax.text(0.5, 0.5, "not recorded", ha="center", transform=ax.transAxes, color="#777777")
+    legend_below(figure, axes[0])
+    return figure
+
+
+def draw_quality(runs: Runs) -> Figure:
+    """Quality, spread and distance of features by epoch: head solid with open markers, tail dashed with full ones."""
+    figure, axes = panels(3)
+    titles = {
+        "quality": "quality Q = -1/D - log V", "variance": "spread V within a class", "distance": "distance D to the nearest class",
+    }  # fmt: skip
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        for i, (name, run) in enumerate(runs):
+            plot(ax, run["epoch"], run["head"][key], i, f"{name}: head", style=0, markerfacecolor="white")
+            plot(ax, run["epoch"], run["tail"][key], i, f"{name}: tail", style=1)
+        ax.set(title=title, xlabel="epoch")
+        if key != "quality":
+            ax.set_yscale("log")
+    legend_below(figure, axes[0])
+    return figure
+
+
+def draw_similarity(runs: Runs) -> Figure:
+    """Cosines between group gradients by epoch: each pair of many, medium, few, and few against the whole gradient."""
+    pairs = list(dict.fromkeys(pair for _, run in runs for pair in run["pairs"]))
+    last = [name for name in ("few", "medium", "many") if any(name in run["whole"] for _, run in runs)][:1]
+    figure, axes = panels(max(1, len(pairs) + len(last)), sharey=True, width=3.0)
+    for ax, pair in zip(axes, pairs, strict=False):
+        for i, (name, run) in enumerate(runs):
+            if pair in run["pairs"]:
+                plot(ax, run["epoch"], run["pairs"][pair], i, name)
+        ax.set(title=pair, xlabel="epoch")
+    for ax, shot in zip(axes[len(pairs) :], last, strict=True):
+        for i, (name, run) in enumerate(runs):
+            if shot in run["whole"]:
+                plot(ax, run["epoch"], run["whole"][shot], i, name)
+        ax.set(title=f"{shot} and the whole", xlabel="epoch")
+    for ax in axes:
+        ax.axhline(0, color=INK, linewidth=0.8)
+        ax.set_ylim(-1.05, 1.05)
+    axes[0].set_ylabel("cosine of gradients")
+    legend_below(figure, axes[0])
+    return figure
+
+
+def draw_group_similarity(runs: Runs) -> Figure:
+    """Cosine matrix of the groups' gradients at the last probe, and each group's cosine with the whole gradient."""
+    figure, axes = panels(2, len(runs), width=4.2, height=3.0)
+    for (name, run), left, right in zip(runs, axes[::2], axes[1::2], strict=True):
+        matrix = run["matrix"]
+        image = left.imshow(matrix, cmap=MAP, vmin=-1, vmax=1)
+        left.grid(False)
+        ticks = np.arange(len(matrix))
+        left.set(title=f"{shorten(name)}: epoch {int(run['epoch'][-1])}", xticks=ticks, yticks=ticks, xlabel="group", ylabel="group")
+        for i, j in np.ndindex(matrix.shape):
+            if len(matrix) <= 8 and np.isfinite(matrix[i, j]):
+                ink = "black" if matrix[i, j] > 0.3 else "white"
+                left.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=8)
+        figure.colorbar(image, ax=left, shrink=0.85, label="cosine")
+        for k in range(run["whole"].shape[1]):
+            plot(right, run["epoch"], run["whole"][:, k], k, f"group {k}")
+        right.axhline(0, color=INK, linewidth=0.8)
+        right.set(title="with the whole gradient", xlabel="epoch", ylabel="cosine", ylim=(-1.05, 1.05))
+    legend_below(figure, max(axes[1::2], key=lambda ax: len(ax.lines)), columns=8)
+    return figure
+
+
+def draw_ascent(runs: Runs) -> Figure:
+    """One row a run: radii of Eq. 13 by group against their bounds, shares clipped, norms, refresh cosines."""
+    figure, axes = panels(4, len(runs), width=3.0)
+    for r, (name, run) in enumerate(runs):
+        radius, clipped, norm, last = axes[4 * r : 4 * r + 4]
+        for k in range(run["radius"].shape[1]):
+            plot(radius, run["epoch"], run["radius"][:, k], k, f"group {k}")
+            plot(clipped, run["epoch"], 100 * (run["above"] + run["below"])[:, k], k, f"group {k}")
+            plot(norm, run["epoch"], run["norm"][:, k], k, f"group {k}")
+        if run["bounds"] is not None:
+            radius.axhspan(*run["bounds"], color=FAINT, zorder=0)
+            radius.set_yscale("log")
+        norm.set_yscale("log")
+        radius.set(title=f"{shorten(name)}: radius rho_k", xlabel="epoch")
+        clipped.set(title="radii outside the bounds (%)", xlabel="epoch", ylim=(-4, 104))
+        norm.set(title="|direction| before scaling", xlabel="epoch")
+        if np.isfinite(run["refresh_cos"]).any():
+            plot(last, run["epoch"], run["refresh_cos"], 0, "mean")
+            plot(last, run["epoch"], run["refresh_min"], 1, "smallest")
+            last.set(title="cosine at Gram refreshes", xlabel="epoch", ylim=(-1.05, 1.05))
+            last.legend(loc="lower left")
+        else:
+            for k in range(run["length"].shape[1]):
+                plot(last, run["epoch"], run["length"][:, k], k, f"group {k}")
+            last.set(title="|perturbation| (unscaled)", xlabel="epoch")
+    legend_below(figure, axes[0], columns=8)
+    return figure
+
+
+def draw_forces(runs: Runs) -> Figure:
+    """Norms of the loss gradient, GKP and weight decay by epoch, one panel a run, on a common scale."""
+    columns = min(3, len(runs))
+    figure, axes = panels(columns, -(-len(runs) // columns), width=3.6, sharey=True)
+    parts = (("gradient", "loss gradient (times alpha)"), ("gkp", "GKP"), ("decay", "weight decay"))
+    for ax, (name, run) in zip(axes, runs, strict=False):
+        for k, (key, label) in enumerate(parts):
+            plot(ax, run["epoch"], run[key], k, label)
+        ax.set(title=shorten(name, 32), xlabel="epoch", yscale="log")
+    for ax in axes[len(runs) :]:
+        ax.set_visible(False)
+    axes[0].set_ylabel("norm")
+    legend_below(figure, max(axes[: len(runs)], key=lambda ax: len(ax.lines)))
+    return figure
+
+
+def draw_groups(runs: Runs) -> Figure:
+    """Class sizes, largest first, in the colour and hatch (or marker) of their group; one panel a run."""
+    columns = min(2, len(runs))
+    figure, axes = panels(columns, -(-len(runs) // columns), width=4.8)
+    for ax, (name, run) in zip(axes, runs, strict=False):
+        order = np.argsort(-run["counts"], kind="stable")
+        for k in range(run["group"].max() + 1):
+            at = np.flatnonzero(run["group"][order] == k)
+            sizes = run["counts"][order][at]
+            label = f"group {k}"
+            if len(order) <= GROUP_BARS:
+                ax.bar(at, sizes, 0.85, color=colour(k), hatch=hatch(k), edgecolor="white", label=label)
+            else:
+                ax.scatter(at, sizes, s=12, color=colour(k), marker=marker(k), label=label)
+        ax.set(title=f"{shorten(name)}: grouped before epoch {run['epoch'] + 1}", yscale="log", xlabel="classes, largest first")
+        if len(order) <= 20:
+            names = [shorten(run["names"][c], 10) for c in order]
+            ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
+        ax.grid(axis="x", visible=False)
+    for ax in axes[len(runs) :]:
+        ax.set_visible(False)
+    axes[0].set_ylabel("training images")
+    legend_below(figure, max(axes[: len(runs)], key=lambda ax: len(ax.get_legend_handles_labels()[1])), columns=8)
+    return figure
+
+
+def draw_times(runs: Runs) -> Figure:
+    """Left: seconds by part of the run; right: a training epoch over a scouting epoch, measured and predicted by FLOPs."""
+    ratios = [(name, run) for name, run in runs if run["measured"] is not None]
+    figure, axes = panels(2 if ratios else 1, width=4.8, height=max(1.6, 0.8 + 0.45 * len(runs)))
+    parts = list(dict.fromkeys(part for _, run in runs for part in run["parts"]))
+    names = [shorten(name) for name, _ in runs]
+    start = np.zeros(len(runs))
+    for k, part in enumerate(parts):
+        seconds = np.array([run["parts"].get(part, 0.0) for _, run in runs])
+        axes[0].barh(names, seconds, 0.6, left=start, color=colour(k), hatch=hatch(k), edgecolor="white", label=part)
+        start += seconds
+    axes[0].invert_yaxis()
+    axes[0].set(title="where the time went", xlabel="seconds")
+    axes[0].legend(loc="best", frameon=True, framealpha=0.9, edgecolor=FAINT)
+    axes[0].grid(axis="y", visible=False)
+    if ratios:
+        ax, y = axes[1], np.arange(len(ratios))
+        for k, key in enumerate(("measured", "predicted")):
+            values = [run[key] for _, run in ratios]
+            bars = ax.barh(y + (k - 0.5) * 0.36, values, 0.34, color=colour(k), hatch=hatch(k), edgecolor="white", label=key)
+            ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        ax.set_yticks(y, [shorten(name) for name, _ in ratios])
+        ax.set(title="a step's cost in plain steps", xlabel="times a scouting step", xlim=(0, 1.25 * max(ax.get_xlim()[1], 1)))
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor=FAINT)
+    return figure
+
+
+def draw_profile(runs: Runs) -> Figure:
+    """Milliseconds of one step by part, one bar a run; a diamond marks the plan's prediction."""
+    figure, (ax,) = panels(1, width=7.2, height=max(1.6, 0.9 + 0.5 * len(runs)))
+    parts = list(dict.fromkeys(part for _, run in runs for part in run["parts"]))
+    names, start = [shorten(name) for name, _ in runs], np.zeros(len(runs))
+    for k, part in enumerate(parts):
+        values = np.array([1e3 * run["parts"].get(part, 0.0) for _, run in runs])
+        ax.barh(names, values, 0.6, left=start, color=colour(k), hatch=hatch(k), edgecolor="white", label=part)
+        start += values
+    known = [(i, 1e3 * run["predicted"]) for i, (_, run) in enumerate(runs) if run["predicted"] is not None]
+    if known:
+        y, x = zip(*known, strict=True)
+        ax.plot(x, y, "D", color=INK, markersize=8, label="predicted")
+    ax.invert_yaxis()
+    ax.set(xlabel="milliseconds a step")
+    ax.grid(axis="y", visible=False)
+    legend_below(figure, ax, columns=6)
+    return figure

@@ -1,0 +1,202 @@
+"""The report's entries from a run's log: numbers, figure, caption, and one line for each run that lacks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ltfast.plan import flops_ratio
+from ltfast.recipes import rule_of
+from ltfast.report import draw_classes, draw_training, numbers
+from ltfast.report.page import Item, Table
+from ltfast.report.runs import Missing, RunView
+
+Found = list[tuple[str, Any]]
+CLASS_TABLE = 200  # above this many classes the per-class table is left to report.json
+
+
+def collect(views: Sequence[RunView], compute: Callable[[RunView], Any]) -> tuple[Found, list[str]]:
+    """[(run name, numbers)] of the runs that have them, and '<run>: <reason>' for the others."""
+    found, missing = [], []
+    for view in views:
+        try:
+            found.append((view.name, compute(view)))
+        except Missing as reason:
+            missing.append(f"{view.name}: {reason}.")
+    return found, missing
+
+
+def simple(
+    views: Sequence[RunView], id: str, section: str, title: str, caption: str,
+    compute: Callable[[RunView], Any], draw: Callable[[Found], Any],
+) -> Item:  # fmt: skip
+    """An item with one figure for all runs."""
+    found, missing = collect(views, compute)
+    figures = [("", draw(found))] if found else []
+    return Item(id, section, title, caption, figures, missing, data=dict(found))
+
+
+def curves(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Mean loss over each epoch's steps (with its contrastive part, where the method has one), learning rate, and "
+        "accuracy on the images held out of training. A dotted vertical line: classes were grouped, scouting ended."
+    )
+    return simple(views, "curves", "Training", "Training curves", caption, numbers.curves, draw_training.draw_curves)
+
+
+def class_size(views: Sequence[RunView]) -> Item:
+    caption = (
+        "One mark a class, test split, last weights; the line is a local linear fit over the logarithm of the class size. "
+        "A method for long tails lifts the left end."
+    )
+    title = "Accuracy against class size"
+    item = simple(views, "class-size", "Classes", title, caption, numbers.by_class_size, draw_classes.draw_class_size)
+    if item.data and len(views[0].counts) <= CLASS_TABLE:
+        names, counts = views[0].class_names, views[0].counts.tolist()
+        same = [v for v in views if v.name in item.data and v.class_names == names and v.counts.tolist() == counts]
+        columns = [item.data[v.name]["accuracy"] for v in same]
+        rows = [(name, n, *(c[i] for c in columns)) for i, (name, n) in enumerate(zip(names, counts, strict=True))]
+        item.table = Table(("class", "training images", *(v.name for v in same)), rows)
+    return item
+
+
+def shots(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Test accuracy of the last weights: all images, and means over many-shot (more than 100 training images), "
+        "medium-shot (20 to 100) and few-shot classes (fewer than 20). One run each: with small test splits, differences of "
+        "a point or two are within what another seed changes."
+    )
+    item = simple(views, "shots", "Classes", "Many, medium and few", caption, numbers.shots, draw_classes.draw_shots)
+    if item.data:
+        rows = [(name, *run["accuracy"]) for name, run in item.data.items()]
+        item.table = Table(("run", "all", "many", "medium", "few"), rows)
+    return item
+
+
+def confusion(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Where the test images of tail classes go, in %; a frame marks the right class. Tail: few-shot classes (the third "
+        "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate."
+    )
+    found, missing = collect(views, lambda v: (numbers.tail_confusion(v), v.class_names, v.counts.tolist()))
+    runs = [(name, *parts) for name, parts in found]
+    figures = [("", draw_classes.draw_confusion(runs))] if runs else []
+    data = {name: c._asdict() for name, c, _, _ in runs}
+    return Item("confusion", "Classes", "Confusion of the tail", caption, figures, missing, data=data)
+
+
+def quality(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Means over head classes (open marks, solid) and tail classes (full marks, dashed) of the training features' "
+        "quality, spread and distance, as the memory bank scores them (Fig. 2 of the paper). Where the curves of head and "
+        "tail part, the epoch that suits one does not suit the other: that is what the bank is for."
+    )
+    return simple(
+        views, "quality", "Knowledge", "Feature quality of head and tail", caption, numbers.feature_quality, draw_training.draw_quality
+    )
+
+
+def groups(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Classes by size, in the colour and hatch of their group. Groups are numbered by decreasing mean class size; they "
+        "come from which epoch's weights served each class best, not from the sizes."
+    )
+
+    def compute(view: RunView) -> dict[str, Any]:
+        return {**numbers.groups(view), "names": view.class_names}
+
+    item = simple(views, "groups", "Knowledge", "Groups and their classes", caption, compute, draw_training.draw_groups)
+    rows = []
+    for name, run in item.data.items():
+        for k, (classes, images) in enumerate(zip(run["classes"], run["images"], strict=True)):
+            members = [run["names"][c] for c in np.flatnonzero(run["group"] == k)]
+            text = ", ".join(members[:12]) + (f", and {len(members) - 12} more" if len(members) > 12 else "")
+            rows.append((name, k, classes, int(images), text))
+    item.table = Table(("run", "group", "classes", "training images", "which"), rows)
+    return item
+
+
+def forces(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Norms at the end of each epoch of what moves the weights: the loss gradient as the update uses it (mean over the "
+        "epoch, times alpha), the pull of GKP, and weight decay. GKP that lies far below weight decay does nothing."
+    )
+    return simple(
+        views, "forces", "Knowledge", "Strength of GKP against loss and weight decay", caption, numbers.forces, draw_training.draw_forces
+    )
+
+
+def similarity(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Cosine between mean gradients of many-, medium- and few-shot classes on fixed training images (plain views, "
+        "BatchNorm on running statistics), and of the tail's with the whole training gradient. Below zero, a step that "
+        "helps one side hurts the other. Gradients of a fitted side are tiny, and then their direction says little."
+    )
+    return simple(
+        views, "similarity", "Sharpness", "Gradient similarity between head and tail", caption, numbers.gradient_similarity,
+        draw_training.draw_similarity,
+    )  # fmt: skip
+
+
+def group_similarity(views: Sequence[RunView]) -> Item:
+    caption = (
+        "The same for the memory bank's groups: cosines between their gradients at the last probe, and of each with the "
+        "whole gradient, which is the part that the orthogonal direction of GSA takes away (Eq. 12)."
+    )
+    return simple(
+        views, "group-similarity", "Sharpness", "Gradient similarity between groups", caption, numbers.group_similarity,
+        draw_training.draw_group_similarity,
+    )  # fmt: skip
+
+
+def ascent(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Means over sampled steps of each epoch. Radius: Eq. 13 before clipping, with its bounds as a band; a radius "
+        "outside them is set to the bound. The norm is that of the (freed) direction. At a refresh of the Gram matrix, the "
+        "direction that the old matrix gives is compared with the exact one."
+    )
+
+    def compute(view: RunView) -> dict[str, Any]:
+        return {**numbers.ascent(view), "bounds": numbers.radius_bounds(view)}
+
+    item = simple(views, "ascent", "Sharpness", "Directions and radii of the ascent", caption, compute, draw_training.draw_ascent)
+    rows = []
+    for name, run in item.data.items():
+        clipped = numbers.mean((run["above"] + run["below"]).ravel())
+        rows.append((name, 100 * float(clipped), numbers.mean(run["refresh_cos"]), np.nanmin([*run["refresh_min"], np.inf])))
+    rows = [(n, c, cos, low if np.isfinite(low) else None) for n, c, cos, low in rows]
+    item.table = Table(("run", "radii outside the bounds (%)", "mean cosine at refreshes", "smallest"), rows)
+    return item
+
+
+def times(views: Sequence[RunView]) -> Item:
+    caption = (
+        "Seconds as logged; grouping includes Fisher and anchor. Right: the median training epoch over the median scouting "
+        "epoch, beside the ratio that the plan predicts from counted FLOPs."
+    )
+
+    def compute(view: RunView) -> dict[str, Any]:
+        parts = numbers.times(view)
+        if not parts:
+            raise Missing("no finished epoch")
+        rule = rule_of(view.config)
+        ratio = numbers.epoch_ratio(view) if rule is not None else None
+        kinds = {"bank": view.config.preserve.groups, "class": len(view.counts), "head-tail": 2, "focal": 2}
+        predicted = flops_ratio(rule, kinds.get(rule.groups, 1)) if rule else None
+        return {"parts": parts, "measured": ratio, "predicted": predicted}
+
+    item = simple(views, "times", "Time", "Where the time went", caption, compute, draw_training.draw_times)
+    rows = [(name, sum(run["parts"].values()), *run["parts"].values()) for name, run in item.data.items()]
+    if rows and len({tuple(run["parts"]) for run in item.data.values()}) == 1:
+        item.table = Table(("run", "seconds", *next(iter(item.data.values()))["parts"]), rows)
+    return item
+
+
+def profile(views: Sequence[RunView]) -> Item:
+    caption = "Time of one step by part as the run's profile has it; a diamond marks the plan's prediction of the whole."
+    return simple(views, "profile", "Time", "Profile of a step", caption, numbers.profile, draw_training.draw_profile)
+
+
+LOG_ITEMS = (curves, shots, class_size, confusion, quality, groups, forces, similarity, group_similarity, ascent, times, profile)

@@ -1,0 +1,207 @@
+"""`ltfast report`: one self-contained HTML page for one run or several side by side, PNGs and numbers beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ltfast
+from ltfast.config import SECTIONS
+from ltfast.errors import UserError
+from ltfast.report import draw_classes, draw_geometry, items
+from ltfast.report.compute import Computed, compute_all
+from ltfast.report.geometry import SIDES
+from ltfast.report.page import Item, Table, render_item, render_page, render_table, to_json
+from ltfast.report.runs import Missing, RunView, open_runs
+from ltfast.report.style import look, save
+
+PAGE, NUMBERS = "index.html", "report.json"
+RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
+SECTION_ORDER = ("Classes", "Training", "Knowledge", "Sharpness", "Geometry", "Time")
+
+
+def report(
+    runs: Sequence[str],
+    out: str | Path | None = None,
+    max_minutes: float | None = None,
+    *,
+    device: str = "auto",
+    data_dir: str | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write the report of `runs` (run folders) into the folder `out`; returns the HTML file, index.html.
+
+    Args:
+        out: default: RUN/report for one run, <folder of the first run>/report-<names> for several.
+        max_minutes: stop refining curvature and landscapes in time; None: no limit.
+        device, data_dir: where to compute; where the data lies now, if it moved.
+        quiet: no progress bar.
+
+    Raises:
+        UserError: a folder that is no run, or has no metrics; an `out` that cannot be written; a limit <= 0.
+    """
+    started = time.monotonic()
+    views = open_runs(runs)
+    folder = Path(out) if out is not None else default_folder(views)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from None
+    computed = compute_all(views, max_minutes=max_minutes, device=device, data_dir=data_dir, quiet=quiet)
+    with look():
+        entries = [build(views) for build in items.LOG_ITEMS]
+        entries += [build_computed(views, computed) for build_computed in COMPUTED_ITEMS]
+        rendered = {item.id: render_item(item, save_figures(item, folder)) for item in entries}
+    blocks = [("Overview", overview(views, computed))]
+    for section in SECTION_ORDER:
+        blocks.append((section, "".join(rendered[item.id] for item in entries if item.section == section)))
+    (folder / NUMBERS).write_text(to_json(entries))
+    seconds = time.monotonic() - started
+    names = ", ".join(view.name for view in views)
+    lead = "What happened in training, which classes gained, and how the loss looks around the solution."
+    footer = f"Made by ltfast {ltfast.__version__} in {seconds:.0f} s on {time.strftime('%Y-%m-%d')}; numbers: {NUMBERS}."
+    (folder / PAGE).write_text(render_page(f"ltfast report: {names}", lead, blocks, footer))
+    return folder / PAGE
+
+
+def default_folder(views: Sequence[RunView]) -> Path:
+    """RUN/report, or a folder beside the first run named after all of them."""
+    first = views[0].folder.path
+    if len(views) == 1:
+        return first / "report"
+    return first.parent / ("report-" + "-".join(view.name.replace("/", "_") for view in views))[:120]
+
+
+def save_figures(item: Item, folder: Path) -> list[tuple[str, bytes]]:
+    """Write the item's PNGs; (what it shows, bytes) of each."""
+    names = [item.id if len(item.figures) == 1 else f"{item.id}-{i + 1}" for i in range(len(item.figures))]
+    return [(text, save(figure, folder / f"{name}.png")) for name, (text, figure) in zip(names, item.figures, strict=True)]
+
+
+# -- entries that need weights and data ---------------------------------------------------------------------------------
+
+
+def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> tuple[list[tuple[str, Any]], list[str]]:
+    """[(run name, result)] of one part, and a line for each run that lacks it."""
+    found, missing = [], []
+    for view, result in zip(views, computed, strict=True):
+        value = getattr(result, name)
+        if value is None:
+            missing.append(f"{view.name}: {result.missing.get(name, 'not computed')}.")
+        else:
+            found.append((view.name, value))
+    return found, missing
+
+
+def calibration(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
+    found, missing = part(views, computed, "predictions")
+    caption = (
+        "Last weights on the test split in 15 bins of confidence; hatched: how far confidence and accuracy lie apart. ECE is "
+        "the mean of that gap over the images. Below: the share of images in each bin."
+    )
+    figures = [("", draw_classes.draw_reliability(found))] if found else []
+    data = {
+        name: {"ece": p.result["ece"], "seen": p.bin_seen, "accuracy": p.bin_accuracy, "confidence": p.bin_confidence}
+        for name, p in found
+    }
+    return Item("calibration", "Classes", "Calibration", caption, figures, missing, data=data)
+
+
+def worst(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
+    found, missing = part(views, computed, "predictions")
+    names = {view.name: view.class_names for view in views}
+    caption = "The least accurate classes on the test split; over each picture, what it was taken for and how confidently."
+    figures = [(name, draw_classes.draw_worst(name, p, names[name])) for name, p in found if p.worst]
+    data = {name: [(w.label, w.accuracy, w.images) for w in p.worst] for name, p in found}
+    return Item("worst", "Classes", "Worst classes", caption, figures, missing, data=data)
+
+
+def landscape(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
+    found, missing = part(views, computed, "landscape")
+    caption = (
+        "Classification loss on training images around the last weights (star), in two random directions whose filters have "
+        "the norms of the weights' own; BatchNorm on running statistics. One colour scale for all panels. A tail that sits "
+        "in a narrower basin than the head has sharper minima."
+    )
+    figures = [("", draw_geometry.draw_landscapes(found, "filter norms"))] if found else []
+    rows = [(name, *run.surface.center.tolist(), *run.surface.rise(RADIUS).tolist()) for name, run in found]
+    head = ("run", "loss of head", "of tail", f"mean rise at {RADIUS:g} filter norms, head", "tail")
+    data = {name: dataclasses.asdict(run) for name, run in found}
+    return Item("landscape", "Geometry", "Loss around the solution", caption, figures, missing, Table(head, rows), data)
+
+
+def plane(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
+    found, missing = part(views, computed, "plane")
+    notes = "; ".join(dict.fromkeys(run.note for _, run in found if run.note))
+    caption = (
+        f"The plane of weight space through three points of the run ({notes}), in Euclidean distance; the dashed line joins "
+        "them in order. BatchNorm statistics are estimated anew at every point. Where the tail's basin and the head's lie "
+        "apart, training on all classes cannot stay in both."
+    )
+    figures = [("", draw_geometry.draw_landscapes(found, "distance"))] if found else []
+    data = {name: dataclasses.asdict(run) for name, run in found}
+    return Item("plane", "Geometry", "Loss through three epochs", caption, figures, missing, data=data)
+
+
+def curvature(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
+    found, missing = part(views, computed, "curvature")
+    caption = (
+        "Eigenvalue density of the Hessian of the classification loss on training images of head and tail, smoothed, by "
+        "stochastic Lanczos quadrature with full reorthogonalisation; encoder and classifier parameters, BatchNorm on "
+        "running statistics. Whiskers: error bound of the largest eigenvalue, standard error of the trace."
+    )
+    figures = [("", draw_geometry.draw_spectra(found))] if found else []
+    rows: list[tuple[Any, ...]] = []
+    data: dict[str, Any] = {}
+    for name, run in found:
+        data[name] = {}
+        for side in SIDES:
+            s = run.spectra[side]
+            rows.append((name, side, run.images[side], *s.top, *s.trace, s.bottom[0], len(s.quadratures[0].nodes)))
+            data[name][side] = {"top": s.top, "trace": s.trace, "bottom": s.bottom, "images": run.images[side]}
+    head = ("run", "side", "images", "largest", "error", "trace", "std. error", "smallest", "Lanczos steps")
+    return Item("curvature", "Geometry", "Hessian spectrum", caption, figures, missing, Table(head, rows), data)
+
+
+COMPUTED_ITEMS = (calibration, worst, curvature, landscape, plane)
+
+
+# -- overview -----------------------------------------------------------------------------------------------------------
+
+
+def overview(views: Sequence[RunView], computed: Sequence[Computed]) -> str:
+    """HTML: a table of the runs, and what differs in their settings."""
+    head = ("run", "method", "data", "epochs", "seed", "top-1 %", "many", "medium", "few", "ECE %", "sharpest: head", "tail")
+    rows = [overview_row(view, result) for view, result in zip(views, computed, strict=True)]
+    html = f'<section class="item" id="overview">{render_table(Table(head, rows))}'
+    differing = differences(views)
+    if differing:
+        table = Table(("setting", *(view.name for view in views)), differing)
+        html += f"<details><summary>settings that differ</summary>{render_table(table)}</details>"
+    return html + "</section>"
+
+
+def overview_row(view: RunView, result: Computed) -> tuple[Any, ...]:
+    """One line of the overview; dashes for what is not there."""
+    try:
+        test = view.test
+    except Missing:
+        test = {}
+    tops = [result.curvature.spectra[side].top[0] if result.curvature else None for side in SIDES]
+    config = view.config
+    figures = [None if test.get(k) is None else f"{test[k]:.1f}" for k in ("top1", "many", "medium", "few", "ece")]
+    return (view.name, config.method, config.data.dataset, config.optim.epochs, str(config.run.seed), *figures, *tops)
+
+
+def differences(views: Sequence[RunView]) -> list[tuple[Any, ...]]:
+    """Settings that are not the same in all runs, without names of folders."""
+    rows = []
+    for section in SECTIONS:
+        for field in dataclasses.fields(SECTIONS[section]):
+            values = [getattr(getattr(view.config, section), field.name) for view in views]
+            if len({str(v) for v in values}) > 1 and field.name not in ("out", "data_dir"):
+                rows.append((field.name, *(str(v) for v in values)))
+    return rows

@@ -1,0 +1,100 @@
+"""One look for all figures: Okabe-Ito colours, told apart in grey and by colour-blind eyes through markers, line styles
+and hatches as well. Matplotlib's Agg canvas is used without pyplot, so nothing global changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito 2008, ordered so that neighbours differ in lightness too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8A8A8A")
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "///", "...", "xx", "\\\\\\", "oo", "++", "--")
+MAP = "cividis"  # lightness rises evenly: reads the same in grey and with any colour vision
+DPI = 150
+INK, FAINT = "#222222", "#DDDDDD"
+
+SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.6, "axes.edgecolor": "#666666",
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "lines.linewidth": 1.7,
+    "lines.markersize": 4.5, "legend.frameon": False, "figure.facecolor": "white", "hatch.linewidth": 0.6,
+}  # fmt: skip
+
+
+def colour(i: int) -> str:
+    """The i-th colour, round and round."""
+    return COLOURS[i % len(COLOURS)]
+
+
+def line(i: int) -> Any:
+    """The i-th line style."""
+    return LINES[i % len(LINES)]
+
+
+def marker(i: int) -> str:
+    """The i-th marker."""
+    return MARKERS[i % len(MARKERS)]
+
+
+def hatch(i: int) -> str:
+    """The i-th hatch."""
+    return HATCHES[i % len(HATCHES)]
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """Matplotlib settings of the report, for the time of drawing only."""
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        yield
+
+
+def panels(columns: int, rows: int = 1, *, width: float = 3.4, height: float = 2.7, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of rows * columns axes, each `width` x `height` inches, and the axes in reading order."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def every(n_points: int, shown: int = 8) -> int:
+    """`markevery` so that about `shown` markers stand on a line."""
+    return max(1, n_points // shown)
+
+
+def shorten(text: str, length: int = 22) -> str:
+    """At most `length` characters, the middle left out."""
+    if len(text) <= length:
+        return text
+    keep = (length - 3) // 2
+    return f"{text[: length - 3 - keep]}...{text[-keep:]}"
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
+    """The legend of `axes` under the whole figure, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+
+
+def save(figure: Figure, path: Path) -> bytes:
+    """Write the PNG; returns its bytes."""
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
