@@ -28,6 +28,33 @@ def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:
     return table
 
 
+def spread(values: list[float]) -> str:
+    """mean +- standard deviation (n - 1), one decimal."""
+    return f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
+
+
+def accuracy_table(bench: str) -> str:
+    """Markdown: one line a method, best top-1 first; mean +- standard deviation over seeds."""
+    table = newest(bench)
+    order = sorted(table, key=lambda m: -np.mean([run["top1"] for run in table[m].values()]))
+    lines = ["| method | seeds | top-1 % | many | medium | few | ECE % |", "|---|---|---|---|---|---|---|"]
+    for method in order:
+        runs = list(table[method].values())
+        cells = [
+            spread([run[name] for run in runs if run[name] is not None])
+            for name in ("top1", "many", "medium", "few", "ece")
+        ]
+        lines.append(f"| `{method}` | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fill(path: Path, marker: str, text: str) -> None:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    head, rest = path.read_text().split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def accuracy_by_count(path: Path, counts: list[int]) -> None:
     """Per-class accuracy against training images, plain cross-entropy and gkp-gsa, mean and range over seeds."""
     import matplotlib
@@ -73,3 +100,5 @@ if __name__ == "__main__":
     counts = load("digits-lt", num_views=1, val_per_class=10, batch=64).train_counts.tolist()
     accuracy_by_count(ROOT / "docs" / "img" / "digits-lt.png", counts)
     write_baseline(ROOT / "ltfast" / "baselines.json")
+    fill(ROOT / "README.md", "digits-lt", accuracy_table("digits-lt"))
+    fill(ROOT / "docs" / "findings.md", "cifar10-lt", accuracy_table("cifar10-lt"))
