@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -33,6 +34,14 @@ class Traffic:
         """Count one collective on `tensor`."""
         self.calls += 1
         self.bytes += tensor.numel() * tensor.element_size()
+
+    @contextmanager
+    def noted_in(self, other: Traffic) -> Iterator[None]:
+        """Add what happens inside to `other` as well."""
+        calls, size = self.calls, self.bytes
+        yield
+        other.calls += self.calls - calls
+        other.bytes += self.bytes - size
 
 
 @dataclass(frozen=True)

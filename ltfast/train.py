@@ -10,6 +10,7 @@ for each epoch:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ltfast import build, checkpoint, resume
 from ltfast.config import Config
-from ltfast.dist import Ranks
+from ltfast.dist import Ranks, Traffic
 from ltfast.errors import UserError
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
@@ -83,6 +84,7 @@ class Trainer:
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1}
         self.sums: dict[str, Tensor] = {}  # over the steps of this epoch so far, for the log
         self.seconds = 0.0  # spent on this epoch so far
+        self.wire = Traffic()
         self.store: Store | None = None
         self.make_step()
 
@@ -172,7 +174,8 @@ class Trainer:
         total = self.source.steps_per_epoch
         for batch in self.source.train(epoch, self.batch):
             self.set_schedules(epoch + self.batch / total)
-            result = self.step(batch)
+            with self.ranks.traffic.noted_in(self.wire):
+                result = self.step(batch)
             assert self.step.features is not None
             self.quality.update(self.step.features, batch.labels)
             self.meter.add(self.batch, self.step.ascent_stats)
@@ -192,11 +195,17 @@ class Trainer:
                 self.save_state()
         return Action.GO
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         """Means over the epoch's steps and over the ranks; the sums start afresh."""
         means = self.ranks.mean_(torch.stack(list(self.sums.values()))) / self.source.steps_per_epoch
-        result = {**dict(zip(self.sums, means.tolist(), strict=True)), "seconds": self.seconds}
-        self.sums, self.seconds = {}, 0.0
+        result: dict[str, Any] = {**dict(zip(self.sums, means.tolist(), strict=True)), "seconds": self.seconds}
+        if self.ranks.world > 1:  # what this rank hands to collectives in a step
+            result["comm"] = {k: v / self.source.steps_per_epoch for k, v in dataclasses.asdict(self.wire).items()}
+            if self.epoch == 0:
+                self.progress.note(
+                    "each step sends {bytes:,.0f} bytes a rank in {calls:.1f} collectives".format(**result["comm"])
+                )
+        self.sums, self.seconds, self.wire = {}, 0.0, Traffic()
         return result
 
     def set_schedules(self, position: float) -> None:
@@ -219,7 +228,7 @@ class Trainer:
 
     # -- after an epoch ------------------------------------------------------------------------------------------------
 
-    def finish_epoch(self, epoch: int, summary: dict[str, float]) -> None:
+    def finish_epoch(self, epoch: int, summary: dict[str, Any]) -> None:
         """Validate, log, keep the best, checkpoint."""
         cfg = self.config
         self.ranks.check_same(self.flat.data, "parameters")
