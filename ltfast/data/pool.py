@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,11 +16,24 @@ from ltfast.errors import UserError
 ImageArray = NDArray[np.uint8]
 
 
+class Pictures(Protocol):
+    """What may stand for an image array: pictures made on indexing."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, ch, H, W)."""
+        ...
+
+    def __getitem__(self, index: IntArray, /) -> ImageArray:
+        """uint8 [m, ch, H, W] at these positions."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pool:
     """Everything a reader found. images: uint8 [n, ch, H, W]; labels: int64 [n]; the test split never changes."""
 
-    images: ImageArray
+    images: ImageArray | Pictures
     labels: IntArray
     test_images: ImageArray
     test_labels: IntArray

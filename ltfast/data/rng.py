@@ -64,5 +64,6 @@ def uniforms(key: Tensor, index_B: Tensor, stream: int, draws: int) -> Tensor:
         raise ValueError(f"draws must be in 1..{STREAM_DRAWS}, got {draws}")
     base = _mix(key ^ _mix((index_B + 1) * _signed(_GAMMA)))
     counter = torch.arange(1, draws + 1, device=index_B.device) + stream * STREAM_DRAWS
-    bits = _mix(base[:, None] + counter * _signed(_GAMMA))
+    # The sum is multiplied, not the counter: Inductor folds arange * constant symbolically and overflows int64.
+    bits = _mix((base[:, None] + counter) * _signed(_GAMMA))
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24

@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL.Image import Image, Resampling
 
+from ltfast.data.decode import BadImage, load_picture
 from ltfast.data.folders import scan_folder
 from ltfast.data.lists import ImageList
 from ltfast.data.longtail import IntArray
@@ -23,13 +25,13 @@ READERS = 8
 
 
 def read_tree(root: Path, size: int | None = None) -> Pool:
-    """All pictures as RGB. size: side to resize to (bilinear); None demands that all pictures have one square size."""
+    """All pictures as RGB squares. size: side to resize to (bilinear); None takes the first picture's shorter side."""
     lists = scan_folder(root)
     names = lists["train"].class_names
     assert names is not None
     for split, images in lists.items():
         check_labels(images.labels.astype(np.int64), len(names), str(root / split) if len(lists) > 1 else str(root))
-    size = size or _square_size(lists["train"].file(0))
+    size = size or min(_load(lists["train"].file(0)).size)
     read = {split: _read(images, size) for split, images in lists.items()}
     if len(read) == 1:
         per_class = max(1, int(lists["train"].counts.min()) // TEST_SHARE)
@@ -52,24 +54,14 @@ def _read(images: ImageList, size: int) -> tuple[ImageArray, IntArray]:
 
 
 def _picture(path: str, size: int) -> ImageArray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as a picture; remove or replace it") from error
+    picture = _load(path)
     if picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+        picture = picture.resize((size, size), Resampling.BILINEAR)
     return np.asarray(picture)
 
 
-def _square_size(path: str) -> int:
-    from PIL import Image
-
+def _load(path: str) -> Image:
     try:
-        with Image.open(path) as file:
-            width, height = file.size
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as a picture; remove or replace it") from error
-    return min(width, height)
+        return load_picture(path)
+    except BadImage as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}); remove or replace it") from error

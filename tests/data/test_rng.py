@@ -17,7 +17,7 @@ def mix(z: int) -> int:
 
 def reference(key: int, index: int, stream: int, draw: int, gamma: int = GAMMA) -> float:
     base = mix(key ^ mix((index + 1) * gamma & MASK))
-    return (mix((base + (draw + 1 + stream * STREAM_DRAWS) * gamma) & MASK) >> 40) / 2**24
+    return (mix((base + draw + 1 + stream * STREAM_DRAWS) * gamma & MASK) >> 40) / 2**24
 
 
 def test_equals_splitmix64() -> None:
