@@ -15,7 +15,7 @@ from ltfast.data.dali_pipeline import dali_available
 from ltfast.data.folders import limit, thin
 from ltfast.data.large_source import LargeSource, available_cores
 from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, view_recipes
-from ltfast.data.lists import ImageList, hold_out_each, validate_lists
+from ltfast.data.lists import ImageList, validate_lists
 from ltfast.data.public import PUBLIC, find_lists
 from ltfast.errors import UserError
 
@@ -121,8 +121,16 @@ def load_large(
         return load_webdataset(
             str(data_dir), limit_train=limit_train, val_pattern=val_list, test_pattern=test_list, **options
         )
-    lists = find_lists(dataset, data_dir, train_list=train_list, val_list=val_list, test_list=test_list, seed=seed)
-    lists = _shape(dataset, lists, imbalance, imbalance_type, val_per_class, limit_train, exclude_list)
+    lists = find_lists(
+        dataset,
+        data_dir,
+        train_list=train_list,
+        val_list=val_list,
+        test_list=test_list,
+        val_per_class=val_per_class,
+        seed=seed,
+    )
+    lists = _shape(dataset, lists, imbalance, imbalance_type, limit_train, exclude_list)
     choice = choose_loader(loader, device, len(recipes))
     validate_lists(lists, exist=choice.name != "synthetic")
     return _source_class(choice.name)(lists, **options)
@@ -133,17 +141,14 @@ def _shape(
     lists: dict[str, ImageList],
     imbalance: float | None,
     imbalance_type: str,
-    val_per_class: int | None,
     limit_train: int | None,
     exclude_list: str | Path | None,
 ) -> dict[str, ImageList]:
-    """Excluded files off, validation images held out, thinned, limited: in this order."""
+    """Excluded files off, thinned, limited: in this order."""
     lists = dict(lists)
     if exclude_list is not None:
         bad = read_bad_list(exclude_list)
         lists = {split: images.without(bad) for split, images in lists.items()}
-    if val_per_class:
-        lists["train"], lists["val"] = hold_out_each(lists["train"], val_per_class)
     if imbalance is not None and imbalance != 1:
         if dataset in PUBLIC:
             raise UserError(f"--imbalance {imbalance:g}: {dataset} is long-tailed as it is; use it with folder or list")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ltfast.data.folders import scan_folder
-from ltfast.data.lists import ImageList, hold_out, read_list
+from ltfast.data.lists import ImageList, hold_out, hold_out_each, read_list
 from ltfast.errors import UserError
 
 HELD_OUT_SHARE = 0.1  # of each class, when a set has no validation split of its own
@@ -89,14 +89,16 @@ def find_lists(
     train_list: str | Path | None = None,
     val_list: str | Path | None = None,
     test_list: str | Path | None = None,
+    val_per_class: int | None = None,
     seed: int = 0,
 ) -> dict[str, ImageList]:
     """The splits 'train', 'val', 'test' of imagenet-lt, inat18, places-lt, list or folder below `data_dir`.
 
     The *_list options name files (relative to the working folder, then to data_dir); a public set also finds its
-    lists by their published names in data_dir, data_dir/lists and the like. Without a validation split
-    HELD_OUT_SHARE of each class of train is held out (drawn with `seed`, never a class's last image); without a test
-    split test is val.
+    lists by their published names in data_dir, data_dir/lists and the like. val_per_class: so many images of every
+    class of train become val, and a val list of the set's own becomes test where there is none. Without it, a set
+    without val takes test for it, or holds out HELD_OUT_SHARE of each class of train (drawn with `seed`, never a
+    class's last image). A set without test is tested on val.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -112,11 +114,15 @@ def find_lists(
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join([*PUBLIC, 'folder', 'list'])}")
-    if "val" not in lists:
-        if "test" in lists:
-            lists["val"] = lists["test"]
-        else:
-            lists["train"], lists["val"] = hold_out(lists["train"], HELD_OUT_SHARE, seed)
+    own_val = "val" in lists
+    if not own_val and "test" in lists and not val_per_class:
+        lists["val"] = lists["test"]
+    elif not own_val or val_per_class:
+        if own_val:
+            lists.setdefault("test", lists["val"])
+        train = lists["train"]
+        parts = hold_out_each(train, val_per_class) if val_per_class else hold_out(train, HELD_OUT_SHARE, seed)
+        lists["train"], lists["val"] = parts
     lists.setdefault("test", lists["val"])
     return lists
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ltfast.data.base import SHOT_NAMES, shot_groups
+from ltfast.data.check import distinct
 from ltfast.data.lists import ImageList
 
 if TYPE_CHECKING:
@@ -41,13 +42,10 @@ def dataset_stats(lists: dict[str, ImageList]) -> list[SplitStats]:
     """Statistics of each split, 'train' first; the groups are those of the training counts."""
     train = np.bincount(lists["train"].labels)
     group = shot_groups(torch.from_numpy(train)).numpy()
-    stats, seen = [], set()
-    for split, images in lists.items():
-        if images.source in seen and split != "train":
-            continue
-        seen.add(images.source)
-        stats.append(_split_stats(split, np.bincount(images.labels, minlength=len(train)), group))
-    return stats
+    return [
+        _split_stats(split, np.bincount(images.labels, minlength=len(train)), group)
+        for split, images in distinct(lists)
+    ]
 
 
 def _split_stats(split: str, counts: np.ndarray, group: np.ndarray) -> SplitStats:

@@ -1,0 +1,130 @@
+"""`data check` and `data stats` as functions: every finding, the tables, the written list, the plot."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ltfast.data.check import check_dataset, inspect, print_check, read_bad_list, write_bad_list
+from ltfast.data.decode import load_picture
+from ltfast.data.lists import ImageList, read_list
+from ltfast.data.paths import PathTable
+from ltfast.data.stats import dataset_stats, plot_counts, print_stats
+from ltfast.errors import UserError
+from tests.data import bad_files
+from tests.data.pictures import data_folder, make_set, picture
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed")
+    bad = bad_files.write(folder / "bad", bad_files.bad_files())
+    odd = bad_files.write(folder / "odd", bad_files.odd_files() | bad_files.damaged_files())
+    names = [f"bad/{p.name}" for p in bad.values()] + [f"odd/{p.name}" for p in odd.values()]
+    names.append("odd/gray.jpg")
+    labels = np.zeros(len(names), dtype=np.int32)
+    labels[-1] = 2
+    return ImageList(folder, PathTable.of(names), labels, "mixed.txt")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_every_bad_file_is_found_and_no_odd_one(mixed, full):
+    report = check_dataset({"train": mixed}, full=full, workers=3)
+    (split,) = report.splits
+    found = dict(split.bad)
+    expected = {f"bad/{kind.replace(' ', '_')}.jpg" for kind in bad_files.bad_files()}
+    if not full:
+        expected.remove("bad/cut_PNG.jpg")  # headers of other formats are not walked
+    assert set(found) == expected
+    assert found["bad/missing.jpg"] == "missing"
+    assert found["bad/empty.jpg"] == "empty file"
+    assert split.duplicates == ["odd/gray.jpg"]
+    assert split.empty_classes == [1]
+    assert split.notes["gray"] == 2
+    assert split.notes["CMYK"] == 1
+    assert split.notes["EXIF-rotated (not turned by the loaders)"] == 1
+    assert split.notes["WEBP named .jpg"] == 1
+    assert report.bad == len(expected)
+    assert not report.ok
+
+
+def test_table_bad_list_and_excluding_it(mixed, tmp_path):
+    report = check_dataset({"train": mixed, "val": mixed}, full=True)
+    assert len(report.splits) == 1, "the same list is looked at once"
+    console = Console(record=True, width=160, file=io.StringIO())
+    print_check(report, console, examples=20)
+    text = console.export_text()
+    for word in ("full decode", "empty file", "not a picture", "CMYK", "duplicate path", "class without an image"):
+        assert word in text
+    assert write_bad_list(report, tmp_path / "bad.txt") == report.bad
+    excluded = read_bad_list(tmp_path / "bad.txt")
+    kept = mixed.without(excluded)
+    assert len(kept) == len(mixed) - report.bad
+    assert check_dataset({"train": kept}, full=True).bad == 0
+    assert kept.without(set()) is kept
+    with pytest.raises(UserError, match="cannot be read"):
+        read_bad_list(tmp_path / "none.txt")
+
+
+def test_a_clean_set_is_ok(tmp_path):
+    root = make_set(tmp_path, (4, 3))
+    lists = {split: read_list(root / f"{split}.txt", root) for split in ("train", "val")}
+    report = check_dataset(lists)
+    assert report.ok
+    assert [s.images for s in report.splits] == [7, 4]
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_check(report, console)
+    assert "nothing unusual" in console.export_text()
+
+
+def test_large_files_are_judged_by_head_and_tail(tmp_path):
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    noise = Image.fromarray(rng.integers(0, 256, (500, 500, 3), dtype=np.uint8))
+    noise.save(tmp_path / "large.jpg", quality=95)
+    data = (tmp_path / "large.jpg").read_bytes()
+    assert len(data) > 2 * 65536
+    assert inspect(str(tmp_path / "large.jpg")) == ("", ())
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    assert inspect(str(tmp_path / "cut.jpg"))[0].startswith("truncated")
+    (tmp_path / "junk.jpg").write_bytes(data + b"\0" * 20_000)
+    assert inspect(str(tmp_path / "junk.jpg")) == ("", ())
+    load_picture(tmp_path / "junk.jpg")
+    (tmp_path / "noise.jpg").write_bytes(rng.bytes(300_000))
+    assert inspect(str(tmp_path / "noise.jpg"))[0] == "not a picture"
+    picture(1, 900, 700).save(tmp_path / "large.png")
+    assert inspect(str(tmp_path / "large.png")) == ("", ())
+
+
+def test_statistics_and_plot(tmp_path):
+    labels = np.repeat(np.arange(4), [150, 50, 20, 5]).astype(np.int32)
+    train = ImageList(tmp_path, PathTable.of(map(str, range(len(labels)))), labels, "train.txt")
+    val = train.select(np.array([0, 150, 200, 220, 221]))
+    stats = dataset_stats({"train": train, "val": val, "test": val})
+    assert [s.split for s in stats] == ["train", "val"], "test is val under another name"
+    s = stats[0]
+    assert stats[1].groups == {"many": (1, 1), "medium": (2, 2), "few": (1, 2)}
+    assert (s.images, s.classes, s.largest, s.smallest, s.imbalance) == (225, 4, 150, 5, 30)
+    assert s.groups == {"many": (1, 150), "medium": (2, 70), "few": (1, 5)}
+    mean_difference = np.abs(np.subtract.outer([150, 50, 20, 5], [150, 50, 20, 5])).mean()
+    assert s.gini == pytest.approx(mean_difference / (2 * np.mean([150, 50, 20, 5])))
+    assert s.top_tenth == pytest.approx(150 / 225)
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_stats(stats, console)
+    assert "150 .. 5" in console.export_text()
+    plot_counts({"train": train}, tmp_path / "counts.png")
+    assert (tmp_path / "counts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_statistics_of_places_lt():
+    folder = data_folder() / "lists"
+    lists = {s: read_list(folder / f"Places_LT_{s}.txt.gz", "/") for s in ("train", "val", "test")}
+    train, val, test = dataset_stats(lists)
+    assert train.groups == {"many": (131, 52_762), "medium": (163, 8_934), "few": (71, 804)}
+    assert train.imbalance == pytest.approx(996)
+    assert train.percentiles == {10: 11, 25: 25, 50: 72, 75: 173, 90: pytest.approx(369.4)}
+    assert (val.largest, val.smallest, test.largest) == (20, 20, 100)

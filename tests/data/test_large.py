@@ -1,0 +1,104 @@
+"""load_large and load: names, options and user errors of the large sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ltfast.data import load
+from ltfast.data.base import Source
+from ltfast.data.dali_pipeline import dali_available
+from ltfast.data.large import choose_loader, load_large
+from ltfast.errors import UserError
+from tests.data.pictures import make_set
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("set"), (12, 9, 6, 4))
+
+
+def small(root, **options):
+    options = {"image_size": 16, "batch": 4, "loader": "torch", "workers": 0, "train_list": "train.txt", **options}
+    return load_large(options.pop("dataset", "list"), data_dir=root, **options)
+
+
+def test_list_and_folder_are_the_same_set(root):
+    by_list = small(root, val_list="val.txt")
+    by_folder = small(root, dataset="folder", train_list=None)
+    for source in (by_list, by_folder):
+        assert isinstance(source, Source)
+        assert source.train_counts.tolist() == [12, 9, 6, 4]
+        assert source.sizes == {"train": 31, "val": 8, "test": 8}
+    for a, b in zip(by_list.train(0), by_folder.train(0), strict=True):
+        assert torch.equal(a.labels, b.labels)
+    for split in ("train", "val"):
+        assert sorted(by_list.lists[split].paths) == sorted(by_folder.lists[split].paths)
+
+
+def test_through_the_common_entry(root):
+    source = load(
+        "list", data_dir=root, train_list="train.txt", val_list="val.txt", image_size=16, batch=4, num_views=1
+    )
+    assert len(next(source.train(0)).views) == 1
+    assert source.input_shape == (3, 16, 16)
+
+
+def test_thinning_limiting_holding_out_and_excluding(root, tmp_path):
+    assert small(root, imbalance=4.0).train_counts.tolist() == [10, 6, 3, 2]  # a tenth of each class is held out
+    assert small(root, val_list="val.txt", imbalance=1.0).train_counts.tolist() == [12, 9, 6, 4]
+    assert small(root, val_list="val.txt", limit_train=10).train_counts.sum() == 10
+    held = small(root, val_per_class=2)
+    assert held.train_counts.tolist() == [10, 7, 4, 2]
+    assert held.sizes == {"train": 23, "val": 8, "test": 8}
+    own = small(root, val_list="val.txt", val_per_class=1)
+    assert own.sizes == {"train": 27, "val": 4, "test": 8}
+    assert next(iter(own.lists["test"].paths)).startswith("val/")
+    tested = small(root, test_list="val.txt")
+    assert tested.sizes == {"train": 31, "val": 8, "test": 8}
+    (tmp_path / "bad.txt").write_text("train/3/0.jpg\ttruncated\n")
+    assert small(root, val_list="val.txt", exclude_list=tmp_path / "bad.txt").train_counts.tolist() == [12, 9, 6, 3]
+
+
+def test_user_errors(root):
+    cases = [
+        ({"train_list": None}, "--train-list"),
+        ({"loader": "fast"}, "--loader 'fast'"),
+        ({"views": "cifar"}, "--views 'cifar'"),
+        ({"dataset": "folders", "train_list": None}, "unknown data set"),
+        ({"dataset": "imagenet-lt", "train_list": None}, "ImageNet-LT: no train list"),
+        ({"batch": 64}, "--batch 64 is larger than"),
+    ]
+    for options, text in cases:
+        with pytest.raises(UserError, match=text):
+            small(root, **options)
+    with pytest.raises(UserError, match="needs --data-dir"):
+        load_large("folder", data_dir=None)
+    with pytest.raises(UserError, match="does not exist"):
+        load_large("folder", data_dir=root / "none")
+
+
+def test_a_list_with_missing_pictures_can_be_stepped_through_with_generated_ones(tmp_path):
+    (tmp_path / "l.txt").write_text("".join(f"no/{i}.jpg {i % 3}\n" for i in range(12)))
+    with pytest.raises(UserError, match=r"of \d+ files are not below"):
+        small(tmp_path, train_list="l.txt")
+    source = small(tmp_path, train_list="l.txt", loader="synthetic")
+    assert next(source.train(0)).views[0].shape == (4, 3, 16, 16)
+
+
+def test_loader_choice():
+    assert choose_loader("torch", "cpu", 3).name == "torch"
+    assert choose_loader("synthetic", "cpu", 3).reason == "as asked for"
+    choice = choose_loader("auto", "cpu", 3)
+    assert choice.name in ("dali", "torch")
+    assert choice.reason
+    if dali_available():
+        assert choose_loader("auto", "cuda", 3).name == "dali"
+
+
+def test_without_dali(monkeypatch):
+    monkeypatch.setattr("ltfast.data.large.dali_available", lambda: False)
+    assert choose_loader("auto", "cuda", 3).name == "torch"
+    assert "not installed" in choose_loader("auto", "cpu", 1).reason
+    with pytest.raises(UserError, match=r"pip install 'ltfast\[dali\]'"):
+        choose_loader("dali", "cpu", 3)

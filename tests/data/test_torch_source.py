@@ -1,0 +1,90 @@
+"""The readable twin against torchvision's own transforms, and its worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+
+from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, RECIPES, ViewRecipe, draw_view
+from ltfast.data.rng import epoch_key
+from ltfast.data.torch_source import augment, evaluation_crop, pixels
+from tests.data.pictures import make_set, picture
+from tests.data.test_large_source import epoch, open_source
+
+
+def statistics(images: list) -> np.ndarray:
+    """Per picture: mean, spread and a few places of each channel."""
+    arrays = [np.asarray(image, dtype=np.float64) for image in images]
+    return np.array([[*a.mean((0, 1)), *a.std((0, 1)), a[3, 5, 0], a[-4, -6, 2]] for a in arrays])
+
+
+@pytest.mark.parametrize("view", [1, "crop"])
+def test_views_have_the_distribution_of_torchvisions_transforms(view):
+    from scipy import stats
+
+    n, image = 1500, picture(4, 90, 70)
+    recipe = ViewRecipe() if view == "crop" else RECIPES["imagenet"][1]
+    steps: list = [transforms.RandomResizedCrop(24), transforms.RandomHorizontalFlip()]
+    if view != "crop":
+        steps.append(transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8))
+        steps.append(transforms.RandomGrayscale(p=0.2))
+    theirs_transform = transforms.Compose(steps)
+    torch.manual_seed(0)
+    theirs = statistics([theirs_transform(image) for _ in range(n)])
+    draw = draw_view(recipe, epoch_key(0, 0), torch.arange(n), 1)
+    ours = statistics([augment(image, draw, i, 24) for i in range(n)])
+    p_values = [stats.ks_2samp(a, b).pvalue for a, b in zip(ours.T, theirs.T, strict=True)]
+    assert min(p_values) > 1e-3 / len(p_values)
+    other = draw_view(ViewRecipe(scale=(0.5, 1.0)), epoch_key(0, 0), torch.arange(n), 1)
+    wrong = statistics([augment(image, other, i, 24) for i in range(n)])
+    assert min(stats.ks_2samp(a, b).pvalue for a, b in zip(wrong.T, theirs.T, strict=True)) < 1e-8
+
+
+def test_evaluation_is_torchvisions_compose():
+    image = picture(8, 131, 97)
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(37),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )(image)
+    from ltfast.data.finish import Finisher
+
+    finisher = Finisher(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"))
+    ours = finisher.plain(pixels(evaluation_crop(image, 32))[None])[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_views_are_rounded_once():
+    """Subtract and divide in float32, then round: all arithmetic in bfloat16 has 2.7 times the error."""
+    from ltfast.data.finish import Finisher
+
+    finisher = Finisher(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.bfloat16)
+    x = pixels(picture(3))[None]
+    exact = (x.double().permute(0, 3, 1, 2) / 255 - torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)) / torch.tensor(
+        IMAGENET_STD
+    ).view(1, 3, 1, 1)
+    once = finisher.plain(x).to(torch.bfloat16)
+    mean, std = (torch.tensor(v, dtype=torch.bfloat16).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    throughout = (x.permute(0, 3, 1, 2).to(torch.bfloat16) / 255 - mean) / std
+    errors = [(y.double() - exact).abs().mean().item() for y in (once, throughout)]
+    assert errors[0] < 0.0016
+    assert errors[1] > 2 * errors[0]
+
+
+def test_workers_end_with_their_epoch(tmp_path):
+    source = open_source("torch-workers", make_set(tmp_path, (9, 7)))
+    running = source.train(0)
+    next(running)
+    assert multiprocessing.active_children()
+    running.close()
+    assert not multiprocessing.active_children()
+    epoch(source, 0)
+    list(source.evaluate("val"))
+    assert not multiprocessing.active_children()
