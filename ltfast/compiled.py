@@ -96,9 +96,8 @@ class Compiled:
         else:
             self.compiler.report(self.name, seconds=time.perf_counter() - started, reason=None)
         finally:
-            with torch.no_grad():
-                for buffer, old in zip(module.buffers(), kept, strict=True):
-                    buffer.copy_(old)
+            for buffer, old in zip(module.buffers(), kept, strict=True):
+                buffer.data.copy_(old)  # .data: graphs that wait for their backward must not see it as a change
 
     def rehearse(self, args: Sequence[Tensor | None]) -> None:
         """Forward, and backward to every argument and parameter; on copies of the arguments, whose graph must live on."""
