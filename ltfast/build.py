@@ -111,6 +111,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
     large: dict[str, Any] = {
         "image_size": data.image_size, "loader": data.loader, "workers": data.workers, "on_bad_image": data.on_bad_image,
         "train_list": data.train_list, "val_list": data.val_list, "test_list": data.test_list,
+        "exclude_list": data.exclude_list,
     }  # fmt: skip
     source = load(
         data.dataset, data_dir=data.data_dir, imbalance=data.imbalance, imbalance_type=data.imbalance_type,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ltfast
+from ltfast.cli_data import add_data_commands
 from ltfast.config import FIELDS, SECTIONS, Config, base_type, check, flatten, load_toml, nearest
 from ltfast.errors import UserError
 
@@ -92,6 +93,16 @@ def build_parser() -> Parser:
     evaluate.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=command_eval)
+
+    data = commands.add_parser("data", help="check, count and look at a data set")
+    add_data_commands(data)
+
+    report = commands.add_parser("report", help="one HTML page with the figures of one or several runs")
+    report.add_argument("folders", metavar="RUN", nargs="+", help="run folders")
+    report.add_argument("--out", default=None, metavar="DIR", help="where to write it [RUN/report]")
+    report.add_argument("--max-minutes", type=float, default=None, metavar="X", help="stop refining landscapes in time")
+    report.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
+    report.set_defaults(run=command_report)
 
     commands.add_parser("methods", help="list the methods").set_defaults(run=command_methods)
     commands.add_parser("datasets", help="list the datasets").set_defaults(run=command_datasets)
@@ -185,6 +196,13 @@ def command_eval(args: argparse.Namespace) -> int:
     else:
         print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {result['n']:,} images")
         print(format_table(result, source.class_names, source.train_counts))
+    return 0
+
+
+def command_report(args: argparse.Namespace) -> int:
+    from ltfast.report import report
+
+    print(f"written {report(args.folders, args.out, args.max_minutes, data_dir=args.data_dir)}")
     return 0
 
 

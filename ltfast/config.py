@@ -53,6 +53,7 @@ class Data:
     train_list: str | None = _opt(None, "list file of training images ('<relative path> <label>' a line)")
     val_list: str | None = _opt(None, "list file of validation images")
     test_list: str | None = _opt(None, "list file of test images")
+    exclude_list: str | None = _opt(None, "bad files to leave out, as written by `ltfast data check --bad-list`")
     download: bool = _opt(False, "allow torchvision to download CIFAR when it is missing")
 
 

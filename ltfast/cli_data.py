@@ -1,0 +1,88 @@
+"""`ltfast data check | stats | contact`: look at a data set before training on it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ltfast.errors import UserError
+
+if TYPE_CHECKING:
+    from ltfast.data.lists import ImageList
+
+
+def add_data_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the verbs of `ltfast data` to its parser."""
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=type(parser))
+
+    check = verbs.add_parser("check", help="find missing, truncated, corrupt and odd files; list them")
+    _add_lists(check)
+    check.add_argument("--full", action="store_true", help="decode every picture, not only its headers")
+    check.add_argument("--workers", type=int, default=8, metavar="X", help="threads [8]")
+    check.add_argument(
+        "--bad-list", default=None, metavar="FILE", help="write the bad files here (train with --exclude-list)"
+    )
+    check.set_defaults(run=command_check)
+
+    stats = verbs.add_parser("stats", help="class counts, many / medium / few, imbalance")
+    _add_lists(stats)
+    stats.add_argument("--plot", default=None, metavar="PNG", help="draw the class counts")
+    stats.set_defaults(run=command_stats)
+
+    contact = verbs.add_parser("contact", help="a picture of what training sees: every view of some images")
+    contact.add_argument("picture", metavar="PNG", help="file to write")
+    contact.add_argument("--dataset", default="digits-lt", help="data set [digits-lt]")
+    contact.add_argument("--data-dir", default=None, help="its folder, pack or list root")
+    contact.add_argument("--train-list", default=None, help="list file of training images")
+    contact.add_argument("--image-size", type=int, default=224, metavar="X", help="side of large images [224]")
+    contact.add_argument("--images", type=int, default=12, metavar="X", help="images shown [12]")
+    contact.set_defaults(run=command_contact)
+
+
+def _add_lists(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data_dir", metavar="ROOT", help="folder of the pictures")
+    parser.add_argument("--dataset", default=None, help="folder, list, imagenet-lt, inat18 or places-lt [guessed]")
+    for split in ("train", "val", "test"):
+        parser.add_argument(f"--{split}-list", default=None, metavar="FILE", help=f"list file of {split} images")
+
+
+def _lists(args: argparse.Namespace) -> dict[str, ImageList]:
+    from ltfast.data.public import find_lists
+
+    dataset = args.dataset or ("list" if args.train_list else "folder")
+    names = {f"{split}_list": getattr(args, f"{split}_list") for split in ("train", "val", "test")}
+    return find_lists(dataset, args.data_dir, **names)
+
+
+def command_check(args: argparse.Namespace) -> int:
+    from ltfast.data.check import check_dataset, print_check, write_bad_list
+
+    report = check_dataset(_lists(args), full=args.full, workers=args.workers)
+    print_check(report)
+    if args.bad_list:
+        print(f"{write_bad_list(report, args.bad_list)} bad files listed in {args.bad_list}")
+    return 0
+
+
+def command_stats(args: argparse.Namespace) -> int:
+    from ltfast.data.stats import dataset_stats, plot_counts, print_stats
+
+    lists = _lists(args)
+    print_stats(dataset_stats(lists))
+    if args.plot:
+        plot_counts(lists, args.plot)
+        print(f"class counts drawn in {args.plot}")
+    return 0
+
+
+def command_contact(args: argparse.Namespace) -> int:
+    from ltfast.data import load
+    from ltfast.data.contact import contact_sheet
+    from ltfast.data.registry import LARGE
+
+    if args.images < 1:
+        raise UserError(f"--images {args.images}: show at least 1")
+    large = {"image_size": args.image_size, "train_list": args.train_list} if args.dataset in LARGE else {}
+    source = load(args.dataset, data_dir=args.data_dir, batch=max(args.images, 8), num_views=3, **large)
+    print(f"written {contact_sheet(source, args.picture, n=args.images)}")
+    return 0
