@@ -6,10 +6,13 @@ pass over one tensor instead of one kernel per parameter. Shapes: N = padded num
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 # Each parameter starts on a 128-byte boundary (32 float32): cuBLAS and cuDNN pick their vectorised kernels by alignment,
 # and an unaligned view of a flat buffer would cost them that. The padding is zero and stays zero.
@@ -27,6 +30,17 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def _check_apart(params: Sequence[Tensor]) -> None:
+    """ValueError if two parameters share memory: flattening would silently untie them."""
+    dense = sorted((p for p in params if p.numel() and _is_dense(p)), key=lambda p: p.data_ptr())
+    for first, second in pairwise(dense):
+        if first.data_ptr() + first.numel() * first.element_size() > second.data_ptr():
+            raise ValueError(
+                f"params holds two parameters, {tuple(first.shape)} and {tuple(second.shape)}, that share memory: "
+                "tie modules by giving them the same Parameter"
+            )
+
+
 class FlatParameters:
     """Make `params` views of one float32 buffer and hold `rows` gradient rows beside it.
 
@@ -36,7 +50,7 @@ class FlatParameters:
 
     Attributes:
         data: [N] working copy; the parameters are views of it, their storage never changes afterwards.
-        grads: [R, N] gradient rows; `attach(r)` lets autograd accumulate straight into row r.
+        rows: the gradient rows; `attach(r)` lets autograd accumulate straight into row r of `grads`, [R, N].
         numel: number of real parameters d (without padding).
 
     Raises:
@@ -49,12 +63,15 @@ class FlatParameters:
             raise ValueError("params is empty: pass model.parameters()")
         self.device = self.params[0].device
         for p in self.params:
+            if isinstance(p, UninitializedParameter):
+                raise ValueError("params holds a lazy parameter without a shape: run the model once before")
             if p.dtype != torch.float32:
                 raise ValueError(
                     f"params holds a {p.dtype} parameter: keep parameters float32 and use autocast instead"
                 )
             if p.device != self.device:
                 raise ValueError(f"params lie on {self.device} and {p.device}: use one optimizer for each device")
+        _check_apart(self.params)
         self.offsets: list[int] = []
         end = 0
         for p in self.params:
@@ -64,18 +81,40 @@ class FlatParameters:
         self.numel = sum(p.numel() for p in self.params)
         self._strides = [p.stride() if _is_dense(p) else p.contiguous().stride() for p in self.params]
         self.data = torch.zeros(self.size, device=self.device)
-        for p, view in zip(self.params, self.views(self.data), strict=True):
-            view.copy_(p.detach())
-            p.data = view
-        self.grads = torch.zeros(0, self.size, device=self.device)
-        self._grad_views: list[list[Tensor]] = []
-        self.resize_rows(rows)
+        self._views = self.views(self.data)
+        self._addresses = [view.data_ptr() for view in self._views]
+        with torch.no_grad():
+            for p, view in zip(self.params, self._views, strict=True):
+                view.copy_(p.detach())
+                p.data = view
+        self.rows = GradientRows(self, rows)
+
+    @property
+    def grads(self) -> Tensor:
+        """[R, N] gradient rows."""
+        return self.rows.data
 
     def resize_rows(self, rows: int) -> None:
         """Reallocate the gradient buffer with `rows` rows (zero); called when the number of groups changes."""
         if rows != self.grads.shape[0]:
-            self.grads = torch.zeros(rows, self.size, device=self.device)
-            self._grad_views = [self.views(row) for row in self.grads]
+            self.rows = GradientRows(self, rows)
+
+    def adopt(self) -> None:
+        """Take over parameters whose `.data` somebody replaced since: their values move into the buffer.
+
+        Raises:
+            RuntimeError: a parameter has another device, dtype or shape than when the buffer was made.
+        """
+        for p, view, address in zip(self.params, self._views, self._addresses, strict=True):
+            if p.data_ptr() == address:
+                continue
+            if p.device != view.device or p.dtype != view.dtype or p.shape != view.shape:
+                raise RuntimeError(
+                    f"a parameter is now {p.dtype} {tuple(p.shape)} on {p.device}, was {view.dtype} {tuple(view.shape)} "
+                    f"on {view.device}: move or convert the model before you make its optimizer"
+                )
+            view.copy_(p.detach())
+            p.data = view
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Views of a [N] buffer shaped and strided like the parameters, in order."""
@@ -94,12 +133,7 @@ class FlatParameters:
 
     def attach(self, row: int = 0, *, zero: bool = True) -> Tensor:
         """Point every `p.grad` at gradient row `row`, so that backward accumulates there; returns the row, [N]."""
-        grads = self.grads[row]
-        if zero:
-            grads.zero_()
-        for p, view in zip(self.params, self._grad_views[row], strict=True):
-            p.grad = view
-        return grads
+        return self.rows.attach(row, zero=zero)
 
     def span(self, params: Iterable[nn.Parameter]) -> slice:
         """The slice of the buffer that holds `params`, which must be consecutive.
@@ -113,6 +147,116 @@ class FlatParameters:
             raise ValueError("these parameters are not one consecutive run of the flat buffer")
         last = index[-1]
         return slice(self.offsets[index[0]], self.offsets[last + 1] if last + 1 < len(self.offsets) else self.size)
+
+
+class GradientRows:
+    """[R, N] gradient rows of `flat`; autograd accumulates straight into the attached one.
+
+    A gradient counts as present if anything was added to it since `attach` (its version tells) or if it is a tensor of
+    its own ("stray": somebody set p.grad to None or assigned it), which `collect` copies into the row. Strays are never
+    written to.
+
+    Attributes:
+        data: the rows.
+        gathered: how many stray gradients have been copied so far.
+    """
+
+    def __init__(self, flat: FlatParameters, rows: int) -> None:
+        self.params = flat.params
+        self.data = torch.zeros(rows, flat.size, device=flat.device)
+        # .data gives every view a version counter of its own: a write to one gradient is told from a write to another.
+        self._views = [[view.data for view in flat.views(row)] for row in self.data]
+        self._attached = [[0] * len(self.params) for _ in range(rows)]  # version when attached
+        self._dirty = [[False] * len(self.params) for _ in range(rows)]  # the row holds a gradient there
+        self._used: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.params)  # by `consume`
+        self.gathered = 0
+
+    def attach(self, row: int = 0, *, zero: bool = True, only: Sequence[bool] | None = None) -> Tensor:
+        """Point `p.grad` at row `row` (of parameters not in `only`: at None); returns the row, [N]."""
+        views = self._views[row]
+        if zero:
+            self.data[row].zero_()
+            self._attached[row] = [view._version for view in views]
+            self._used = [(weakref.ref(view), view._version) for view in views]
+            self._dirty[row] = [False] * len(views)
+        for p, view, wanted in zip(self.params, views, repeat(True) if only is None else only, strict=False):
+            p.grad = view if wanted else None
+        return self.data[row]
+
+    @torch.no_grad()
+    def collect(self, row: int = 0) -> tuple[bool, ...]:
+        """Make `row` hold every parameter's gradient, zero where there is none; returns which parameters have one."""
+        views, attached, dirty = self._views[row], self._attached[row], self._dirty[row]
+        writes = [0] * len(views)
+        strays, absent = [], []
+        for i, (p, view) in enumerate(zip(self.params, views, strict=True)):
+            if p.grad is view:
+                writes[i] = view._version - attached[i]
+                dirty[i] = dirty[i] or writes[i] > 0
+            elif p.grad is None:
+                if dirty[i]:
+                    absent.append(i)
+            else:
+                strays.append(i)
+        self._gather([views[i] for i in strays], [self.params[i].grad for i in strays])
+        if absent:
+            torch._foreach_zero_([views[i] for i in absent])
+        for i in strays:
+            dirty[i] = True
+        for i in absent:
+            dirty[i], attached[i] = False, views[i]._version
+        self._unused_among(views, dirty, [i for i, p in enumerate(self.params) if p.grad is views[i]], writes)
+        return tuple(dirty)
+
+    @torch.no_grad()
+    def put(self, row: int, grads: Sequence[Tensor | None], *, add: bool = False) -> None:
+        """Write (or add) one gradient for each parameter to `row`; None is zero and counts as no gradient."""
+        views, dirty = self._views[row], self._dirty[row]
+        held = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
+        if held:
+            targets, sources = [view for view, _ in held], [grad for _, grad in held]
+            (torch._foreach_add_ if add else torch._foreach_copy_)(targets, sources)
+        if not add:
+            absent = [view for view, grad in zip(views, grads, strict=True) if grad is None]
+            if absent:
+                torch._foreach_zero_(absent)
+        for i, grad in enumerate(grads):
+            dirty[i] = grad is not None or (add and dirty[i])
+            self._attached[row][i] = views[i]._version
+
+    def _gather(self, views: list[Tensor], grads: list[Tensor | None]) -> None:
+        if not views:
+            return
+        self.gathered += len(views)
+        sources = [g.to_dense() if g.layout != torch.strided else g for g in grads if g is not None]
+        torch._foreach_copy_(views, sources)
+
+    def _unused_among(self, views: list[Tensor], dirty: list[bool], here: list[int], writes: list[int]) -> None:
+        """Clipping writes to every gradient, so an unused one has a write too, but fewer than the others.
+
+        Only then (all written, some less often) the host looks which of those are zero: the one wait for the device,
+        in steps that have both unused parameters and clipping.
+        """
+        least = min((writes[i] for i in here), default=0)
+        if least == 0 or all(writes[i] == least for i in here):
+            return
+        unsure = [i for i in here if writes[i] == least]
+        nonzero = torch.stack([views[i].any() for i in unsure]).tolist()
+        for i, used in zip(unsure, nonzero, strict=True):
+            dirty[i] = used
+
+    def consume(self) -> None:
+        """Remember the gradients as used, so that `fresh` tells whether new ones have come."""
+        for i, p in enumerate(self.params):
+            self._used[i] = None if p.grad is None else (weakref.ref(p.grad), p.grad._version)
+
+    def fresh(self) -> bool:
+        """True if a parameter has a gradient that came after the last `attach` or `consume`."""
+        for p, used in zip(self.params, self._used, strict=True):
+            grad = p.grad
+            if grad is not None and (used is None or used[0]() is not grad or used[1] != grad._version):
+                return True
+        return False
 
 
 class FlatBuffers:

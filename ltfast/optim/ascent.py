@@ -118,6 +118,8 @@ class Ascent:
         """[1] factor that gives the gradient of sum_j c_j L_j, whose Gram partials these are, the intended norm."""
         self.theta_sq.copy_(theta_sq.sum())
         actual = partials.sum()
+        finite = torch.isfinite(actual).float()
+        self.stats |= {"ok": self.stats["ok"] * finite, "bad": 1 - finite}
         scale = (intended / actual.clamp_min(1e-30).sqrt()).float()
         return torch.where(torch.isfinite(scale), scale, 0.0).reshape(1)
 

@@ -17,12 +17,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ltfast.kernels import gram_partials
-from ltfast.optim.inner import Block, adopt_state, check_options, foreign_step, fused, fused_step, release_state
+from ltfast.optim.inner import (
+    Block,
+    Present,
+    adopt_state,
+    check_options,
+    foreign_step,
+    fused,
+    fused_step,
+    release_state,
+)
 from ltfast.optim.state import export_extra, import_extra, merge_groups
 from ltfast.optim.statistics import frozen_statistics
 
 FLAGS = 256  # skip flags are added up once in so many steps: counting them costs no launch in the others
 ASCENTS = ("local", "global")
+
+
+def several() -> bool:
+    """True if several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class FlatOptimizer(Optimizer):
@@ -36,7 +50,6 @@ class FlatOptimizer(Optimizer):
 
     Attributes:
         base_optimizer: the inner optimizer; it shares `param_groups` and `state` with this one.
-        climbed: True between an ascent and the descent (or `restore`).
         stats: device tensors that describe the last ascent, for logging.
         check_finite: also test the final gradient for inf and NaN, one more pass (always done with several processes
             and where a GradScaler has scaled it); a step with a non-finite gradient is skipped.
@@ -67,7 +80,6 @@ class FlatOptimizer(Optimizer):
         for group in self.param_groups:
             check_options(group)
         self.blocks = self._make_blocks()
-        self.climbed = False
         self.check_finite = False
         self.stats: dict[str, Tensor] = {}
         self.alpha: float | Tensor | None = None
@@ -81,7 +93,10 @@ class FlatOptimizer(Optimizer):
         self._ready = True
 
     def _make_blocks(self) -> list[Block]:
-        return [Block([(k, g["params"]) for k, g in enumerate(self.param_groups)], self.ascent_rows)]
+        return [self._block(range(len(self.param_groups)))]
+
+    def _block(self, groups: Iterable[int]) -> Block:
+        return Block([(k, self.param_groups[k]["params"]) for k in groups], self.ascent_rows)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at construction or later; a later one gets a flat buffer of its own."""
@@ -91,17 +106,13 @@ class FlatOptimizer(Optimizer):
         if not self._ready:
             return
         try:
-            block = self._new_block(len(self.param_groups) - 1)
+            block = self._block([len(self.param_groups) - 1])
             if block.flat.device != self.blocks[0].flat.device:
                 raise ValueError(f"params of the new group lie on {block.flat.device}, the others elsewhere")
         except ValueError:
             self.param_groups.pop()
             raise
-        block.kept.copy_(block.flat.data)
         self.blocks.append(block)
-
-    def _new_block(self, index: int) -> Block:
-        return Block([(index, self.param_groups[index]["params"])], self.ascent_rows)
 
     def bind(self, model: nn.Module, ascent: str = "local") -> FlatOptimizer:
         """Tell the optimizer its model, so that `step(closure)` can do right by it; returns the optimizer.
@@ -130,13 +141,13 @@ class FlatOptimizer(Optimizer):
         """Gradients that had to be copied into the flat buffer because p.grad was not a view of it."""
         return sum(block.flat.rows.gathered for block in self.blocks)
 
-    def _collect(self, row: int = 0) -> list[tuple[bool, ...]]:
+    def _collect(self, row: int = 0) -> list[Present]:
         """Bring every gradient into row `row`; which parameters have one, for each block."""
-        presents = []
+        presents: list[Present] = []
         for block in self.blocks:
             block.flat.adopt()
             presents.append(block.flat.rows.collect(row))
-            block.expected = list(presents[-1])
+            block.expected = [bool(here) for here in presents[-1]]
         return presents
 
     def _fresh(self) -> bool:
@@ -147,10 +158,13 @@ class FlatOptimizer(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Bring theta back, bit for bit, if an ascent left theta + eps in the parameters."""
-        if self.climbed:
-            for block in self.blocks:
-                block.flat.data.copy_(block.kept)
-            self.climbed = False
+        for block in self.blocks:
+            block.restore()
+
+    @property
+    def climbed(self) -> bool:
+        """True between an ascent and the descent (or `restore`)."""
+        return any(block.climbed for block in self.blocks)
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -176,7 +190,7 @@ class FlatOptimizer(Optimizer):
             self._switch(fused(self.base_optimizer))
             if self._fused:
                 for block, present in zip(self.blocks, presents, strict=True):
-                    fused_step(self.base_optimizer, block, row, present, self.climbed, scale, skip)
+                    fused_step(self.base_optimizer, block, row, present, scale, skip)
             else:
                 self.restore()
                 foreign_step(self.base_optimizer, self.blocks, row, presents, scale, skip)
@@ -184,8 +198,9 @@ class FlatOptimizer(Optimizer):
             self.restore()
             raise
         self._count(skip)
-        self.climbed, self._first_bad = False, None
-        self._opt_called = self.base_optimizer._opt_called = True  # what learning-rate schedulers look at
+        self._first_bad = None
+        for optimizer in (self, self.base_optimizer):
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
         for block in self.blocks:
             block.flat.rows.consume()
 
@@ -195,7 +210,7 @@ class FlatOptimizer(Optimizer):
         With several processes the first pass is each one's own, so only the final, reduced gradient may decide.
         """
         flags = [] if found_inf is None else [found_inf.reshape(())]
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        alone = not several()
         if alone and self._first_bad is not None and (fused(self.base_optimizer) or flags):
             flags.append(self._first_bad)
         if check or self.check_finite or not alone:
@@ -262,11 +277,11 @@ class FlatOptimizer(Optimizer):
             for p, t in zip(params, tensors, strict=True):
                 if t is not None and t.shape != p.shape:
                     raise ValueError(f"{name} holds a tensor of shape {tuple(t.shape)} for a parameter of {tuple(p.shape)}")
-        a, t = dict(zip(params, weights, strict=True)), dict(zip(params, targets, strict=True))
+        pairs = dict(zip(params, zip(weights, targets, strict=True), strict=True))
         for block in self.blocks:
             flat = block.flat
-            parts = (flat.flatten([a[p] for p in flat.params]), flat.flatten([t[p] for p in flat.params]))
-            block.anchor = (*parts, strength)
+            weight, target = ([pairs[p][i] for p in flat.params] for i in (0, 1))
+            block.anchor = (flat.flatten(weight), flat.flatten(target), strength)
         self.alpha = alpha
 
     # -- state -----------------------------------------------------------------------------------------------------------
@@ -314,6 +329,13 @@ class FlatOptimizer(Optimizer):
 
     # -- two processes, BatchNorm ----------------------------------------------------------------------------------------
 
+    def _export(self) -> dict[str, Any]:
+        """State beyond the base optimizer's, for "ltfast" of the state dict."""
+        return {}
+
+    def _import(self, extra: dict[str, Any]) -> None:
+        """Take over what `_export` gave."""
+
     def _second_pass(self) -> AbstractContextManager[None]:
         return nullcontext() if self._model is None else frozen_statistics(self._model)
 
@@ -327,7 +349,8 @@ class _FirstPass:
 
     def __init__(self, owner: FlatOptimizer) -> None:
         self._owner = owner
+        self.params: list[Tensor] | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return self._owner.param_groups
+        return self._owner.param_groups if self.params is None else [{"params": self.params}]

@@ -125,7 +125,8 @@ class Engine(Ascent):
         if rule.gram_every > 1:
             matrix, theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
             return self.refreshed(self.agreement.gram(matrix, shares), theta_sq, self.agreement.shares(shares))
-        coef = self.coefficients(*gram_partials(self.rows, self.flat.data, rule.adaptive), shares)
+        partials, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
+        coef = self.coefficients(partials, theta_sq, shares)
         if rule.direction == "friendly":
             weights = self.average_weights(shares)
             for k in range(g):  # m <- (1 - weight) m + weight u; perturb leaves a row of weight 0 out, NaN or not

@@ -41,7 +41,7 @@ class Block:
 
     Attributes:
         flat: the parameters.
-        kept: [N] theta as it was before the ascent, bit for bit.
+        kept: [N] theta as it was before the ascent, bit for bit; meaningful while `climbed`.
         group_of: index of each parameter's group.
         slots: flat optimizer state by torch's name.
         counters: each parameter's number of updates, 0-dim; parameters always updated together share one tensor.
@@ -52,7 +52,8 @@ class Block:
         self.flat = FlatParameters([p for _, params in groups for p in params], rows)
         index = {p: k for k, params in groups for p in params}
         self.group_of = [index[p] for p in self.flat.params]
-        self.kept = torch.zeros_like(self.flat.data)
+        self.climbed = False
+        self._kept: Tensor | None = None
         self.slots: dict[str, Tensor] = {}
         self.views: dict[str, list[Tensor]] = {}
         self.counters = [torch.zeros((), device=self.flat.device)] * len(self.flat.params)
@@ -60,6 +61,19 @@ class Block:
         self.anchor: Anchor | None = None
         self.published: set[Present] = set()  # whose state base.state already shows
         self._runs: dict[Present, list[Run]] = {}
+
+    @property
+    def kept(self) -> Tensor:
+        """See above; allocated when first asked for (a block outside the ascent's scope needs none)."""
+        if self._kept is None:
+            self._kept = torch.zeros_like(self.flat.data)
+        return self._kept
+
+    def restore(self) -> None:
+        """Bring theta back, bit for bit, if the parameters hold theta + eps."""
+        if self.climbed:
+            self.flat.data.copy_(self.kept)
+            self.climbed = False
 
     def bounds(self, first: int, end: int) -> slice:
         """The span of parameters first .. end - 1."""
@@ -151,7 +165,7 @@ def fused(base: Optimizer) -> bool:
 
 
 def fused_step(
-    base: Optimizer, block: Block, row: int, present: Present, climbed: bool, scale: Any, skip: Tensor | None
+    base: Optimizer, block: Block, row: int, present: Present, scale: Any, skip: Tensor | None
 ) -> None:
     """Restore theta and take the step of `base` in one pass a run; absent parameters are only restored."""
     names = SLOTS[type(base)]  # type: ignore[index]
@@ -166,12 +180,12 @@ def fused_step(
     for run in block.runs(present):
         s = run.span
         if not run.present:
-            if climbed:
+            if block.climbed:
                 theta[s].copy_(block.kept[s])
             continue
         group = base.param_groups[run.group]
         common: dict[str, Any] = {
-            "source": block.kept[s] if climbed else None,
+            "source": block.kept[s] if block.climbed else None,
             "anchor": None if block.anchor is None else (block.anchor[0][s], block.anchor[1][s], block.anchor[2]),
             "weight_decay": group["weight_decay"],
             "grad_scale": scale,
@@ -189,6 +203,7 @@ def fused_step(
             moments = [block.slot(name)[s] for name in names]
             step = block.counters[run.first]
             adamw_step(theta[s], grad[s], *moments, step, lr, group["betas"], group["eps"], **common)
+    block.climbed = False
     publish(base, block, present)
 
 

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
-from ltfast.optim.base import FlatOptimizer
-from ltfast.optim.inner import Block
+from ltfast.optim.base import FlatOptimizer, several
+from ltfast.optim.inner import Block, Present
 from ltfast.optim.state import averages_by_index, indices, load_averages
 
 Closure = Callable[[], Any]
@@ -129,7 +128,7 @@ class SAM(FlatOptimizer):
 
         With several processes overflow is not told to the scaler: it may differ between them, and so would the scale.
         """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several():
             self._divide(scaler.scale(self._one.reshape(())))
         else:
             scaler.unscale_(self._first_pass)  # type: ignore[arg-type]
@@ -167,22 +166,21 @@ class SAM(FlatOptimizer):
         coef, stats = ascent_coefficients(
             matrix, None, self._one, None, 1, direction=self.direction, rho=1.0 if rho is None else rho, sigma=self._sigma()
         )
-        for block, span, (radius, adaptive) in parts:
-            own = coef if rho is not None else coef * radius
-            theta = block.flat.data[span]
-            perturb(theta, block.flat.grads[:rows, span], own, adaptive, out=theta, keep=block.kept[span])
-        self.climbed = True
+        for block in self.blocks:
+            own = [part for part in parts if part[0] is block]
+            if len(own) > 1:
+                block.kept.copy_(block.flat.data)
+                block.climbed = True  # from here on an interruption can be taken back
+            for _, span, (radius, adaptive) in own:
+                scaled = coef if rho is not None else coef * radius
+                theta, keep = block.flat.data[span], None if block.climbed else block.kept[span]
+                perturb(theta, block.flat.grads[:rows, span], scaled, adaptive, out=theta, keep=keep)
+            block.climbed = True
         self.stats = stats._asdict()
         self._first_bad = stats.bad
 
     def _sigma(self) -> float | Tensor:
         return 1.0
-
-    def _export(self) -> dict[str, Any]:
-        return {}
-
-    def _import(self, extra: dict[str, Any]) -> None:
-        pass
 
 
 class FriendlySAM(SAM):
@@ -226,7 +224,7 @@ class FriendlySAM(SAM):
     def _sigma(self) -> float | Tensor:
         return self.sigma
 
-    def _collect(self, row: int = 0) -> list[tuple[bool, ...]]:
+    def _collect(self, row: int = 0) -> list[Present]:
         self._present = super()._collect(row)
         return self._present
 
@@ -251,10 +249,10 @@ class FriendlySAM(SAM):
 
     def _export(self) -> dict[str, Any]:
         known = {i for p, i in indices(self).items() if p in self._averaged}
-        return {"averages": {i: t for i, t in averages_by_index(self, 1, 1).items() if i in known}}
+        return {"averages": {i: t for i, t in averages_by_index(self, 1, 1, self.blocks).items() if i in known}}
 
     def _import(self, extra: dict[str, Any]) -> None:
         averages = extra.get("averages", {})
-        load_averages(self, averages, 1, 1)
+        load_averages(self, averages, 1, 1, self.blocks)
         self._averaged = {p for p, i in indices(self).items() if i in averages}
         self._seen.fill_(bool(averages))

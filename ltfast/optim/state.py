@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ltfast.optim.inner import SLOTS
+from ltfast.optim.inner import SLOTS, Block
 
 if TYPE_CHECKING:
     from ltfast.optim.base import FlatOptimizer
@@ -90,21 +90,23 @@ def import_extra(optimizer: FlatOptimizer, extra: dict[str, Any]) -> None:
     optimizer._import(extra)
 
 
-def averages_by_index(optimizer: FlatOptimizer, first: int, rows: int) -> dict[int, Tensor]:
+def averages_by_index(optimizer: FlatOptimizer, first: int, rows: int, blocks: list[Block]) -> dict[int, Tensor]:
     """Gradient rows first .. first + rows - 1 as {index: [rows, *shape]}."""
     order = indices(optimizer)
     result = {}
-    for block in optimizer.blocks:
+    for block in blocks:
         per_row = [block.flat.views(block.flat.grads[first + k]) for k in range(rows)]
         for i, p in enumerate(block.flat.params):
             result[order[p]] = torch.stack([views[i] for views in per_row])
     return result
 
 
-def load_averages(optimizer: FlatOptimizer, averages: dict[int, Tensor], first: int, rows: int) -> None:
+def load_averages(
+    optimizer: FlatOptimizer, averages: dict[int, Tensor], first: int, rows: int, blocks: list[Block]
+) -> None:
     """Undo `averages_by_index`; parameters without an entry get zeros."""
     order = indices(optimizer)
-    for block in optimizer.blocks:
+    for block in blocks:
         per_row = [block.flat.views(block.flat.grads[first + k]) for k in range(rows)]
         for i, p in enumerate(block.flat.params):
             held = averages.get(order[p])

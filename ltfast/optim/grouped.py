@@ -1,0 +1,289 @@
+"""The ascent of optimizers whose closure returns group losses: ImbSAM, Focal-SAM, CC-SAM and GSA (their step: gsa.py).
+
+    closure() -> (L [G], w [G]):  L_k = mean loss over the samples of group k (0 where absent),  w_k = their batch share
+    (ltfast.losses.group_losses and membership_for make both from per-sample losses and labels)
+
+The optimizer runs every backward itself: one a group in mode E or one in all in mode R, then the final one. Gradients of
+the first pass come from autograd.grad and never touch p.grad, so hooks and DistributedDataParallel see the final one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from ltfast.flat import GradientRows
+from ltfast.kernels import gram_partials, perturb
+from ltfast.optim.ascent import Ascent
+from ltfast.optim.base import FlatOptimizer, several
+from ltfast.optim.inner import Block
+from ltfast.optim.rules import Rule
+from ltfast.optim.state import averages_by_index, load_averages
+
+Losses = tuple[Tensor, Tensor]
+Closure = Callable[[], Losses]
+MARK = "classifier"  # key of a param group that scope="classifier" perturbs
+
+
+class GroupAscent(FlatOptimizer):
+    """Climb by group losses; see GSA.
+
+    Attributes:
+        rule: the method as data (ltfast.optim.rules).
+        ascent: coefficients, Gram memory, and `refresh`: cosines between mode R's and the exact direction.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any,
+        rule: Rule,
+        counts: Any,
+        options: dict[str, Any],
+        base_kwargs: dict[str, Any],
+    ) -> None:
+        self.rule = rule
+        self._counts = _as_counts(counts)
+        if rule.direction == "friendly" and rule.gram_every > 1:
+            raise ValueError("gram_every must be 1 with direction 'friendly', whose averages need every group's gradient")
+        if rule.objective == "per_group" and rule.gram_every > 1:
+            raise ValueError("gram_every must be 1 with objective 'per_group', which needs every group's gradient")
+        super().__init__(params, base_optimizer, options, base_kwargs)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"rule": self.rule, "_counts": self._counts}
+
+    def _setup(self) -> None:
+        super()._setup()
+        self.ascent = Ascent(self.rule, self._counts, 1, self.blocks[0].flat.device)
+
+    # -- what is perturbed -----------------------------------------------------------------------------------------------
+
+    def _make_blocks(self) -> list[Block]:
+        indices = range(len(self.param_groups))
+        if self.rule.scope == "all":
+            return [self._block(indices)]
+        marked = [k for k in indices if self.param_groups[k].get(MARK)]
+        if not marked:
+            raise ValueError(
+                "scope='classifier' needs to know the classifier: pass param groups and give its group {'classifier': True}"
+            )
+        others = [k for k in indices if k not in marked]
+        return [self._block(marked)] + ([self._block(others)] if others else [])
+
+    def _block(self, groups: Any) -> Block:
+        block = super()._block(groups)
+        block.flat.resize_rows(self._rows_of(block))
+        return block
+
+    def _climbs(self, block: Block) -> bool:
+        return self.rule.scope == "all" or bool(self.param_groups[block.group_of[0]].get(MARK))
+
+    def _rows_of(self, block: Block) -> int:
+        """Row 0 is the final gradient; a shared perturbation is done with its rows by then and starts there, too."""
+        rows = self._counts.numel() * (2 if self.rule.direction == "friendly" else 1)
+        return self._first_row + rows if self._climbs(block) and self.rule.gram_every == 1 else 1
+
+    @property
+    def _first_row(self) -> int:
+        return 1 if self.rule.objective == "per_group" else 0
+
+    @property
+    def _climbing(self) -> list[Block]:
+        return [block for block in self.blocks if self._climbs(block)]
+
+    def set_groups(self, counts: Any) -> None:
+        """Start afresh with groups of `counts` [G] training images (after regrouping)."""
+        self._counts = _as_counts(counts)
+        self.restore()
+        for block in self.blocks:
+            block.flat.resize_rows(self._rows_of(block))
+        self.ascent.start(self._counts)
+
+    # -- the first pass --------------------------------------------------------------------------------------------------
+
+    def _first(self, closures: list[Closure], scaler: GradScaler | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Coefficients, the gradient rows they combine (for each climbing block), and the loss at theta."""
+        ascent, every = self.ascent, self.rule.gram_every
+        exact = every == 1 or not ascent.remembers or ascent.steps % every == 0
+        ascent.steps += 1
+        for block in self.blocks:
+            block.flat.adopt()
+        ascent.n_elements = sum(block.flat.numel for block in self._climbing)
+        coef, rows, loss = (self._exact if exact else self._stale)(closures, scaler)
+        stats = ascent.stats
+        self.stats = stats
+        self._first_bad = stats["bad"] if self.rule.split else 1.0 - stats["ok"]
+        return coef, rows, loss
+
+    def _evaluate(self, closure: Closure) -> Losses:
+        with torch.enable_grad():
+            result = closure()
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError("closure must return (group losses [G], batch shares [G])")
+        g = self._counts.numel()
+        for name, tensor in zip(("group losses", "batch shares"), result, strict=True):
+            if not isinstance(tensor, Tensor) or tensor.shape != (g,):
+                shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"closure: the {name} must be a tensor of shape ({g},), not {shape}")
+        if not result[0].requires_grad:
+            raise ValueError("closure: the group losses do not depend on any parameter (computed under no_grad?)")
+        return result[0], result[1].detach()
+
+    def _exact(self, closures: list[Closure], scaler: GradScaler | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Mode E: every group's gradient."""
+        g, first, split = self._counts.numel(), self._first_row, self.rule.split
+        temporary = self.rule.gram_every > 1
+        holders = [GradientRows(b.flat, g) if temporary else b.flat.rows for b in self._climbing]
+        world = self._world()
+        weighted = len(closures) > 1 or world > 1
+        total, loss = torch.zeros((), device=self.ascent.device), torch.zeros((), device=self.ascent.device)
+        for m, closure in enumerate(closures):
+            with self._without_sync():
+                losses, shares = self._evaluate(closure)
+            parts = shares / (len(closures) * world)
+            total, loss = total + parts, loss + (losses.detach() * shares).sum() / len(closures)
+            for k in range(g):
+                # In a split rule row 0 is part of the final gradient, so it carries its share; directions ignore it.
+                factor = shares[0] / len(closures) if split and k == 0 else parts[k] if weighted else None
+                self._fill(holders, first + k, losses[k], factor, scaler, add=m > 0, retain=k + 1 < g)
+        rows = [holder.data[first : first + self.ascent.n_rows] for holder in holders]
+        own = [r[1 if split else 0 : g] for r in rows]
+        if scaler is not None:
+            self._unscale(own, scaler)
+        if weighted:
+            self._add_up(*own, total)
+            inverse = torch.where(total > 0, 1 / total.clamp_min(1e-30), 0.0)
+            for r in own:
+                r *= inverse[1 if split else 0 :, None]
+        return self._coefficients(rows, total), rows, loss
+
+    def _coefficients(self, rows: list[Tensor], shares: Tensor) -> Tensor:
+        ascent = self.ascent
+        matrix, theta_sq = self._gram(rows)
+        if self.rule.gram_every > 1:
+            return ascent.refreshed(matrix.sum(0), theta_sq.sum(), shares)
+        coef = ascent.coefficients(matrix, theta_sq, shares)
+        if self.rule.direction == "friendly":
+            weights, g = ascent.average_weights(shares), self._counts.numel()
+            for r in rows:
+                for k in range(g):  # m + weight (u - m); a weight of 0 leaves m alone whatever u holds
+                    pair = torch.stack((weights[k], -weights[k]))
+                    perturb(r[g + k], r[k : g + k + 1 : g], pair, out=r[g + k])
+        return coef
+
+    def _stale(self, closures: list[Closure], scaler: GradScaler | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Mode R: one backward of sum_j c_j L_j with coefficients from the remembered Gram matrix.
+
+        With several micro-batches each takes the coefficients of its own shares.
+        """
+        holders, world = [b.flat.rows for b in self._climbing], self._world()
+        loss = torch.zeros((), device=self.ascent.device)
+        intended = loss
+        for m, closure in enumerate(closures):
+            with self._without_sync():
+                losses, shares = self._evaluate(closure)
+            loss = loss + (losses.detach() * shares).sum() / len(closures)
+            total = shares / world
+            self._add_up(total)
+            coef, norm = self.ascent.stale_coefficients(total)
+            factor = coef / len(closures)
+            if world > 1:
+                factor = factor * torch.where(total > 0, shares / (world * total.clamp_min(1e-30)), 0.0)
+            intended = intended + norm / len(closures)
+            self._fill(holders, 0, (factor * losses).sum(), None, scaler, add=m > 0, retain=False)
+        rows = [holder.data[:1] for holder in holders]
+        if scaler is not None:
+            self._unscale(rows, scaler)
+        self._add_up(*rows)
+        return self.ascent.rescaled(*self._gram(rows), intended), rows, loss
+
+    def _fill(
+        self, holders: list[GradientRows], row: int, loss: Tensor, factor: Tensor | None, scaler: GradScaler | None,
+        *, add: bool, retain: bool,
+    ) -> None:  # fmt: skip
+        """Write (or add) the gradient of factor * loss to row `row` of the climbing blocks."""
+        params = [p for holder in holders for p in holder.params if p.requires_grad]
+        with torch.enable_grad():
+            loss = loss if factor is None else loss * factor
+            loss = loss if scaler is None else scaler.scale(loss)
+        found = dict(zip(params, torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True), strict=True))
+        for holder in holders:
+            holder.put(row, [found.get(p) for p in holder.params], add=add)
+
+    def _gram(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Partial Gram matrices and |theta|^2 of the climbing blocks."""
+        blocks = self._climbing
+        pairs = [gram_partials(r, block.flat.data, self.rule.adaptive) for r, block in zip(rows, blocks, strict=True)]
+        if len(pairs) == 1:
+            return pairs[0]
+        return torch.cat([matrix for matrix, _ in pairs]), torch.cat([theta_sq for _, theta_sq in pairs])
+
+    @torch.no_grad()
+    def _climb(self, coef: Tensor, rows: list[Tensor]) -> None:
+        """Put theta + s^2 * coef @ rows into the parameters, from wherever they are."""
+        for block, r in zip(self._climbing, rows, strict=True):
+            theta = block.flat.data
+            if block.climbed:
+                perturb(block.kept, r, coef, self.rule.adaptive, out=theta)
+            else:
+                perturb(theta, r, coef, self.rule.adaptive, out=theta, keep=block.kept)
+                block.climbed = True
+
+    # -- loss scaling, several processes -----------------------------------------------------------------------------------
+
+    def _unscale(self, rows: list[Tensor], scaler: GradScaler, *, tell: bool = True) -> None:
+        """Unscale the first pass's rows; alone, tell the scaler (once a step) of an overflow there, too."""
+        if not tell or several():
+            scale = scaler.scale(torch.ones((), device=self.ascent.device))
+            for r in rows:
+                r /= scale
+            return
+        self._first_pass.params = [_holding(r) for r in rows]
+        scaler.unscale_(self._first_pass)  # type: ignore[arg-type]
+
+    def _world(self) -> int:
+        """Processes whose gradients a global ascent adds up; 1 for a local one."""
+        return dist.get_world_size() if self._ascent == "global" and several() else 1
+
+    def _add_up(self, *tensors: Tensor) -> None:
+        """Sum over the processes, in place, for a global ascent."""
+        if self._world() > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    def _export(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {"engine": {k: v.clone() for k, v in self.ascent.state().items()}}
+        if self.rule.direction == "friendly":
+            g = self._counts.numel()
+            extra["averages"] = averages_by_index(self, self._first_row + g, g, self._climbing)
+        return extra
+
+    def _import(self, extra: dict[str, Any]) -> None:
+        self.ascent.start(self._counts)
+        if "engine" in extra:
+            self.ascent.load_state(extra["engine"])
+        if self.rule.direction == "friendly":
+            g = self._counts.numel()
+            load_averages(self, extra.get("averages", {}), self._first_row + g, g, self._climbing)
+
+
+def _as_counts(counts: Any) -> Tensor:
+    counts = torch.as_tensor(counts).detach().clone()
+    if counts.ndim != 1 or counts.numel() < 1 or bool((counts < 0).any()):
+        raise ValueError(f"counts must be one-dimensional, training images of each group, all >= 0, not {counts}")
+    return counts
+
+
+def _holding(rows: Tensor) -> Tensor:
+    """A tensor without memory whose .grad is `rows`: what GradScaler.unscale_ wants to see."""
+    holder = nn.Parameter(rows.new_empty(1).expand(rows.shape), requires_grad=False)
+    holder.grad = rows
+    return holder
