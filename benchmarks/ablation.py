@@ -1,0 +1,313 @@
+"""Ablations on digits-lt: each cell changes one thing, every seed is paired with plain BCL of the same seed.
+
+    python benchmarks/ablation.py --list                                # sweeps and their cells
+    python benchmarks/ablation.py --sweeps radius sam --seeds 0 1 2     # 10 to 30 s a run on one quiet core
+    python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
+Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
+with like. A cell and seed that has its row is not run again. Rows: case "digits-lt/<cell>/seed=<k>".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import torch
+
+FIGURES = ("top1", "medium", "few", "ece")
+RHO = (2e-3, 3e-3)  # the paper's clip of Eq. 13
+BASELINE = "bcl"
+FIXED = {"device": "cpu", "compile": "off", "tensorboard": False, "checkpoint_every": 10**6}
+State = tuple[dict[str, torch.Tensor], dict[str, Any]]
+LEVEL = 0.95
+
+
+class Cell(NamedTuple):
+    """One configuration: a method and the settings that it overrides."""
+
+    method: str
+    settings: dict[str, Any]
+
+
+def radius(factor: float) -> dict[str, Any]:
+    """Both clips of Eq. 13 times `factor`; almost every radius lies on one of them."""
+    return {"rho_min": RHO[0] * factor, "rho_max": RHO[1] * factor}
+
+
+def settings_of(method: str, name: str, values: Iterable[Any]) -> dict[str, Cell]:
+    """A cell for each value of one setting."""
+    return {f"{method},{name}={value}": Cell(method, {name: value}) for value in values}
+
+
+def directions(factor: float) -> dict[str, Cell]:
+    """Directions of a shared perturbation of all parameters; friendly cannot reuse a Gram matrix, so all are exact."""
+    return {
+        f"gsa-exact,direction={name},radius=x{factor:g}": Cell("gsa-exact", {"direction": name, **radius(factor)})
+        for name in ("orthogonal", "friendly", "none", "projected", "joint")
+    }
+
+
+def scopes(factor: float) -> dict[str, Cell]:
+    """Scope and objective at one radius."""
+    return {
+        f"gsa-exact,scope={scope},objective={objective},radius=x{factor:g}": Cell(
+            "gsa-exact", {"scope": scope, "objective": objective, **radius(factor)}
+        )
+        for scope in ("classifier", "all")
+        for objective in ("shared", "per_group")
+    }
+
+
+# Sweeps, most telling first; every sweep is compared with the same BCL runs. Cells that are one configuration under two
+# names (`same`) are run once.
+SWEEPS: dict[str, dict[str, Cell]] = {
+    "baseline": {"bcl": Cell("bcl", {})},
+    "sam": settings_of("bcl+sam", "rho", (0.02, 0.05, 0.1, 0.2)),
+    "radius-full": {f"gsa-full,radius=x{k}": Cell("gsa-full", radius(k)) for k in (1, 3, 10, 30)},
+    "radius-paper": {f"gsa-paper,radius=x{k}": Cell("gsa-paper", radius(k)) for k in (1, 3, 10, 30)},
+    "direction": {**directions(1), **directions(10)},
+    "lambda": {f"gkp,gkp_lambda={k}": Cell("gkp", {"gkp_lambda": float(k)}) for k in (1, 10, 100)},
+    "scope": {**scopes(1), **scopes(10)},
+    "gram": settings_of("gsa-full", "gram_every", (1, 4, 16, 64)),
+    "groups": settings_of("gsa-full", "groups", (2, 4, 8)),
+    "scout": settings_of("gkp", "scout", (0.2, 0.4, 0.6)),
+    "regroup": settings_of("gkp", "regroup", (0, 6, 12)),
+    "alpha": {
+        f"gkp,alpha={a}->{b}": Cell("gkp", {"alpha_start": a, "alpha_end": b})
+        for a, b in ((0.9, 0.8), (0.99, 0.99), (0.5, 0.5))
+    },
+    "ascent": {
+        name: Cell("gsa-full", settings)
+        for name, settings in {
+            "gsa-full,ascent_every=2": {"ascent_every": 2},
+            "gsa-full,ascent_views=1": {"ascent_views": 1},
+            "gsa-full,ascent_fraction=0.5": {"ascent_fraction": 0.5},
+        }.items()
+    },
+}
+
+
+@cache
+def same(name: str) -> str:
+    """The first cell of all sweeps with the same resolved configuration as cell `name`."""
+    cells = {n: cell for sweep in SWEEPS.values() for n, cell in sweep.items()}
+    return next(n for n, cell in cells.items() if resolved(cell) == resolved(cells[name]))
+
+
+def resolved(cell: Cell) -> dict[str, Any]:
+    """What a cell comes to: its configuration without its name, and its sharpness rule with the overrides in it."""
+    from ltfast.recipes import build_config, rule_of
+
+    config = build_config("digits-lt", cell.method, {}, cell.settings)
+    return {**config.to_dict(), "method": None, "sharpness": rule_of(config)}
+
+
+class Scouted(Exception):
+    """Scouting is over."""
+
+
+@lru_cache(maxsize=1)
+def scouted(seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> State:
+    """State of a run at the end of scouting, which is plain BCL and the same for every cell with a memory bank."""
+    from ltfast.dist import Ranks
+    from ltfast.progress import Progress
+    from ltfast.recipes import build_config
+    from ltfast.resume import capture
+    from ltfast.train import Trainer
+
+    class Scout(Trainer):
+        def grouping_due(self, epoch: int) -> bool:
+            if super().grouping_due(epoch):
+                raise Scouted
+            return False
+
+    config = build_config("digits-lt", "bcl+gkp", {}, {**FIXED, **dict(flags), "seed": seed, "scout": scout})
+    scout_run = Scout(config, None, Ranks(), Progress())
+    with contextlib.suppress(Scouted):
+        scout_run.fit()
+    tensors, meta, shared = capture(scout_run)
+    return {name: tensor.clone() for name, tensor in (tensors | shared).items()}, meta
+
+
+def run_cell(cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of one cell trained in this process: test accuracy of its last weights (the test split chooses nothing)."""
+    from ltfast.dist import Ranks
+    from ltfast.progress import Progress
+    from ltfast.recipes import build_config
+    from ltfast.resume import restore
+    from ltfast.runs import RunFolder
+    from ltfast.train import Trainer
+
+    with tempfile.TemporaryDirectory(prefix="ltfast-ablation-") as folder:
+        flags = {**FIXED, **cell.settings, **flags, "seed": seed, "out": f"{folder}/run"}
+        config = build_config("digits-lt", cell.method, {}, flags)
+        trainer = Trainer(config, RunFolder.create(config), Ranks(), Progress())
+        if trainer.scouts:
+            tensors, meta = scouted(seed, config.preserve.scout, tuple(shared_flags(flags).items()))
+            restore(trainer, tensors, meta)
+        test = trainer.fit()["last"]
+        assert trainer.folder is not None
+        assert trainer.store is not None
+        trainer.store.close()
+        trainer.folder.close()
+        return {**{name: test[name] for name in FIGURES}, **mechanics(trainer.folder)}
+
+
+def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags that scouting depends on; no cell changes others than these and those of sharpness and preservation."""
+    return {name: value for name, value in flags.items() if name == "epochs"}
+
+
+def mechanics(run: Any) -> dict[str, float]:
+    """What the method did, as means over the epochs after scouting.
+
+    gkp_over_grad: norm of the GKP force over that of the loss gradient; clipped_below, clipped_above: shares of radii on a
+    bound; length: |s^-1 eps| of a group; refresh_cos: remembered against exact direction at Gram refreshes;
+    eps_sq: squared length of the perturbation that was applied.
+    """
+    epochs = {row["epoch"]: row for row in run.metrics("epoch") if row["phase"] == "train"}
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in run.metrics("forces"):
+        if row.get("gkp") is not None and row["epoch"] in epochs:
+            found["gkp_over_grad"].append(row["gkp"] / max(epochs[row["epoch"]]["grad_norm"], 1e-12))
+    for row in run.metrics("ascent"):
+        if row["epoch"] not in epochs:
+            continue
+        for name, key in (("clipped_above", "above"), ("clipped_below", "below"), ("length", "length")):
+            values = [v for v in row[key] if v is not None]
+            found[name].append(statistics.fmean(values))
+        if "refresh_cos" in row:
+            found["refresh_cos"].append(row["refresh_cos"])
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def rows(path: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """(cell, seed) -> metric -> value; the last row of a case and metric wins, since files are append-only."""
+    table: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            cell, seed = row["case"].removeprefix("digits-lt/").rsplit("/seed=", 1)
+            table[cell, int(seed)][row["metric"]] = row["value"]
+    return dict(table)
+
+
+def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
+    """Mean and half-width of its Student-t confidence interval; half-width infinite for one value."""
+    from scipy.stats import t
+
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+        return mean, float("inf")
+    return mean, float(t.ppf((1 + level) / 2, n - 1)) * statistics.stdev(values) / n**0.5
+
+
+def table(sweep: str, path: Path) -> str:
+    """Markdown of one sweep: mean top-1 and few, and the paired difference to BCL with its 95 % interval."""
+    found = rows(path)
+    lines = [
+        "| cell | seeds | top-1 % | few % | top-1 against bcl | few against bcl | ECE % | mechanics |",
+        "|" + "---|" * 8,
+    ]
+    for name in SWEEPS[sweep]:
+        runs = {seed: run for (cell, seed), run in found.items() if cell == same(name)}
+        if not runs:
+            lines.append(f"| `{name}` | 0 | not measured |" + " |" * 5)
+            continue
+        cells = [f"`{name}`", str(len(runs))] + [mean_of(runs.values(), figure) for figure in ("top1", "few")]
+        cells += [paired(runs, found, figure) for figure in ("top1", "few")] + [
+            mean_of(runs.values(), "ece"),
+            mechanics_text(runs.values()),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_of(runs: Iterable[Mapping[str, float]], figure: str) -> str:
+    """Mean with two decimals."""
+    return f"{statistics.fmean(run[figure] for run in runs):.2f}"
+
+
+def paired(
+    runs: Mapping[int, Mapping[str, float]], found: Mapping[tuple[str, int], Mapping[str, float]], figure: str
+) -> str:
+    """Mean difference to the baseline of the same seeds, +- half of its 95 % interval."""
+    deltas = [run[figure] - found[BASELINE, seed][figure] for seed, run in runs.items() if (BASELINE, seed) in found]
+    if not deltas:
+        return "no baseline"
+    mean, half = interval(deltas)
+    return f"{mean:+.2f} +- {half:.2f}" if len(deltas) > 1 else f"{mean:+.2f} (one seed)"
+
+
+def mechanics_text(runs: Iterable[Mapping[str, float]]) -> str:
+    """What the rows say about the mechanics of a cell, for instance `GKP/grad .03`."""
+    names = {
+        "gkp_over_grad": "GKP/gradient", "length": "length", "clipped_above": "on upper bound",
+        "clipped_below": "on lower bound", "refresh_cos": "refresh cosine",
+    }  # fmt: skip
+    runs, parts = list(runs), []
+    for key, label in names.items():
+        values = [run[key] for run in runs if key in run]
+        if values:
+            parts.append(f"{label} {statistics.fmean(values):.2g}")
+    return ", ".join(parts)
+
+
+def run_sweeps(sweeps: list[str], seeds: list[int], budget: float, flags: Mapping[str, Any]) -> None:
+    """Run what has no row yet, all chosen sweeps at one seed before the next, until the budget is spent."""
+    path, started, longest = harness.RESULTS / "ablation.jsonl", time.monotonic(), 0.0
+    cells = {name: (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items() if same(name) == name}
+    for seed in seeds:
+        for name, (sweep, cell) in cells.items():
+            if (name, seed) in rows(path):
+                continue
+            begun = time.monotonic()
+            if begun - started + longest > budget:
+                print(f"budget of {budget:g} s spent before {name}, seed {seed}", flush=True)
+                return
+            figures = run_cell(cell, seed, flags)
+            seconds = time.monotonic() - begun
+            longest = max(longest, seconds)
+            config = {"method": cell.method, **cell.settings, **flags, "sweep": sweep}
+            for metric, value in figures.items():
+                harness.append_row("ablation", f"digits-lt/{name}/seed={seed}", metric, round(value, 6), config=config)
+            shown = f"top-1 {figures['top1']:.2f}  few {figures['few']:.2f}  {seconds:.0f} s"
+            print(f"{sweep:13s} {name:60s} seed {seed}  {shown}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds; no run starts that would exceed them"
+    )
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's (rows then say so)")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of ablation.jsonl")
+    parser.add_argument("--list", action="store_true", help="print sweeps and cells")
+    parser.add_argument("--table", action="store_true", help="print the tables of the rows there are")
+    args = parser.parse_args()
+    harness.RESULTS = args.results
+    if args.list or args.table:
+        for sweep in args.sweeps:
+            print(
+                f"\n## {sweep}\n"
+                + (table(sweep, args.results / "ablation.jsonl") if args.table else "\n".join(SWEEPS[sweep]))
+            )
+        return
+    flags = {"epochs": args.epochs} if args.epochs else {}
+    run_sweeps(args.sweeps, args.seeds, args.budget, flags)
+
+
+if __name__ == "__main__":
+    main()
