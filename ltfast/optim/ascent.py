@@ -129,7 +129,7 @@ class Ascent:
         """Tensors to checkpoint: Gram memory, which averages have begun, step count."""
         state = {"steps": torch.tensor(self.steps), "seen": self.seen}
         if self.remembers:
-            state |= {"memory": self.memory, "theta_sq": self.theta_sq}
+            state |= {"memory": self.memory, "theta_sq": self.theta_sq, "refresh": self.refresh}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -140,3 +140,4 @@ class Ascent:
         if self.remembers:
             self.memory.copy_(state["memory"])
             self.theta_sq.copy_(state["theta_sq"])
+            self.refresh.copy_(state["refresh"])

@@ -1,0 +1,257 @@
+"""Collectives, gradient reduction, synced BatchNorm and votes on 2 gloo processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ltfast.dist import Ranks, checksum
+from ltfast.errors import UserError
+from ltfast.flat import FlatParameters
+from ltfast.reduce import Agreement, GradientReducer
+from ltfast.survive import Action, BadSteps, Signals, Watch
+from ltfast.syncbn import synchronise
+from tests.procs import run_ranks
+
+pytestmark = pytest.mark.dist
+
+
+def test_alone_nothing_happens() -> None:
+    ranks, x = Ranks(), torch.ones(3)
+    assert ranks.sum_(x) is x
+    assert ranks.mean_(x) is x
+    assert ranks.gather(x).shape == (1, 3)
+    assert ranks.share({"a": 1}) == {"a": 1}
+    assert ranks.tensors({"x": x})["x"] is x
+    ranks.check_same(x, "x")
+    assert ranks.traffic.calls == 0
+
+
+def test_checksum_sees_every_bit_and_place() -> None:
+    x = torch.randn(1000)
+    base = int(checksum(x))
+    for i in range(0, 1000, 37):
+        for bit in (0, 13, 31):
+            y = x.clone()
+            y.view(torch.int32)[i] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+            assert int(checksum(y)) != base
+    y = x.clone()
+    y[3], y[4] = x[4], x[3]
+    assert int(checksum(y)) != base
+    weights = torch.arange(1, 2 * 5_000_000, 2)
+    big = torch.randn(5_000_000)  # more than one block
+    assert int(checksum(big)) == int((big.view(torch.int32).long() * weights).sum())
+
+
+def primitives(ranks: Ranks) -> dict[str, Any]:
+    result: dict[str, Any] = {"rank": ranks.rank}
+    result["mean"] = ranks.mean_(torch.tensor([float(ranks.rank), 4.0]))
+    result["gather"] = ranks.gather(torch.tensor([ranks.rank]))
+    result["share"] = ranks.share({"text": "e\u0301", "n": [1, 2]} if ranks.main else None)
+    named = {"b": torch.tensor([True, False]), "e": torch.zeros(0, 3), "h": torch.arange(6).view(2, 3).half()}
+    result["tensors"] = ranks.tensors(named if ranks.main else None)
+
+    def fails() -> None:
+        raise UserError("only rank 0 can see this")
+
+    try:
+        ranks.on_main(fails)
+    except UserError as error:
+        result["error"] = str(error)
+    same = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    ranks.check_same(same, "numbers")
+    if ranks.rank == 1:
+        same.view(torch.int32)[7] ^= 1
+    try:
+        ranks.check_same(same, "numbers")
+    except UserError as error:
+        result["different"] = str(error)
+    return result
+
+
+def test_primitives(tmp_path: Path) -> None:
+    for rank, result in enumerate(run_ranks(2, tmp_path, primitives)):
+        assert result["rank"] == rank
+        assert result["mean"].tolist() == [0.5, 4.0]
+        assert result["gather"].tolist() == [[0], [1]]
+        assert result["share"] == {"text": "e\u0301", "n": [1, 2]}
+        assert result["error"] == "only rank 0 can see this"
+        assert result["different"].startswith("ranks [1] hold other numbers than rank 0")
+        tensors = result["tensors"]
+        assert tensors["b"].tolist() == [True, False]
+        assert tensors["e"].shape == (0, 3)
+        assert tensors["h"].dtype == torch.float16
+        assert tensors["h"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+class Net(nn.Module):
+    """Layers of odd sizes, one of them unused, so that spans end in odd places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused, self.c = nn.Linear(5, 7), nn.Linear(7, 11), nn.Linear(3, 3), nn.Linear(11, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def reductions(ranks: Ranks) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = Net()
+    flat = FlatParameters(net.parameters(), rows=2)
+    reducer = GradientReducer(flat, ranks, bucket_bytes=256)
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))[4 * ranks.rank : 4 * ranks.rank + 4]
+    flat.attach(1)
+    net(x).square().mean().backward()  # an ascent's backward: stays here
+    local = flat.grads[1].clone()
+    calls = ranks.traffic.calls
+    flat.attach(0)
+    reducer.arm(flat.grads[0])
+    net(x).square().mean().backward()
+    early = len(reducer._work)
+    reducer.finish(torch.tensor(0.0))
+    result = {
+        "spans": [(s.start, s.stop) for s in reducer.spans], "early": early, "calls": ranks.traffic.calls - calls, "size": flat.size,
+        "mean": flat.grads[0].clone(), "local": local, "untouched": torch.equal(local, flat.grads[1]),
+    }  # fmt: skip
+    reducer.arm(flat.attach(0))
+    net(x).square().mean().backward()
+    reducer.finish(torch.tensor(float(ranks.rank == 1)))
+    result["poisoned"] = bool(flat.grads[0].isnan().any())
+    return result
+
+
+def test_gradient_reduction(tmp_path: Path) -> None:
+    results = run_ranks(2, tmp_path, reductions)
+    torch.manual_seed(0)
+    net = Net()
+    flat = FlatParameters(net.parameters(), rows=1)
+    flat.attach(0)
+    net(torch.randn(8, 5, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+    for result in results:
+        spans = result["spans"]
+        assert len(spans) > 2
+        assert [spans[0][1], spans[-1][0]] == [result["size"], 0]
+        assert all(later[1] == earlier[0] for earlier, later in zip(spans, spans[1:], strict=False))
+        assert result["calls"] == len(spans), "one call a span, none for the ascent"
+        assert result["untouched"]
+        assert result["early"] >= 1, "the last layer's span left before backward ended"
+        assert result["poisoned"], "one rank's bad loss must reach the other's gradient"
+        torch.testing.assert_close(result["mean"], flat.grads[0], rtol=1e-5, atol=1e-7)  # observed 3e-8
+    assert torch.equal(results[0]["mean"], results[1]["mean"])
+    assert not torch.allclose(results[0]["mean"], results[0]["local"], rtol=1e-3)
+
+
+def agreements(ranks: Ranks) -> dict[str, Any]:
+    shares = torch.tensor([[0.75, 0.25, 0.0], [0.25, 0.0, 0.75]])[ranks.rank]
+    losses = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 5.0]])[ranks.rank]
+    matrix = torch.full((3, 3), 1.0 + ranks.rank, dtype=torch.float64)
+    local, whole = Agreement(ranks), Agreement(ranks, True)
+    scaled, w = whole.losses(losses, shares)
+    z = torch.arange(8.0).view(4, 2) + 100 * ranks.rank
+    z.requires_grad_()
+    labels = torch.tensor([0, 1]) + 10 * ranks.rank
+    everyone_z, everyone, own = whole.contrast(z, labels)
+    (everyone_z * torch.arange(8.0)[:, None] * (1 + ranks.rank)).sum().backward()
+    return {
+        "local": local.losses(losses, shares), "mean": ranks.mean_(scaled.clone()), "shares": w, "agreed": local.shares(shares),
+        "gram": local.gram(matrix, shares), "z": everyone_z.detach(), "labels": everyone, "own": everyone[own], "grad": z.grad,
+        "rows": whole.rows(torch.full((2, 2), float(ranks.rank))), "local_rows": local.rows(torch.full((2, 2), float(ranks.rank))),
+    }  # fmt: skip
+
+
+def test_agreement(tmp_path: Path) -> None:
+    for rank, result in enumerate(run_ranks(2, tmp_path, agreements)):
+        assert result["local"][0].tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 5.0]][rank]
+        # Both ranks have 4 samples: group 0 has 3 of loss 1 and 1 of loss 3, group 1 one of loss 2, group 2 three of loss 5.
+        assert result["mean"].tolist() == [1.5, 2.0, 5.0]
+        assert result["shares"].tolist() == result["agreed"].tolist() == [0.5, 0.125, 0.375]
+        nan = 0.0  # groups 1 and 2 never met
+        assert result["gram"].tolist() == [[1.5, 1.0, 2.0], [1.0, 1.0, nan], [2.0, nan, 2.0]]
+        assert result["labels"].tolist() == [0, 1, 10, 11]
+        assert result["own"].tolist() == [[0, 1], [10, 11]][rank]
+        assert result["z"][:, 0].tolist() == [0, 2, 100, 102, 4, 6, 104, 106], "view 2 of all, then view 3 of all"
+        mine = torch.tensor([[0.0, 1, 4, 5], [2, 3, 6, 7]][rank])
+        assert result["grad"].tolist() == (3 * mine)[:, None].expand(4, 2).tolist(), "both ranks' losses, 1 + 2 times"
+        assert result["rows"].flatten().tolist() == [0.5] * 4
+        assert result["local_rows"].flatten().tolist() == [float(rank)] * 4
+
+
+def batchnorms(ranks: Ranks, momentum: float | None) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, momentum=momentum), nn.ReLU(),
+        nn.Flatten(), nn.Linear(80, 4, bias=False), nn.BatchNorm1d(4),
+    )  # fmt: skip
+    net = synchronise(net, ranks, cuda=False)
+    x = torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    part = 12 // ranks.world
+    for _ in range(2):
+        out = net(x[part * ranks.rank : part * (ranks.rank + 1)])
+    net.zero_grad()
+    (out * torch.arange(4.0)).exp().mean().backward()
+    grads = {k: ranks.mean_(p.grad) for k, p in net.named_parameters()}
+    return {"out": out.detach(), "grads": grads, "state": dict(net.state_dict())}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synced_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path: Path, momentum: float | None) -> None:
+    results = run_ranks(2, tmp_path, batchnorms, momentum)
+    alone = batchnorms(Ranks(), momentum)
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}  # observed 1e-6
+    torch.testing.assert_close(torch.cat([r["out"] for r in results]), alone["out"], **close)
+    for result in results:
+        torch.testing.assert_close(result["state"], alone["state"], **close)
+        torch.testing.assert_close(result["grads"], alone["grads"], **close)
+
+
+def votes(ranks: Ranks) -> list[tuple[int, int]]:
+    """Rank 1 is told to stop before step 7; what each rank does after which step."""
+    clock = iter(range(10**6))
+    signals, seen = Signals(), []
+    watch = Watch(ranks, signals, checkpoint_minutes=20 / 60, busy=lambda: False, clock=lambda: next(clock) * 1.0)
+    for step in range(40):
+        if step == 7 and ranks.rank == 1:
+            signals.received = 15
+        action = watch.after_step()
+        if action is Action.CHECKPOINT:
+            watch.saved()
+        if action:
+            seen.append((step, int(action)))
+        if action is Action.STOP:
+            break
+    return seen
+
+
+def test_all_ranks_act_at_the_same_step(tmp_path: Path) -> None:
+    first, second = run_ranks(2, tmp_path, votes)
+    assert first == second
+    assert first[-1][1] == Action.STOP
+    assert 7 <= first[-1][0] <= 12
+
+
+def bad_steps(ranks: Ranks, folder: str) -> str:
+    counter = torch.zeros(())
+    watch = BadSteps(3, counter, ranks, Path(folder) if ranks.main else None)
+    for batch in range(20):
+        counter.copy_((counter + 1) * (batch >= 4))
+        try:
+            watch.after_step(0, batch, torch.tensor([10 * batch + ranks.rank]))
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_bad_steps_stop_every_rank_and_name_all_images(tmp_path: Path) -> None:
+    import json
+
+    first, second = run_ranks(2, tmp_path / "ranks", bad_steps, str(tmp_path))
+    assert "5 steps in a row" in first
+    assert "5 steps in a row" in second
+    rows = json.loads((tmp_path / "bad_steps.json").read_text())["steps"]
+    assert [row["batch"] for row in rows] == [4, 5, 6, 7, 8]
+    assert rows[0]["index"] == [40, 41]
