@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ltfast.data.base import FEW_BELOW, MANY_ABOVE
 from ltfast.report.numbers import Confusion
 from ltfast.report.predictions import PICTURES, Predictions
 from ltfast.report.style import FAINT, INK, colour, hatch, legend_below, line, marker, panels, shorten
@@ -31,11 +32,12 @@ def draw_class_size(runs: Runs) -> Figure:
         )  # fmt: skip
         ax.plot(run["curve_x"], run["curve_y"], color=colour(i), linestyle=line(i), marker=marker(i), markevery=(5, 12), label=name)
     ax.set(xscale="log", ylim=(-4, 104), xlabel="training images of the class", ylabel="test accuracy (%)")
-    for limit, label in ((20, "few | medium"), (100, "medium | many")):
-        low, high = ax.get_xlim()
-        if low < limit < high:
-            ax.axvline(limit, color="#888888", linewidth=0.8, linestyle=":")
-            ax.text(limit, -2, f" {label}", fontsize=7.5, color="#555555")
+    low, high = ax.get_xlim()
+    for label, start, end in (("few-shot", 0, FEW_BELOW), ("medium-shot", FEW_BELOW, MANY_ABOVE), ("many-shot", MANY_ABOVE, np.inf)):
+        left, right = max(low, start), min(high, end)
+        if right > 1.2 * left:
+            ax.text((left * right) ** 0.5, 1, label, fontsize=7.5, color="#555555", ha="center")
+            ax.axvline(right, color="#888888", linewidth=0.8 if right < high else 0, linestyle=":")
     ax.xaxis.set_major_formatter("{x:g}")
     legend_below(figure, ax)
     return figure
@@ -63,15 +65,16 @@ def draw_shots(runs: Runs) -> Figure:
 
 def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[int]]]) -> Figure:
     """Shares of tail classes' test images by predicted class, one panel a run: (name, numbers, class names, counts)."""
-    columns = min(2, len(runs))
+    columns = min(3, len(runs))
     deepest = max(len(c.rows) for _, c, _, _ in runs)
-    figure, axes = panels(columns, -(-len(runs) // columns), width=5.2, height=1.3 + 0.3 * deepest)
+    figure, axes = panels(columns, -(-len(runs) // columns), height=1.3 + 0.27 * deepest)
+    image = None
     for ax, (name, found, names, counts) in zip(axes, runs, strict=False):
         image = ax.imshow(found.shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         ax.grid(False)
         ax.set_yticks(range(len(found.rows)), [f"{shorten(names[c], 16)} ({counts[c]})" for c in found.rows])
-        labels = [*(shorten(names[c], 12) for c in found.columns), "others"]
-        ax.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels[:-1]), default=0) < 4 else 60)
+        labels = [*(shorten(names[c], 12) for c in found.columns), "other"][: found.shares.shape[1]]
+        ax.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 4 else 60)
         for i, j in np.ndindex(found.shares.shape):
             value = found.shares[i, j]
             if value >= 0.5:
@@ -79,8 +82,10 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
         for i, row in enumerate(found.rows):
             if row in found.columns:
                 ax.add_patch(frame(found.columns.index(row), i))
-        ax.set(title=shorten(name, 32), xlabel="predicted class", ylabel="tail class (training images)")
-        figure.colorbar(image, ax=ax, label="% of its test images")
+        ax.set(title=shorten(name, 32), xlabel="predicted class")
+    axes[0].set_ylabel("tail class (training images)")
+    assert image is not None
+    figure.colorbar(image, ax=axes[: len(runs)], label="% of its test images", fraction=0.03, pad=0.01)
     for ax in axes[len(runs) :]:
         ax.set_visible(False)
     return figure
@@ -97,7 +102,7 @@ def draw_reliability(runs: Sequence[tuple[str, Predictions]]) -> Figure:
     """Accuracy against confidence in 15 bins, and under it the share of the test images in each bin."""
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
-    figure, axes = panels(columns, 2 * rows, width=3.4, height=1.8, sharex=True, height_ratios=[3, 1] * rows)
+    figure, axes = panels(columns, 2 * rows, height=1.8, sharex=True, height_ratios=[3, 1] * rows)
     for ax in axes:
         ax.set_visible(False)
     for i, (name, found) in enumerate(runs):
@@ -129,7 +134,7 @@ def draw_reliability(runs: Sequence[tuple[str, Predictions]]) -> Figure:
 def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
     """The least accurate classes of one run, a row each: what they are taken for, most confident mistakes first."""
     worst = found.worst
-    figure, axes = panels(PICTURES + 1, len(worst), width=1.15, height=1.3, width_ratios=[1.6] + [1] * PICTURES)
+    figure, axes = panels(PICTURES + 1, len(worst), width=1.05, height=1.15, width_ratios=[1.6] + [1] * PICTURES)
     for r, item in enumerate(worst):
         row = axes[r * (PICTURES + 1) : (r + 1) * (PICTURES + 1)]
         for ax in row:
@@ -139,7 +144,7 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
         row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes)
         for ax, mistake in zip(row[1:], item.mistakes, strict=False):
             ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
-            ax.set_title(f"{shorten(names[mistake.predicted], 12)} {100 * mistake.confidence:.0f} %", fontsize=7.5)
+            ax.set_title(f"as {shorten(names[mistake.predicted], 10)}, {100 * mistake.confidence:.0f} %", fontsize=7.5)
             ax.set_axis_on()
             ax.set(xticks=[], yticks=[])
             ax.grid(False)

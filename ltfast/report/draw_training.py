@@ -55,7 +55,7 @@ def draw_curves(runs: Runs) -> Figure:
 
 def draw_quality(runs: Runs) -> Figure:
     """Quality, spread and distance of features by epoch: head solid with open markers, tail dashed with full ones."""
-    figure, axes = panels(3)
+    figure, axes = panels(3, height=3.3)
     titles = {
         "quality": "quality Q = -1/D - log V", "variance": "spread V within a class", "distance": "distance D to the nearest class",
     }  # fmt: skip
@@ -66,7 +66,9 @@ def draw_quality(runs: Runs) -> Figure:
         ax.set(title=title, xlabel="epoch")
         if key != "quality":
             ax.set_yscale("log")
-    legend_below(figure, axes[0])
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
+    legend_below(figure, axes[0], columns=2 * min(3, len(runs)))
     return figure
 
 
@@ -74,7 +76,7 @@ def draw_similarity(runs: Runs) -> Figure:
     """Cosines between group gradients by epoch: each pair of many, medium, few, and few against the whole gradient."""
     pairs = list(dict.fromkeys(pair for _, run in runs for pair in run["pairs"]))
     last = [name for name in ("few", "medium", "many") if any(name in run["whole"] for _, run in runs)][:1]
-    figure, axes = panels(max(1, len(pairs) + len(last)), sharey=True, width=3.0)
+    figure, axes = panels(max(1, len(pairs) + len(last)), sharey=True)
     for ax, pair in zip(axes, pairs, strict=False):
         for i, (name, run) in enumerate(runs):
             if pair in run["pairs"]:
@@ -95,18 +97,21 @@ def draw_similarity(runs: Runs) -> Figure:
 
 def draw_group_similarity(runs: Runs) -> Figure:
     """Cosine matrix of the groups' gradients at the last probe, and each group's cosine with the whole gradient."""
-    figure, axes = panels(2, len(runs), width=4.2, height=3.0)
+    figure, axes = panels(2, len(runs), height=3.0)
     for (name, run), left, right in zip(runs, axes[::2], axes[1::2], strict=True):
         matrix = run["matrix"]
-        image = left.imshow(matrix, cmap=MAP, vmin=-1, vmax=1)
+        between = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)  # ones would take up the whole scale
+        reach = max(0.2, float(np.nanmax(np.abs(between), initial=0)))
+        image = left.imshow(between, cmap=MAP, vmin=-reach, vmax=reach)
         left.grid(False)
         ticks = np.arange(len(matrix))
-        left.set(title=f"{shorten(name)}: epoch {int(run['epoch'][-1])}", xticks=ticks, yticks=ticks, xlabel="group", ylabel="group")
+        title = f"{shorten(name)}: cosines, epoch {int(run['epoch'][-1])}"
+        left.set(title=title, xticks=ticks, yticks=ticks, xlabel="group", ylabel="group")
         for i, j in np.ndindex(matrix.shape):
-            if len(matrix) <= 8 and np.isfinite(matrix[i, j]):
-                ink = "black" if matrix[i, j] > 0.3 else "white"
+            if len(matrix) <= 8 and np.isfinite(between[i, j]):
+                ink = "black" if matrix[i, j] > 0.2 * reach else "white"
                 left.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=8)
-        figure.colorbar(image, ax=left, shrink=0.85, label="cosine")
+        figure.colorbar(image, ax=left, shrink=0.85)
         for k in range(run["whole"].shape[1]):
             plot(right, run["epoch"], run["whole"][:, k], k, f"group {k}")
         right.axhline(0, color=INK, linewidth=0.8)
@@ -117,7 +122,7 @@ def draw_group_similarity(runs: Runs) -> Figure:
 
 def draw_ascent(runs: Runs) -> Figure:
     """One row a run: radii of Eq. 13 by group against their bounds, shares clipped, norms, refresh cosines."""
-    figure, axes = panels(4, len(runs), width=3.0)
+    figure, axes = panels(4, len(runs), height=2.5)
     for r, (name, run) in enumerate(runs):
         radius, clipped, norm, last = axes[4 * r : 4 * r + 4]
         for k in range(run["radius"].shape[1]):
@@ -127,19 +132,19 @@ def draw_ascent(runs: Runs) -> Figure:
         if run["bounds"] is not None:
             radius.axhspan(*run["bounds"], color=FAINT, zorder=0)
             radius.set_yscale("log")
+            radius.yaxis.set_minor_formatter("")
         norm.set_yscale("log")
         radius.set(title=f"{shorten(name)}: radius rho_k", xlabel="epoch")
-        clipped.set(title="radii outside the bounds (%)", xlabel="epoch", ylim=(-4, 104))
+        clipped.set(title="radii clipped (%)", xlabel="epoch", ylim=(-4, 104))
         norm.set(title="|direction| before scaling", xlabel="epoch")
         if np.isfinite(run["refresh_cos"]).any():
             plot(last, run["epoch"], run["refresh_cos"], 0, "mean")
             plot(last, run["epoch"], run["refresh_min"], 1, "smallest")
             last.set(title="cosine at Gram refreshes", xlabel="epoch", ylim=(-1.05, 1.05))
-            last.legend(loc="lower left")
         else:
             for k in range(run["length"].shape[1]):
                 plot(last, run["epoch"], run["length"][:, k], k, f"group {k}")
-            last.set(title="|perturbation| (unscaled)", xlabel="epoch")
+            last.set(title="norm of the perturbation", xlabel="epoch", ylim=(0, 1.3 * last.get_ylim()[1]))
     legend_below(figure, axes[0], columns=8)
     return figure
 
@@ -147,7 +152,7 @@ def draw_ascent(runs: Runs) -> Figure:
 def draw_forces(runs: Runs) -> Figure:
     """Norms of the loss gradient, GKP and weight decay by epoch, one panel a run, on a common scale."""
     columns = min(3, len(runs))
-    figure, axes = panels(columns, -(-len(runs) // columns), width=3.6, sharey=True)
+    figure, axes = panels(columns, -(-len(runs) // columns), sharey=True)
     parts = (("gradient", "loss gradient (times alpha)"), ("gkp", "GKP"), ("decay", "weight decay"))
     for ax, (name, run) in zip(axes, runs, strict=False):
         for k, (key, label) in enumerate(parts):
@@ -163,7 +168,7 @@ def draw_forces(runs: Runs) -> Figure:
 def draw_groups(runs: Runs) -> Figure:
     """Class sizes, largest first, in the colour and hatch (or marker) of their group; one panel a run."""
     columns = min(2, len(runs))
-    figure, axes = panels(columns, -(-len(runs) // columns), width=4.8)
+    figure, axes = panels(columns, -(-len(runs) // columns), width=7.2 if columns == 1 else None)
     for ax, (name, run) in zip(axes, runs, strict=False):
         order = np.argsort(-run["counts"], kind="stable")
         for k in range(run["group"].max() + 1):
@@ -189,8 +194,8 @@ def draw_groups(runs: Runs) -> Figure:
 def draw_times(runs: Runs) -> Figure:
     """Left: seconds by part of the run; right: a training epoch over a scouting epoch, measured and predicted by FLOPs."""
     ratios = [(name, run) for name, run in runs if run["measured"] is not None]
-    figure, axes = panels(2 if ratios else 1, width=4.8, height=max(1.6, 0.8 + 0.45 * len(runs)))
-    parts = list(dict.fromkeys(part for _, run in runs for part in run["parts"]))
+    figure, axes = panels(2 if ratios else 1, height=max(2.0, 1.2 + 0.45 * len(runs)))
+    parts = [part for part in ("scouting", "grouping", "training") if any(part in run["parts"] for _, run in runs)]
     names = [shorten(name) for name, _ in runs]
     start = np.zeros(len(runs))
     for k, part in enumerate(parts):
@@ -199,7 +204,7 @@ def draw_times(runs: Runs) -> Figure:
         start += seconds
     axes[0].invert_yaxis()
     axes[0].set(title="where the time went", xlabel="seconds")
-    axes[0].legend(loc="best", frameon=True, framealpha=0.9, edgecolor=FAINT)
+    under(axes[0])
     axes[0].grid(axis="y", visible=False)
     if ratios:
         ax, y = axes[1], np.arange(len(ratios))
@@ -208,11 +213,16 @@ def draw_times(runs: Runs) -> Figure:
             bars = ax.barh(y + (k - 0.5) * 0.36, values, 0.34, color=colour(k), hatch=hatch(k), edgecolor="white", label=key)
             ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         ax.set_yticks(y, [shorten(name) for name, _ in ratios])
-        ax.set(title="a step's cost in plain steps", xlabel="times a scouting step", xlim=(0, 1.25 * max(ax.get_xlim()[1], 1)))
+        ax.set(title="cost of a training step", xlabel="in scouting steps", xlim=(0, 1.25 * max(ax.get_xlim()[1], 1)))
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
-        ax.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor=FAINT)
+        under(ax)
     return figure
+
+
+def under(ax: Axes) -> None:
+    """A legend below one panel."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=4)
 
 
 def draw_profile(runs: Runs) -> Figure:

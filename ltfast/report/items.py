@@ -154,8 +154,9 @@ def group_similarity(views: Sequence[RunView]) -> Item:
 def ascent(views: Sequence[RunView]) -> Item:
     caption = (
         "Means over sampled steps of each epoch. Radius: Eq. 13 before clipping, with its bounds as a band; a radius "
-        "outside them is set to the bound. The norm is that of the (freed) direction. At a refresh of the Gram matrix, the "
-        "direction that the old matrix gives is compared with the exact one."
+        "outside them is set to the bound. Direction: the norm of what is left of a group's gradient (Eq. 12). Perturbation: "
+        "its norm in units of |theta| for adaptive rules. At a refresh of the Gram matrix, the direction that the old matrix "
+        "gives is compared with the exact one (dashed: the smallest cosine of the epoch)."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
@@ -174,7 +175,8 @@ def ascent(views: Sequence[RunView]) -> Item:
 def times(views: Sequence[RunView]) -> Item:
     caption = (
         "Seconds as logged; grouping includes Fisher and anchor. Right: the median training epoch over the median scouting "
-        "epoch, beside the ratio that the plan predicts from counted FLOPs."
+        "epoch, beside the ratio that the plan predicts from counted FLOPs; small networks are bound by the number of "
+        "operations instead, and cost more."
     )
 
     def compute(view: RunView) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ltfast.report.style import look, save
 
 PAGE, NUMBERS = "index.html", "report.json"
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
+COMPUTE_SHARE = 0.8  # of --max-minutes; the rest is for reading the data and drawing
 SECTION_ORDER = ("Classes", "Training", "Knowledge", "Sharpness", "Geometry", "Time")
 
 
@@ -36,7 +37,7 @@ def report(
 
     Args:
         out: default: RUN/report for one run, <folder of the first run>/report-<names> for several.
-        max_minutes: stop refining curvature and landscapes in time; None: no limit.
+        max_minutes: curvature and landscapes stop refining in time, and say so where nothing came of it; None: no limit.
         device, data_dir: where to compute; where the data lies now, if it moved.
         quiet: no progress bar.
 
@@ -50,7 +51,8 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from None
-    computed = compute_all(views, max_minutes=max_minutes, device=device, data_dir=data_dir, quiet=quiet)
+    minutes = None if max_minutes is None else COMPUTE_SHARE * max_minutes
+    computed = compute_all(views, max_minutes=minutes, device=device, data_dir=data_dir, quiet=quiet)
     with look():
         entries = [build(views) for build in items.LOG_ITEMS]
         entries += [build_computed(views, computed) for build_computed in COMPUTED_ITEMS]
@@ -174,7 +176,7 @@ COMPUTED_ITEMS = (calibration, worst, curvature, landscape, plane)
 
 def overview(views: Sequence[RunView], computed: Sequence[Computed]) -> str:
     """HTML: a table of the runs, and what differs in their settings."""
-    head = ("run", "method", "data", "epochs", "seed", "top-1 %", "many", "medium", "few", "ECE %", "sharpest: head", "tail")
+    head = ("run", "method", "data", "epochs", "seed", "top-1 %", "many", "medium", "few", "ECE %", "lambda_max, head", "tail")
     rows = [overview_row(view, result) for view, result in zip(views, computed, strict=True)]
     html = f'<section class="item" id="overview">{render_table(Table(head, rows))}'
     differing = differences(views)

@@ -78,18 +78,18 @@ def shots(view: RunView) -> dict[str, Any]:
 
 
 class Confusion(NamedTuple):
-    """Shares in % [rows, columns] of each row class's test images; the last column is everything else."""
+    """Shares in % [rows, columns] of each row class's test images; one more column, if needed, for all other classes."""
 
     shares: Array
     rows: list[int]
     columns: list[int]
 
 
-def tail_confusion(view: RunView, max_rows: int = 10, max_columns: int = 10) -> Confusion:
+def tail_confusion(view: RunView, max_rows: int = 10, max_columns: int = 12) -> Confusion:
     """Where the images of tail classes go: the least accurate tail classes against the classes they are taken for.
 
-    Rows by class size, largest first; columns by class size too. Columns are the rows' own classes and those that draw
-    most of the tail's images.
+    Rows and columns by class size, largest first. Columns are the classes that draw most of these images, or simply all
+    classes where there are no more than `max_columns`.
     """
     matrix = view.test.get("confusion")
     if matrix is None:
@@ -102,13 +102,13 @@ def tail_confusion(view: RunView, max_rows: int = 10, max_columns: int = 10) -> 
     if not rows:
         raise Missing("no tail class has a test image")
     drawn = (table[rows] / seen[rows, None]).sum(0)
-    order = [c for c in np.argsort(-drawn, kind="stable").tolist() if drawn[c] > 0]
-    columns = order[: max(max_columns, 0)]
+    columns = np.argsort(-drawn, kind="stable").tolist()[:max_columns]
     by_size = lambda c: (-int(counts[c]), c)  # noqa: E731
     rows, columns = sorted(rows, key=by_size), sorted(columns, key=by_size)
     shares = 100 * table[rows][:, columns] / seen[rows, None]
-    rest = 100 - shares.sum(1, keepdims=True)
-    return Confusion(np.hstack([shares, rest]), rows, columns)
+    if len(columns) < len(counts):
+        shares = np.hstack([shares, 100 - shares.sum(1, keepdims=True)])
+    return Confusion(shares, rows, columns)
 
 
 def feature_quality(view: RunView) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ltfast.report.style import DPI
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -22,7 +24,7 @@ STYLE = """
 :root{color-scheme:light}
 *{box-sizing:border-box}
 body{margin:0;background:#fff;color:#222;font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main,header,nav{max-width:1080px;margin:0 auto;padding:0 24px}
+main,header,nav{max-width:1076px;margin:0 auto;padding:0 24px}
 header{padding-top:28px}
 h1{font-size:26px;margin:0 0 4px}
 h2{font-size:20px;margin:44px 0 8px;padding-top:14px;border-top:2px solid #222}
@@ -115,7 +117,8 @@ def render_item(item: Item, pictures: Sequence[tuple[str, bytes]]) -> str:
     for text, png in pictures:
         alt = html.escape(f"{item.title}: {text}" if text else item.title, quote=True)
         source = base64.b64encode(png).decode("ascii")
-        parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{source}"></figure>')
+        width = int.from_bytes(png[16:20], "big") * 96 // DPI  # PNG header: width in pixels
+        parts.append(f'<figure><img alt="{alt}" width="{width}" src="data:image/png;base64,{source}"></figure>')
     if item.caption and (pictures or item.table):
         parts.append(f"<figcaption>{html.escape(item.caption)}</figcaption>")
     parts += [f'<p class="missing">{html.escape(line)}</p>' for line in item.missing]

@@ -16,7 +16,7 @@ from ltfast.metrics import Accumulator
 from ltfast.report.runs import OUT_OF_TIME, Live, Missing
 
 Array = np.ndarray[Any, np.dtype[Any]]
-WORST, PICTURES = 5, 6  # classes and pictures of each
+WORST, PICTURES = 4, 6  # classes and pictures of each
 
 
 class Mistake(NamedTuple):

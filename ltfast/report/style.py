@@ -18,7 +18,8 @@ LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "oo", "++", "--")
 MAP = "cividis"  # lightness rises evenly: reads the same in grey and with any colour vision
-DPI = 150
+DPI = 168
+PAGE_WIDTH = 10.7  # inches at 96 pixels each: the page's column
 INK, FAINT = "#222222", "#DDDDDD"
 
 SETTINGS: dict[Any, Any] = {
@@ -59,11 +60,17 @@ def look() -> Iterator[None]:
         yield
 
 
-def panels(columns: int, rows: int = 1, *, width: float = 3.4, height: float = 2.7, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of rows * columns axes, each `width` x `height` inches, and the axes in reading order."""
+def panels(
+    columns: int, rows: int = 1, *, width: float | None = None, height: float = 2.7, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of rows * columns axes, each `width` x `height` inches, and the axes in reading order.
+
+    By default three panels or more fill the page's width, and fewer are as wide as reads well.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    width = {1: 7.2, 2: 4.6}.get(columns, PAGE_WIDTH / columns) if width is None else width
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
