@@ -143,7 +143,7 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     channels, side = input_shape[0], input_shape[-1]
     cfg = config.model
     # CIFAR ResNets keep their own stem at any size: on 8x8 digits it is 3 to 4 points better than a full-resolution one.
-    stem = "small" if side <= 64 and not is_cifar_encoder(cfg.model) else "default"
+    stem = "small" if side <= 40 and not is_cifar_encoder(cfg.model) else "default"
     encoder, dim = create_encoder(
         cfg.model, channels, stem=stem, image_size=side if cfg.model.startswith("vit") else None
     )
