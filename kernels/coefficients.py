@@ -126,7 +126,9 @@ def ascent_coefficients_reference(
     coef = coef.float()
     finite = torch.isfinite(coef).all() & torch.isfinite(gram).all() & torch.isfinite(shares_G).all()
     ok = finite & valid.any()
-    stats = torch.stack((norm_sq, radius, clipped, fallback.double(), length_sq, torch.ones_like(r), torch.ones_like(r)))
+    stats = torch.stack(
+        (norm_sq, radius, clipped, fallback.double(), length_sq, torch.ones_like(r), torch.ones_like(r))
+    )
     stats = torch.where(valid, stats, 0.0)
     stats[6] = ~finite
     stats[4], stats[5] = (length_sq, ok) if objective == "shared" else (torch.where(valid, length_sq, 0.0), ok)
