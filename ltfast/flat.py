@@ -278,6 +278,7 @@ class FlatBuffers:
             start += b.numel()
         self._kept = torch.empty_like(self.data)
         self._kept_counters = [torch.empty_like(c) for c in self.counters]
+        self._before = torch.empty_like(self.data)
 
     def save(self) -> None:
         """Remember the statistics."""
@@ -290,3 +291,12 @@ class FlatBuffers:
         self.data.copy_(self._kept)
         if self.counters:
             torch._foreach_copy_(self.counters, self._kept_counters)
+
+    def begin(self) -> None:
+        """A step begins: remember the statistics for `undo`."""
+        self._before.copy_(self.data)
+
+    def undo(self, skipped: Tensor) -> None:
+        """Bring the statistics back to the step's beginning if `skipped` (0-dim) is not 0: one picture with a NaN would
+        otherwise stay in them for ever, and in every evaluation."""
+        torch.where(skipped != 0, self._before, self.data, out=self.data)

@@ -175,6 +175,7 @@ class TrainStep:
         x = torch.cat(views)
         if x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
+        self.buffers.begin()
         if self.rule is None:
             loss, features, stats = self._plain(x, labels)
         elif self.rule.scope == "classifier":
@@ -190,6 +191,7 @@ class TrainStep:
             self.reducer.finish(bad)
         kept = self.engine.kept if self.engine is not None else None
         norm = self.update(self.flat.grads[self._final_row], kept, bad)
+        self.buffers.undo(self.update.in_a_row)
         if self.engine is not None:
             self.engine.climbed = False
         means = {name: value.mean() for name, value in stats.items()}

@@ -53,6 +53,7 @@ class Engine(Ascent):
         self.backward = backward or Backward(flat)
         self.kept = torch.empty_like(flat.data)
         self.eps = torch.zeros_like(flat.data) if rule.ascent_every > 1 else None
+        self.held: dict[str, Tensor] = {}
         self.climbed = False
         super().__init__(rule, counts, flat.numel, flat.device)
 
@@ -85,7 +86,16 @@ class Engine(Ascent):
             perturb(theta, rows, coef, self.rule.adaptive, out=theta, keep=self.kept)
             if self.eps is not None:
                 torch.sub(self.flat.data, self.kept, out=self.eps)
+                self._hold()
         return coef
+
+    def _hold(self) -> None:
+        """Keep the statistics of this ascent, at one address, for the steps that repeat it."""
+        if self.held:
+            torch._foreach_copy_(list(self.held.values()), list(self.stats.values()))
+        else:
+            self.held = {name: value.clone() for name, value in self.stats.items()}
+        self.stats = self.held
 
     def repeat(self) -> None:
         """Climb by the last ascent's eps without a pass of its own (rule.ascent_every > 1)."""
@@ -150,7 +160,7 @@ class Engine(Ascent):
         g = self.n_groups
         state = super().state()
         if self.eps is not None:
-            state["eps"] = self.eps
+            state |= {"eps": self.eps, **{f"held.{name}": value for name, value in self.held.items()}}
         if self.rule.direction == "friendly":
             state["averages"] = self.flat.grads[g : 2 * g]
         return state
@@ -161,5 +171,7 @@ class Engine(Ascent):
         g = self.n_groups
         if self.eps is not None:
             self.eps.copy_(state["eps"])
+            held = {k.removeprefix("held."): v for k, v in state.items() if k.startswith("held.")}
+            self.held = self.stats = {name: value.clone().to(self.device) for name, value in held.items()}
         if "averages" in state:
             self.flat.grads[g : 2 * g].copy_(state["averages"])
