@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ltfast import checkpoint
+from ltfast.errors import UserError
 from ltfast.flat import FlatParameters
 from ltfast.preserve import reestimate_batchnorm, sample_indices
 from ltfast.report.curvature import Spectrum, flatten, hessian_product, spectrum, unflatten
@@ -189,15 +190,16 @@ def initial_weights(live: Live) -> Sequence[Tensor]:
 
 def bank_snapshots(live: Live) -> list[tuple[int, Tensor]]:
     """(epoch, encoder as a vector like `live.params`) of the oldest and the newest live snapshot; [] without a bank."""
-    path = live.folder.checkpoints / "state.safetensors"
-    if not path.exists():
+    from ltfast.train import load_bank
+
+    try:
+        bank = load_bank(live.folder.path)
+    except UserError:  # no training state, or a method without a bank
         return []
-    tensors, _ = checkpoint.load(path)
-    ages = tensors.get("bank.epochs")
-    if ages is None or len(ages) < 2:
+    ages = bank["epochs"].tolist()
+    if len(ages) < 2:
         return []
-    ends = (ages[0].tolist(), ages[-1].tolist())
-    rows = [(epoch, tensors.get(f"bank.snapshot.{number}")) for number, epoch in ends]
+    rows = [(epoch, bank.get(f"snapshot.{number}")) for number, epoch in (ages[0], ages[-1])]
     flat = FlatParameters([torch.nn.Parameter(p.detach().cpu().clone()) for p in live.model.encoder.parameters()])
     found = []
     for epoch, row in rows:

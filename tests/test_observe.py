@@ -1,0 +1,144 @@
+"""What a run writes down for the report."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from ltfast.data.base import Batch
+from ltfast.flat import FlatParameters
+from ltfast.models import LongTailModel
+from ltfast.observe import (
+    AscentMeter,
+    finite,
+    gradient_gram,
+    head_and_tail,
+    marked_epochs,
+    quality_row,
+)
+from ltfast.optim.engine import Engine
+from ltfast.optim.rules import RULES
+from ltfast.preserve import Quality
+
+
+@pytest.mark.parametrize(
+    ("counts", "head", "tail"),
+    [
+        ([200, 150, 50, 10, 5], [0, 1], [3, 4]),
+        ([5, 150, 50, 10, 200], [1, 4], [0, 3]),
+        ([90, 80, 70, 60, 50, 40], [0, 1], [4, 5]),  # neither many- nor few-shot classes
+        ([500, 400, 300, 300], [0], [3]),  # no few-shot class; equal sizes keep their order
+        ([7, 3], [0], [1]),
+    ],
+)
+def test_head_and_tail(counts, head, tail):
+    found = head_and_tail(torch.tensor(counts))
+    assert found[0].tolist() == head
+    assert found[1].tolist() == tail
+
+
+def test_marked_epochs_lie_in_the_run():
+    assert marked_epochs(24, 60) == (24, 42)
+    assert marked_epochs(0, 60) == (20, 40)
+    assert marked_epochs(0, 1) == (1, 1)
+    assert marked_epochs(1, 2) == (1, 1)
+
+
+def test_finite_is_json():
+    assert finite(torch.tensor([1.23456789, float("nan"), float("inf"), -float("inf"), 0.0])) == [1.2346, None, None, None, 0.0]
+
+
+def test_quality_of_very_many_classes_is_summarised():
+    counts = torch.cat([torch.full((600,), 200), torch.full((600,), 5)])
+    value = torch.arange(1200, dtype=torch.float64)
+    value[0] = -torch.inf
+    row = quality_row(Quality(value, value, value), counts)
+    assert row["quality"] == {"many": 300.0, "medium": None, "few": 899.5}
+    short = quality_row(Quality(value[:3], value[:3], value[:3]), counts[:3])
+    assert short["variance"] == [None, 1.0, 2.0]
+
+
+def stats(radius, clipped, length):
+    radius = torch.tensor(radius)
+    zeros = torch.zeros_like(radius)
+    return {
+        "radius": radius, "clipped": torch.tensor(clipped), "fallback": zeros, "norm_sq": torch.full_like(radius, 4.0),
+        "length_sq": torch.tensor(length), "ok": torch.tensor(1.0),
+    }  # fmt: skip
+
+
+def test_meter_means_over_the_steps_that_hold_the_group():
+    meter = AscentMeter(steps=6)
+    meter.add(0, stats([0.2, 0.1], [1.0, -1.0], 9.0))
+    meter.add(1, stats([0.4, 0.0], [0.0, 0.0], 1.0))
+    meter.add(2, {})
+    row = meter.result()
+    assert row["steps"] == [2.0, 1.0]
+    assert row["radius"] == pytest.approx([0.3, 0.1])
+    assert row["above"] == [0.5, 0.0]
+    assert row["below"] == [0.0, 1.0]
+    assert row["length"] == [2.0, 3.0]
+    assert row["norm"][0] == 2.0
+    assert meter.result() == {}
+
+
+def test_meter_samples_long_epochs():
+    meter = AscentMeter(steps=1600)
+    for step in range(1600):
+        meter.add(step, stats([0.1], [0.0], 1.0))
+    assert meter.result()["steps"] == [16.0]
+
+
+def make_model():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU())
+    return LongTailModel(encoder, 5, 3, projection=(4, 4))
+
+
+def test_gradient_gram_is_that_of_the_group_means():
+    model = make_model()
+    images, labels = torch.randn(20, 1, 3, 4), torch.arange(20) % 3
+    model(images)  # running statistics that are not the initial ones
+    flat = FlatParameters(model.parameters())
+    before, buffers = flat.data.clone(), {k: b.clone() for k, b in model.named_buffers()}
+    parts = [slice(0, 7), slice(7, 20)]
+    groups = [[Batch((images[p][:3],), labels[p][:3], labels[p][:3]), Batch((images[p][3:],), labels[p][3:], labels[p][3:])] for p in parts]
+
+    def loss(logits, y):
+        return nn.functional.cross_entropy(logits, y, reduction="none")
+
+    gram, losses = gradient_gram(model, flat, loss, groups)
+    assert model.training
+    assert all(p.grad is None for p in flat.params)
+    assert torch.equal(before, flat.data)
+    assert all(torch.equal(buffers[k], b) for k, b in model.named_buffers())
+
+    model.eval()
+    rows, values = [], []
+    for p in parts:
+        value = loss(model(images[p]), labels[p]).mean()
+        grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+        rows.append(torch.cat([g.reshape(-1) for g in grads if g is not None]).double())
+        values.append(value.detach().double())
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    torch.testing.assert_close(gram, expected, rtol=1e-4, atol=0)  # observed 2e-6
+    torch.testing.assert_close(losses, torch.stack(values), rtol=1e-5, atol=0)
+    assert not torch.allclose(gram, torch.diag(gram.diagonal()), rtol=1e-2)
+
+
+def test_engine_logs_the_cosine_at_each_refresh():
+    model = nn.Linear(4, 3)
+    flat = FlatParameters(model.parameters())
+    engine = Engine(flat, dataclasses.replace(RULES["gsa-full"], gram_every=2), torch.tensor([10.0, 5.0]))
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    shares = torch.tensor([0.5, 0.5])
+    for step in range(5):
+        values = nn.functional.cross_entropy(model(x), torch.arange(8) % 3, reduction="none")
+        engine.ascend(torch.stack([values[:4].mean(), values[4:].mean()]), shares, engine.next_branch())
+        engine.restore()
+        assert engine.refresh[1] == step // 2  # the first refresh fills the memory: nothing to compare it with
+    total, count, smallest = engine.refresh.tolist()
+    # The weights did not move, so the remembered matrix is the exact one.
+    assert total / count == pytest.approx(1, abs=1e-6)
+    assert smallest == pytest.approx(1, abs=1e-6)
