@@ -1,0 +1,99 @@
+"""Training on the embedded digits: the loss falls, the tail gains over plain cross-entropy, the same seed the same weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ltfast import checkpoint
+from ltfast.recipes import build_config
+from ltfast.train import train
+
+ROWS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "digits-lt.jsonl"
+
+
+def run(
+    tmp_path: Path, method: str, name: str = "run", **flags: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
+    """(test results, epoch rows, run folder) of a short run."""
+    flags = {"epochs": 4, "scout": 0.5, "fisher_budget": 32, "tensorboard": False, **flags}
+    folder = tmp_path / name
+    result = train(build_config("digits-lt", method, {}, {"out": str(folder), **flags}))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return result, [r for r in rows if r["kind"] == "epoch"], folder
+
+
+def test_loss_falls_and_the_tail_gains_over_cross_entropy(tmp_path: Path) -> None:
+    """A third of the recipe's epochs; over five full-length seeds see the committed rows below."""
+    ours, epochs, _ = run(tmp_path, "gkp-gsa", epochs=20, scout=0.4)
+    plain, plain_epochs, _ = run(tmp_path, "ce", "ce", epochs=20)
+    for rows in (epochs, plain_epochs):
+        assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+    assert ours["last"]["few"] > plain["last"]["few"] + 2
+
+
+def test_committed_rows_show_the_margin_in_every_seed() -> None:
+    few: dict[tuple[str, str], float] = {}
+    for line in ROWS.read_text().splitlines():
+        row = json.loads(line)
+        method, _, seed = row["case"].split("/")
+        if row["metric"] == "few":
+            few[method, seed] = row["value"]
+    seeds = {seed for method, seed in few if method == "gkp-gsa"}
+    assert len(seeds) >= 5
+    margins = [few["gkp-gsa", s] - few["ce", s] for s in seeds]
+    assert min(margins) > 2
+    assert sum(margins) / len(margins) > 5
+
+
+@pytest.mark.slow
+def test_the_margin_holds_over_five_seeds(tmp_path: Path) -> None:
+    margins = []
+    for seed in range(5):
+        ours, _, _ = run(tmp_path, "gkp-gsa", f"g{seed}", seed=seed, epochs=60, scout=0.4, fisher_budget=128)
+        plain, _, _ = run(tmp_path, "ce", f"c{seed}", seed=seed, epochs=60)
+        margins.append(ours["last"]["few"] - plain["last"]["few"])
+    assert min(margins) > 0
+    assert sum(margins) / 5 > 5
+
+
+@pytest.mark.parametrize(
+    "method", ["asam", "friendly-sam", "imbsam", "focal-sam", "cc-sam", "gsa-full+gkp", "gsa-release"]
+)
+def test_every_kind_of_method_trains(tmp_path: Path, method: str) -> None:
+    result, epochs, _ = run(tmp_path, method, epochs=2)
+    assert len(epochs) == 2
+    assert result["last"]["n"] == 400
+    assert result["last"]["nonfinite"] == 0
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _, _, folder = run(tmp_path, "gkp-gsa", name, seed=seed, epochs=2, deterministic=True)
+        weights.append(checkpoint.load(folder / "checkpoints" / "last.safetensors")[0])
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_regrouping_and_the_other_grouping_options(tmp_path: Path) -> None:
+    flags = {
+        "epochs": 4,
+        "scout": 0.25,
+        "regroup": 1,
+        "center": True,
+        "fisher": "batch",
+        "gkp_normalise": "samples",
+        "groups": 3,
+    }
+    _, epochs, folder = run(tmp_path, "gkp-gsa", **flags)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    groups = [r["groups"] for r in rows if r["kind"] == "group"]
+    assert len(groups) == 3
+    assert all(set(g) == {0, 1, 2} for g in groups)
+    assert len(epochs) == 4
