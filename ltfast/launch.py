@@ -126,6 +126,8 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
                 file=sys.stderr,
             )
             code = 1
+        finally:
+            del os.environ[MESSAGE]
         if message.exists():
             raise UserError(message.read_text())
     return code

@@ -7,11 +7,13 @@ part of an epoch (feature quality, means for the log, moving averages of local a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ltfast.dist import Traffic
 from ltfast.errors import UserError
 from ltfast.preserve import Anchor
 
@@ -47,7 +49,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     tensors |= {f"rank.{k}": ranks.gather(v) for k, v in rank_state(trainer).items()}
     meta = {name: getattr(trainer, name) for name in ("epoch", "batch", "steps", "best")}
     meta |= {
-        "sums": list(trainer.sums), "seconds": trainer.seconds, "world": ranks.world,
+        "sums": list(trainer.sums), "seconds": trainer.seconds, "wire": dataclasses.asdict(trainer.wire), "world": ranks.world,
         "metrics": trainer.folder.metrics_bytes() if trainer.folder is not None else 0,
     }  # fmt: skip
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith(SHARED)}
@@ -76,6 +78,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
         _restore_rank(trainer, tensors, meta["world"] == trainer.ranks.world)
         for name in ("epoch", "batch", "steps", "best", "seconds"):
             setattr(trainer, name, meta[name])
+        trainer.wire = Traffic(**meta["wire"])
         if "sums" in tensors:
             trainer.sums = dict(zip(meta["sums"], tensors["sums"].to(trainer.device).unbind(), strict=True))
         if "meter" in tensors:

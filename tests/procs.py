@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ltfast.train", "ltfast.recipes", "ltfast.data.small", "sklearn.datasets", "sklearn.cluster"])
+CONTEXT.set_forkserver_preload(
+    ["ltfast.train", "ltfast.recipes", "ltfast.data.small", "sklearn.datasets", "sklearn.cluster"]
+)
 TIMEOUT = 120
 
 

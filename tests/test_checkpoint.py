@@ -264,7 +264,9 @@ def test_full_disk_keeps_the_last_good_state_and_recovers(tmp_path: Path, monkey
     monkeypatch.setattr(checkpoint, "write_atomically", full)
     for step in (3, 4):
         store.save_state(step, state(step), {"epoch": step})
-        with pytest.raises(UserError, match=r"No space left on device; the last good training state is state-000000002"):
+        with pytest.raises(
+            UserError, match=r"No space left on device; the last good training state is state-000000002"
+        ):
             store.flush()
     assert len(store.problems()) == 1, "reported"
     assert store.problems() == [], "once"

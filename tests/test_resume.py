@@ -194,7 +194,9 @@ def test_kill_9_at_twenty_moments(undisturbed: Path, tmp_path: Path) -> None:
     chance = random.Random(time.time_ns())
     for i in range(20):
         moments = [
-            ("at", chance.randint(1, 400)) if chance.random() < 0.5 + 0.5 * (k == 0) else ("after", chance.uniform(0.1, 3.0))
+            ("at", chance.randint(1, 400))
+            if chance.random() < 0.5 + 0.5 * (k == 0)
+            else ("after", chance.uniform(0.1, 3.0))
             for k in range(chance.randint(1, 3))
         ]
         out = tmp_path / str(i)

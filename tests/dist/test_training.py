@@ -84,7 +84,9 @@ def test_two_processes_are_one_where_everything_is_global(tmp_path: Path, alone:
         assert distance(first[name]["buffers"], alone[name]["buffers"]) < 1e-3, name
 
 
-def test_local_ascents_differ_but_ranks_agree_and_send_no_more_than_plain(tmp_path: Path, alone: dict[str, Any]) -> None:
+def test_local_ascents_differ_but_ranks_agree_and_send_no_more_than_plain(
+    tmp_path: Path, alone: dict[str, Any]
+) -> None:
     first, second = run_ranks(2, tmp_path, all_methods, {})
     for name in METHODS:
         one = first[name]
@@ -92,7 +94,9 @@ def test_local_ascents_differ_but_ranks_agree_and_send_no_more_than_plain(tmp_pa
         assert distance(one["moved"], alone[name]["moved"]) > 1e-2, f"{name}: BatchNorm of half the batch must show"
         assert not torch.equal(one["buffers"], second[name]["buffers"])
         calls, size = one["wire"]
-        if name == "R":  # three shares a step, a 3 x 3 matrix every second: still below DDP's broadcast of BatchNorm buffers
+        if (
+            name == "R"
+        ):  # three shares a step, a 3 x 3 matrix every second: still below DDP's broadcast of BatchNorm buffers
             assert calls <= one["spans"] + 1 + 0.5
             assert size <= one["size"] * 4 + 3 * 4 + 9 * 8 * 2 / 2
         else:

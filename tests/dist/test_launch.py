@@ -1,0 +1,153 @@
+"""The command line with several processes: launching, restarting after a death, stopping, torchrun, users' mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ltfast import launch
+from ltfast.config import Config
+from ltfast.errors import UserError
+from tests.test_resume import assert_same_run, log
+
+TRAIN = [
+    sys.executable, "-m", "ltfast", "train", "--batch", "36", "--fisher-budget", "16", "--deterministic", "--no-tensorboard",
+    "--device", "cpu", "--method", "gsa-full+gkp", "--gram-every", "4", "--checkpoint-minutes", "1e-5",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process group that does not outlive the test."""
+    process = subprocess.Popen(
+        words, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *workers(process.pid)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.communicate()
+
+
+def workers(pid: int) -> list[int]:
+    """Its child processes."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.02)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, (out, err)
+    return out, err
+
+
+@pytest.mark.dist
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    """One of two processes is killed: both start again from the last checkpoint, and the result is the same to the bit."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    with started([*TRAIN, "--procs", "2", "--epochs", "6", "--out", str(whole)]) as process:
+        out, err = finish(process)
+        assert "each step sends" in out
+        assert out.count("top-1 %") == 1, "one process speaks"
+    with started([*TRAIN, "--procs", "2", "--epochs", "6", "--out", str(run)]) as process:
+        until(lambda: list((run / "checkpoints").glob("state-*")), process)
+        victim = workers(process.pid)[-1]
+        assert b"RANK=" in Path(f"/proc/{victim}/environ").read_bytes()
+        os.kill(victim, signal.SIGKILL)
+        finish(process)
+    assert_same_run(whole, run)
+
+
+@pytest.mark.dist
+def test_sigterm_then_torchrun(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started([*TRAIN, "--procs", "2", "--epochs", "30", "--out", str(run)]) as process:
+        until(lambda: list((run / "checkpoints").glob("state-*")), process)
+        process.send_signal(signal.SIGTERM)
+        out, _ = finish(process)
+        assert "stopped by SIGTERM" in out
+        assert f"continue with: ltfast train --resume {run}" in out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ltfast"]
+    with started([*torchrun, "train", "--resume", str(run), "--max-hours", "0.0002"]) as process:
+        out, _ = finish(process)
+        assert "stopped after --max-hours 0.0002" in out
+    epochs = [row["epoch"] for row in log(run) if row["kind"] == "epoch"]
+    assert epochs == list(range(len(epochs)))
+    assert len([row for row in log(run) if row["kind"] == "data"]) == 1
+
+
+@pytest.mark.dist
+def test_a_users_mistake_is_one_line_and_no_restart(tmp_path: Path) -> None:
+    with started([*TRAIN, "--procs", "2", "--batch", "37", "--out", str(tmp_path / "run")]) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err == "ltfast: --batch 37 cannot be shared evenly by 2 processes; choose a multiple of 2\n", err
+    assert not (tmp_path / "run").exists()
+
+
+def config(**values: object) -> Config:
+    return Config().with_(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "visible", "count"),
+    [
+        ({}, 0, 1), ({}, 8, 1), ({"dataset": "inat18"}, 8, 8), ({"dataset": "inat18"}, 0, 1), ({"dataset": "inat18", "device": "cpu"}, 8, 1),
+        ({"gpus": 4}, 8, 4), ({"gpus": 0, "dataset": "inat18"}, 8, 1), ({"procs": 3}, 8, 3),
+    ],
+)  # fmt: skip
+def test_process_count(monkeypatch: pytest.MonkeyPatch, values: dict[str, object], visible: int, count: int) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    assert launch.process_count(launch.on_cpu(config(**values))) == count
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gpus": 9}, "--gpus 9: 8 CUDA"),
+        ({"gpus": 1, "procs": 2}, "exclude"),
+        ({"procs": -1}, "--procs -1"),
+        ({"gpus": -2}, "--gpus -2"),
+    ],
+)
+def test_process_count_refuses(monkeypatch: pytest.MonkeyPatch, values: dict[str, object], message: str) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    with pytest.raises(UserError, match=message):
+        launch.process_count(config(**values))
+
+
+def test_a_restarted_worker_finds_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert launch.restarted_run(config()) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="give --out RUN"):
+        launch.restarted_run(config())
+    assert launch.restarted_run(config(out=str(tmp_path))) is None, "it died before the folder was made"
+    (tmp_path / "config.toml").write_text("")
+    assert launch.restarted_run(config(out=str(tmp_path))) == str(tmp_path)
+    (tmp_path / "message").write_text("no such file")
+    monkeypatch.setenv(launch.MESSAGE, str(tmp_path / "message"))
+    with pytest.raises(SystemExit):
+        launch.restarted_run(config(out=str(tmp_path)))
