@@ -6,8 +6,8 @@ rng.py). Constants are buffers: building them from lists on the way would synchr
 
 Why own code: torchvision v2 has the right meaning but one set of parameters a call, so a batch is a Python loop over
 pictures; kornia is batched but draws the order of the jitter once a batch, and AutoAugment's sub-policy too. Processor
-time for 256 pictures of 32 x 32, one core (benchmarks/small_views.py, rows in results/data.jsonl): three views here 65
-to 80 ms, torchvision 610 to 700; view 2 here 22 to 36, kornia 46 to 75.
+time for 256 pictures of 32 x 32 on one core of a busy machine (benchmarks/small_views.py, rows in results/data.jsonl):
+three views here 80 ms, torchvision 695; view 2 here 36, torchvision 344, kornia 75.
 """
 
 from __future__ import annotations
