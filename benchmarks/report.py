@@ -1,0 +1,194 @@
+"""benchmarks/results/REPORT.md: tables made from the committed rows and nothing else.
+
+    python benchmarks/report.py            # writes REPORT.md and fills the marked tables of docs/findings.md
+
+The newest row of a case, metric and device counts. What has no row is said to be not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ablation
+import figures
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "not measured"
+Row = dict[str, Any]
+
+
+class Section(NamedTuple):
+    """A table of one results file."""
+
+    title: str
+    bench: str
+    text: str
+
+
+SECTIONS = (
+    Section(
+        "Kernels",
+        "kernels",
+        "Ours beside what a user would write. Counted anywhere, timed on a GPU; bandwidth is relative to a copy of the "
+        "same size in the same run.",
+    ),
+    Section("Optimizer steps", "optimizers", "Whole optimizer parts: counted on the CPU, timed on a GPU."),
+    Section("Other code", "peers", "Other implementations, by path or package, counted on the same parameters."),
+    Section("Training steps", "step", "One step of the trainer."),
+    Section("Throughput", "throughput", "Images a second of the trainer."),
+    Section("Input", "data", "Input pipelines."),
+    Section("Scale", "scale", "Bookkeeping for 8,142 classes."),
+)
+PAIRED = (
+    "Top-1 and few-shot accuracy on the balanced test split of digits-lt (CPU); differences are paired with `bcl` of the "
+    "same seed, +- half of a 95 % interval (Student's t)."
+)
+
+
+def read(bench: str) -> list[Row]:
+    """All rows of one results file, oldest first; none if there is no file."""
+    path = RESULTS / f"{bench}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def newest(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(device, case) -> metric -> its last row."""
+    table: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        table[row["device"], row["case"]][row["metric"]] = row
+    return table
+
+
+def number(value: Any) -> str:
+    """Four significant digits; whole numbers as they are; lists by their length."""
+    if isinstance(value, list):
+        return f"[{len(value)} values]"
+    if value is None:
+        return "-"
+    if isinstance(value, str) or float(value).is_integer():
+        return f"{value:,.0f}" if not isinstance(value, str) else value
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def pivot(rows: list[Row]) -> str:
+    """Markdown, a table for each device: a line a case (seeds averaged), a column a metric."""
+    grouped: dict[str, dict[str, dict[str, list[Any]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for (device, case), metrics in newest(rows).items():
+        for metric, row in metrics.items():
+            grouped[device][re.sub(r"/seed=\d+$", "", case)][metric].append(row["value"])
+    parts = []
+    for device, cases in grouped.items():
+        names = list(dict.fromkeys(metric for metrics in cases.values() for metric in metrics))
+        parts.append(f"Device: {device}\n\n| case | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
+        parts[-1] += "".join(
+            f"\n| `{case}` | " + " | ".join(mean(metrics[name]) if name in metrics else "" for name in names) + " |"
+            for case, metrics in cases.items()
+        )
+    return "\n\n".join(parts)
+
+
+def mean(values: list[Any]) -> str:
+    """One number of one or several seeds."""
+    return number(statistics.fmean(values) if len(values) > 1 and not isinstance(values[0], list) else values[0])
+
+
+def section(part: Section) -> str:
+    """Title, sentence, table, and what is missing."""
+    rows = read(part.bench)
+    lines = [f"## {part.title}", part.text, f"Rows: [{part.bench}.jsonl]({part.bench}.jsonl)" if rows else NOT_MEASURED]
+    if rows:
+        lines.append(pivot(rows))
+    if rows and all(row["cuda"] is None for row in rows):
+        lines.append(f"On a GPU: {NOT_MEASURED}.")
+    return "\n\n".join(lines)
+
+
+def accuracy(bench: str) -> str:
+    """Mean and standard deviation over seeds of every method, and how the runs were made."""
+    rows = read(bench)
+    if not rows:
+        return NOT_MEASURED
+    settings = sorted({(r["config"]["images"], r["config"]["epochs"], r["config"]["batch"], r["device"]) for r in rows})
+    text = "; ".join(f"{n:,} training images, {e} epochs, batch {b}, {device}" for n, e, b, device in settings)
+    return f"{text}. Rows: [{bench}.jsonl]({bench}.jsonl)\n\n{figures.accuracy_table(bench)}"
+
+
+def ablations() -> str:
+    """A table for each sweep that has a row; the others are named."""
+    path, parts, missing = RESULTS / "ablation.jsonl", [], []
+    measured = {cell for cell, _ in ablation.rows(path)}
+    for sweep, cells in ablation.SWEEPS.items():
+        if any(ablation.same(name) in measured for name in cells):
+            parts.append(f"### {sweep}\n\n{ablation.table(sweep, path)}")
+        else:
+            missing.append(sweep)
+    if missing:
+        parts.append(f"{NOT_MEASURED.capitalize()}: {', '.join(missing)}.")
+    return "\n\n".join(parts)
+
+
+def precision() -> str:
+    """Cosine of effective and intended perturbation: a line a rule, a column a rounding; means over seeds."""
+    cells: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (_, case), metrics in newest(read("precision")).items():
+        dataset, rule, _, rounding, _ = case.split("/")
+        cells[dataset, rule][rounding].append(metrics["cosine"]["value"])
+    if not cells:
+        return NOT_MEASURED
+    names = list(dict.fromkeys(name for found in cells.values() for name in found))
+    lines = ["| pictures | rule | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for (dataset, rule), found in cells.items():
+        values = [f"{statistics.fmean(found[name]):.3f}" for name in names]
+        lines.append(f"| {dataset} | `{rule}` | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def report() -> str:
+    """The whole page."""
+    head = (
+        "# Measurements\n\nMade by `python benchmarks/report.py` from the rows in this folder; each row names its commit, "
+        "versions and date. Run `python benchmarks/run.py --budget SECONDS` to fill what is missing."
+    )
+    smoke = "Smoke-sized runs unless the settings say otherwise."
+    kept = "Cosine of the effective and the intended perturbation of a trained ResNet-20. Rows: [precision.jsonl](precision.jsonl)"
+    return "\n\n".join([
+        head,
+        f"## Accuracy, digits-lt\n\n{accuracy('digits-lt')}",
+        f"## Accuracy, CIFAR-10-LT\n\n{smoke}\n\n{accuracy('cifar10-lt')}",
+        f"## Ablations\n\n{PAIRED}\n\n{ablations()}",
+        f"## Precision\n\n{kept}\n\n{precision()}",
+        *(section(part) for part in SECTIONS),
+    ]) + "\n"  # fmt: skip
+
+
+def fill_findings(path: Path) -> None:
+    """Regenerate the marked tables of docs/findings.md."""
+    made = {name: lambda name=name: figures.accuracy_table(name) for name in ("digits-lt", "cifar10-lt")}
+    made |= {f"ablation-{s}": lambda s=s: ablation.table(s, RESULTS / "ablation.jsonl") for s in ablation.SWEEPS}
+    made["precision"] = precision
+    for name in re.findall(r"<!-- ([a-z0-9-]+) -->", path.read_text()):
+        if name in made:
+            figures.fill(path, name, made[name]())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "REPORT.md")
+    args = parser.parse_args()
+    args.out.write_text(report())
+    findings = ROOT / "docs" / "findings.md"
+    if findings.exists():
+        fill_findings(findings)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
