@@ -22,9 +22,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def is_view(function: Any) -> bool:
-    """True if every result is a view of an argument: at replay it is there already."""
+    """True if every result is a view of an argument, or an argument's shape changes: at replay it is there already."""
     results = function._schema.returns
-    return bool(results) and all(r.alias_info is not None and not r.alias_info.is_write for r in results)
+    return torch.Tag.inplace_view in function.tags or bool(results) and all(r.alias_info is not None and not r.alias_info.is_write for r in results)
 
 
 class Tape(TorchDispatchMode):
@@ -61,7 +61,7 @@ class Tape(TorchDispatchMode):
         for function, args, kwargs, result in self.calls:
             for old, new in zip(tensors_in(result), tensors_in(function(*args, **kwargs)), strict=True):
                 if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+                    old.copy_(new.view_as(old))
 
 
 class TapeRecorder:
@@ -78,4 +78,6 @@ class TapeRecorder:
             outputs = function()
         leaves, form = tree_flatten(outputs)
         self.tapes.append(tape)
-        return tape.replay, tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
+        return tape.replay, tree_unflatten(
+            [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
+        )

@@ -44,7 +44,13 @@ def _clean() -> Iterator[None]:
 
 
 def train(
-    net: LongTailModel, objective: Objective, batch: Batch, rule: Rule | None, kind: str, compiler: Compiler | None
+    net: LongTailModel,
+    objective: Objective,
+    batch: Batch,
+    rule: Rule | None,
+    kind: str,
+    compiler: Compiler | None,
+    lr: float = 0.1,
 ) -> list[int]:
     """STEPS steps on moving data with moving lr and alpha; returns the number of graphs after each step."""
     flat = FlatParameters(net.parameters())
@@ -55,7 +61,7 @@ def train(
     net.train()
     graphs = []
     for i in range(STEPS):
-        update.lr.fill_(0.1 / (i + 1))
+        update.lr.fill_(lr / (i + 1))
         update.alpha.fill_(0.9 - 0.01 * i)
         turned = Batch(tuple(v.roll(i, -1) for v in batch.views), batch.labels.roll(i), batch.index)
         step(turned)
@@ -63,14 +69,14 @@ def train(
     return graphs
 
 
-def both(kind: str, base: str, compiler: Any, width: int = 4) -> tuple[float, list[int], Compiler]:
+def both(kind: str, base: str, compiler: Any, lr: float = 0.1) -> tuple[float, list[int], Compiler]:
     """Largest difference of weights and statistics between eager and compiled training; graphs after each step."""
     rule, groups = KINDS[kind]
-    net, objective, batch = make(base, width=width)
+    net, objective, batch = make(base)
     twin = copy.deepcopy(net)
-    train(net, objective, batch, rule, groups, None)
+    train(net, objective, batch, rule, groups, None, lr)
     made = compiler(twin)
-    graphs = train(twin, objective, batch, rule, groups, made)
+    graphs = train(twin, objective, batch, rule, groups, made, lr)
     moved = difference(net, twin)
     for a, b in zip(net.buffers(), twin.buffers(), strict=True):
         moved = max(moved, float((a - b).abs().max()))
@@ -103,14 +109,18 @@ def test_twenty_steps_through_aotautograd_give_the_same_weights(kind: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "gsa-full", "gsa-paper"])
 def test_twenty_steps_through_inductor_give_the_same_weights(kind: str) -> None:
-    """Fused kernels round differently, and 20 steps amplify it: observed 4e-6 to 3e-5 of weights up to 1.5."""
+    """Fused kernels round differently: observed 4e-7, 2e-5 and 2e-7 of weights up to 1.5.
+
+    At ten times this learning rate it is 6e-3, and exactly so for two eager runs whose first weights differ in the last
+    bit: there the steps amplify, whoever rounds.
+    """
     torch.use_deterministic_algorithms(True)
     try:
-        moved, graphs, compiler = both(kind, "bcl", Compiler)
+        moved, graphs, compiler = both(kind, "bcl", Compiler, lr=0.01)
     finally:
         torch.use_deterministic_algorithms(False)
     assert compiler.reason is None
-    assert moved < 3e-4
+    assert moved < 1e-4
     assert graphs[1] == graphs[-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,8 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltfast.data.base import Batch
+from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.graph import WARMUP, Captured
+from ltfast.losses import membership_for
+from ltfast.optim.rules import RULES, Rule
+from ltfast.scaler import LossScale
+from ltfast.step import TrainStep, Update
 from tests.tape import TapeRecorder
+from tests.test_compiled import KINDS
+from tests.test_step import COUNTS, GROUPS, difference, make
 
 
 class Counter:
@@ -78,3 +87,76 @@ def test_other_shapes_are_refused() -> None:
     captured("add", torch.ones(3))
     with pytest.raises(ValueError, match=r"count: recorded for torch.float32 \(3,\), got torch.float32 \(1,\)"):
         captured("add", torch.ones(1))
+
+
+KINDS_RECORDED: dict[str, tuple[Rule | None, str, int]] = {
+    **{name: (*kind, 1) for name, kind in KINDS.items()},
+    "gsa-full": (*KINDS["gsa-full"], 2),  # refresh and reuse of the Gram matrix
+    "one-view ascent": (*KINDS["one-view ascent"], 2),  # climb and repeat
+    "cc-sam": (RULES["cc-sam"], "classes", 1),
+    "per group": (Rule(groups="bank", direction="orthogonal", rho=None, objective="per_group"), "groups", 1),
+}
+
+
+def recorded_run(
+    name: str, recorder: TapeRecorder | None, steps: int
+) -> tuple[Any, list[dict[str, Tensor]], TrainStep]:
+    rule, kind, _ = KINDS_RECORDED[name]
+    net, objective, batch = make("bcl")
+    flat = FlatParameters(net.parameters())
+    scaler = LossScale(torch.device("cpu"), initial=64.0, interval=3) if name == "sam" else None
+    update = Update(flat, weight_decay=1e-3, clip=2.0, scaler=scaler, kind="adamw" if name == "imbsam" else "sgd")
+    update.anchor = (torch.ones_like(flat.data), torch.zeros_like(flat.data))
+    step = TrainStep(
+        net, objective, flat, FlatBuffers(net), update, rule,
+        None if rule is None else membership_for(kind, COUNTS, GROUPS),
+        capture=None if recorder is None else lambda take: Captured(take, "step", recorder),
+    )  # fmt: skip
+    net.train()
+    results = []
+    for i in range(steps):
+        update.lr.fill_(0.02 / (i + 1))
+        update.alpha.fill_(0.9 - 0.01 * i)
+        update.strength.fill_(0.01 * i)
+        views = tuple(v.roll(i, -1) for v in batch.views)
+        if i == 5:  # a batch that overflows: skipped by tensors, so a replay skips it as well
+            views = (views[0] * float("inf"), *views[1:])
+        result = step(Batch(views, batch.labels.roll(i), batch.index))
+        assert step.features is not None
+        results.append({**{k: v.clone() for k, v in result.items()}, "features": step.features.clone()})
+        results[-1] |= {f"ascent {k}": v.clone() for k, v in step.ascent_stats.items()}
+    return net, results, step
+
+
+@pytest.mark.parametrize("name", KINDS_RECORDED)
+def test_recorded_steps_are_the_eager_ones_bit_for_bit(name: str) -> None:
+    """Weights, statistics and every figure of 16 steps, 13 of them (mode R and repeats: 10) without any Python."""
+    steps, recorder = 16, TapeRecorder()
+    net, expected, _ = recorded_run(name, None, steps)
+    twin, results, step = recorded_run(name, recorder, steps)
+    assert len(recorder.tapes) == KINDS_RECORDED[name][2]
+    assert difference(net, twin) == 0
+    for a, b in zip(net.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
+    for i, (a, b) in enumerate(zip(expected, results, strict=True)):
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=0, atol=0, equal_nan=True, msg=f"{key} of step {i}")
+    assert float(step.update.skipped) == 1
+
+
+def test_the_schedule_of_branches() -> None:
+    """gram_every counts ascents; ascent_every counts steps."""
+    net, objective, _ = make("bcl")
+    flat = FlatParameters(net.parameters())
+    rule = Rule(**{**vars(RULES["gsa-full"]), "gram_every": 3, "ascent_every": 2})
+    step = TrainStep(
+        net, objective, flat, FlatBuffers(net), Update(flat), rule, membership_for("groups", COUNTS, GROUPS)
+    )
+    assert step.engine is not None
+    step.engine.remembers = True
+    branches = [step.next_branch() for _ in range(10)]
+    assert branches == ["exact", "repeat", "stale", "repeat", "stale", "repeat", "exact", "repeat", "stale", "repeat"]
+    state = copy.deepcopy(step.engine.state())
+    after = [step.next_branch() for _ in range(5)]
+    step.engine.load_state(state)
+    assert [step.next_branch() for _ in range(5)] == after
