@@ -60,6 +60,7 @@ class Engine(Ascent):
     def start(self, counts: Tensor) -> None:
         """Begin afresh with groups of `counts` [G] images: rows, Gram matrix and moving averages are reset."""
         super().start(counts)
+        self._pending: Tensor | None = None  # weights of the moving averages' next update
         self.flat.resize_rows(self.n_rows + (self.rule.objective == "per_group"))
 
     # -- the two passes ------------------------------------------------------------------------------------------------
@@ -77,6 +78,7 @@ class Engine(Ascent):
 
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """
+        self.settle()
         coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares)
         self.climbed = True
         if self.rule.objective == "per_group":
@@ -84,6 +86,7 @@ class Engine(Ascent):
         else:
             theta = self.flat.data
             perturb(theta, rows, coef, self.rule.adaptive, out=theta, keep=self.kept)
+            self.settle()
             if self.eps is not None:
                 torch.sub(self.flat.data, self.kept, out=self.eps)
                 self._hold()
@@ -138,11 +141,18 @@ class Engine(Ascent):
         partials, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
         coef = self.coefficients(partials, theta_sq, shares)
         if rule.direction == "friendly":
-            weights = self.average_weights(shares)
-            for k in range(g):  # m <- (1 - weight) m + weight u; perturb leaves a row of weight 0 out, NaN or not
-                average = self.flat.grads[g + k].mul_(1 - weights[k])
-                perturb(average, self.flat.grads[k : k + 1], weights[k : k + 1], out=average)
+            self._pending = self.average_weights(shares)
         return coef
+
+    def settle(self) -> None:
+        """Move the averages by the rows of the last ascent, which must have combined the old ones by then."""
+        if self._pending is None:
+            return
+        g, weights, self._pending = self.n_groups, self._pending, None
+        for k in range(g):  # m + weight (u - m); perturb leaves m alone where the weight is 0, whatever u holds
+            average = self.flat.grads[g + k]
+            pair = torch.stack((weights[k], -weights[k]))
+            perturb(average, self.flat.grads[k : g + k + 1 : g], pair, out=average)
 
     # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
 
@@ -157,6 +167,7 @@ class Engine(Ascent):
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to checkpoint: Gram memory, moving averages, the last eps, step count."""
+        self.settle()
         g = self.n_groups
         state = super().state()
         if self.eps is not None:
