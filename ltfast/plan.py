@@ -18,19 +18,21 @@ FLOAT = 4
 GIB = 1 << 30
 
 
-def flops_ratio(rule: Rule | None, n_groups: int) -> float:
-    """FLOPs of a step over those of an SGD step on the same batch, backward counted as two forwards.
+def flops_ratio(rule: Rule | None, n_groups: int, views: int = 3) -> float:
+    """FLOPs of a step over those of an SGD step on the same batch of `views` views, backward counted as two forwards.
 
     E: 1 forward and G backwards, then 1 + 1: (1 + 2G)/3 + 1. R: 2 + (E - 2)/gram_every. Classifier scope: about 1.
-    Per group on all parameters: (1 + 2G)/3 + G.
+    Per group on all parameters: (1 + 2G)/3 + G. An ascent every k-th step, on v of the views and a part f of the samples
+    costs its share times f v / (k views).
     """
     if rule is None or rule.scope == "classifier":
         return 1.0
     first = (1 + 2 * n_groups) / 3
     if rule.objective == "per_group":
         return first + n_groups
-    exact = first + 1
-    return 2 + (exact - 2) / rule.gram_every if rule.gram_every > 1 else exact
+    first = 1 + (first - 1) / rule.gram_every
+    seen = rule.ascent_fraction / (views if rule.ascent_views else 1)
+    return 1 + first * seen / rule.ascent_every
 
 
 def gradient_rows(rule: Rule | None, n_groups: int) -> int:
@@ -83,7 +85,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         parameters=flat.numel,
         encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
         groups=groups,
-        flops_vs_sgd=flops_ratio(rule, groups),
+        flops_vs_sgd=flops_ratio(rule, groups, 3 if config.loss.loss == "bcl" else 1),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
         bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if needs_groups else 0,
     )
