@@ -46,7 +46,13 @@ def test_marked_epochs_lie_in_the_run():
 
 
 def test_finite_is_json():
-    assert finite(torch.tensor([1.23456789, float("nan"), float("inf"), -float("inf"), 0.0])) == [1.2346, None, None, None, 0.0]
+    assert finite(torch.tensor([1.23456789, float("nan"), float("inf"), -float("inf"), 0.0])) == [
+        1.2346,
+        None,
+        None,
+        None,
+        0.0,
+    ]
 
 
 def test_quality_of_very_many_classes_is_summarised():
@@ -103,7 +109,10 @@ def test_gradient_gram_is_that_of_the_group_means():
     flat = FlatParameters(model.parameters())
     before, buffers = flat.data.clone(), {k: b.clone() for k, b in model.named_buffers()}
     parts = [slice(0, 7), slice(7, 20)]
-    groups = [[Batch((images[p][:3],), labels[p][:3], labels[p][:3]), Batch((images[p][3:],), labels[p][3:], labels[p][3:])] for p in parts]
+    groups = [
+        [Batch((images[p][:3],), labels[p][:3], labels[p][:3]), Batch((images[p][3:],), labels[p][3:], labels[p][3:])]
+        for p in parts
+    ]
 
     def loss(logits, y):
         return nn.functional.cross_entropy(logits, y, reduction="none")

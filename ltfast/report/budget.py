@@ -16,18 +16,19 @@ from ltfast.errors import UserError
 class Budget:
     """`minutes` from now on (None: no limit), for `parts` parts; each may use its share of what is left when it starts.
 
-    Raises UserError for a budget that is not positive.
+    reserve: this share of the time is kept back for what comes after all parts. Raises UserError for minutes <= 0.
     """
 
     minutes: float | None
     parts: int = 1
+    reserve: float = 0.0
     clock: Callable[[], float] = time.monotonic
     end: float = field(init=False)
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"--max-minutes {self.minutes}: needs a positive number of minutes")
-        self.end = float("inf") if self.minutes is None else self.clock() + 60 * self.minutes
+        self.end = float("inf") if self.minutes is None else self.clock() + 60 * self.minutes * (1 - self.reserve)
 
     @property
     def spent(self) -> bool:
@@ -62,7 +63,9 @@ class Progress:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
 
     @contextmanager

@@ -28,10 +28,10 @@ class Computed:
 
 
 def compute_all(
-    views: Sequence[RunView], *, max_minutes: float | None, device: str, data_dir: str | None, quiet: bool
+    views: Sequence[RunView], budget: Budget, *, device: str, data_dir: str | None, quiet: bool
 ) -> list[Computed]:
     """Run by run, so that one model is held at a time; every part gets a fair share of the time that is left."""
-    budget = Budget(max_minutes, parts=len(views) * (1 + GEOMETRY_PARTS))
+    budget.parts = len(views) * (1 + GEOMETRY_PARTS)
     results = [Computed() for _ in views]
     with Progress(len(views) * len(PARTS), quiet) as progress:
         for view, result in zip(views, results, strict=True):

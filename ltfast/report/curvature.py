@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 MatVec = Callable[[Tensor], Tensor]
-BREAKDOWN = 1e-7  # beta below this share of the spectrum's size: the Krylov space is complete (float32 rounding is 6e-8)
+BREAKDOWN = (
+    1e-7  # beta below this share of the spectrum's size: the Krylov space is complete (float32 rounding is 6e-8)
+)
 
 
 def hessian_product(

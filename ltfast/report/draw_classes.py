@@ -30,10 +30,22 @@ def draw_class_size(runs: Runs) -> Figure:
             run["size"], run["accuracy"], s=14 if many else 34, marker=marker(i), facecolor=colour(i), edgecolor="white",
             linewidth=0.5, alpha=0.6 if many else 0.95, zorder=3,
         )  # fmt: skip
-        ax.plot(run["curve_x"], run["curve_y"], color=colour(i), linestyle=line(i), marker=marker(i), markevery=(5, 12), label=name)
+        ax.plot(
+            run["curve_x"],
+            run["curve_y"],
+            color=colour(i),
+            linestyle=line(i),
+            marker=marker(i),
+            markevery=(5, 12),
+            label=name,
+        )
     ax.set(xscale="log", ylim=(-4, 104), xlabel="training images of the class", ylabel="test accuracy (%)")
     low, high = ax.get_xlim()
-    for label, start, end in (("few-shot", 0, FEW_BELOW), ("medium-shot", FEW_BELOW, MANY_ABOVE), ("many-shot", MANY_ABOVE, np.inf)):
+    for label, start, end in (
+        ("few-shot", 0, FEW_BELOW),
+        ("medium-shot", FEW_BELOW, MANY_ABOVE),
+        ("many-shot", MANY_ABOVE, np.inf),
+    ):
         left, right = max(low, start), min(high, end)
         if right > 1.2 * left:
             ax.text((left * right) ** 0.5, 1, label, fontsize=7.5, color="#555555", ha="center")
@@ -50,7 +62,9 @@ def draw_shots(runs: Runs) -> Figure:
     for i, (name, run) in enumerate(runs):
         x = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
         values = run["accuracy"]
-        bars = ax.bar(x, np.nan_to_num(values), 0.92 * width, color=colour(i), hatch=hatch(i), edgecolor="white", label=name)
+        bars = ax.bar(
+            x, np.nan_to_num(values), 0.92 * width, color=colour(i), hatch=hatch(i), edgecolor="white", label=name
+        )
         labels = ["-" if np.isnan(v) else f"{v:.1f}" for v in values]
         ax.bar_label(bars, labels, padding=2, fontsize=8 if len(runs) < 5 else 6.5)
     classes = runs[0][1]["classes"]
@@ -78,7 +92,9 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
         for i, j in np.ndindex(found.shares.shape):
             value = found.shares[i, j]
             if value >= 0.5:
-                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="white" if value > 55 else INK)
+                ax.text(
+                    j, i, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="white" if value > 55 else INK
+                )
         for i, row in enumerate(found.rows):
             if row in found.columns:
                 ax.add_patch(frame(found.columns.index(row), i))

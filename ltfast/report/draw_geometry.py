@@ -69,7 +69,14 @@ def marks(ax: Any, run: Landscape) -> None:
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
             side = (0, 9) if i != 1 else (0, -17)
             ax.annotate(
-                run.labels[i], (a, b), textcoords="offset points", xytext=side, ha="center", fontsize=7.5, bbox=box, zorder=10
+                run.labels[i],
+                (a, b),
+                textcoords="offset points",
+                xytext=side,
+                ha="center",
+                fontsize=7.5,
+                bbox=box,
+                zorder=10,
             )
 
 

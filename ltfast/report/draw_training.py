@@ -179,7 +179,11 @@ def draw_groups(runs: Runs) -> Figure:
                 ax.bar(at, sizes, 0.85, color=colour(k), hatch=hatch(k), edgecolor="white", label=label)
             else:
                 ax.scatter(at, sizes, s=12, color=colour(k), marker=marker(k), label=label)
-        ax.set(title=f"{shorten(name)}: grouped before epoch {run['epoch'] + 1}", yscale="log", xlabel="classes, largest first")
+        ax.set(
+            title=f"{shorten(name)}: grouped before epoch {run['epoch'] + 1}",
+            yscale="log",
+            xlabel="classes, largest first",
+        )
         if len(order) <= 20:
             names = [shorten(run["names"][c], 10) for c in order]
             ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
@@ -210,7 +214,9 @@ def draw_times(runs: Runs) -> Figure:
         ax, y = axes[1], np.arange(len(ratios))
         for k, key in enumerate(("measured", "predicted")):
             values = [run[key] for _, run in ratios]
-            bars = ax.barh(y + (k - 0.5) * 0.36, values, 0.34, color=colour(k), hatch=hatch(k), edgecolor="white", label=key)
+            bars = ax.barh(
+                y + (k - 0.5) * 0.36, values, 0.34, color=colour(k), hatch=hatch(k), edgecolor="white", label=key
+            )
             ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         ax.set_yticks(y, [shorten(name) for name, _ in ratios])
         ax.set(title="cost of a training step", xlabel="in scouting steps", xlim=(0, 1.25 * max(ax.get_xlim()[1], 1)))

@@ -56,7 +56,13 @@ def curvature(live: Live, share: Callable[[], Stop], tick: Tick) -> Curvature:
         product = hessian_product(live.model, params, live.loss, batches)
         stop = share()
         spectra[side] = spectrum(
-            product, flatten(params), probes=LANCZOS_PROBES, steps=steps, trace_probes=TRACE_PROBES, stop=stop, tick=tick
+            product,
+            flatten(params),
+            probes=LANCZOS_PROBES,
+            steps=steps,
+            trace_probes=TRACE_PROBES,
+            stop=stop,
+            tick=tick,
         )
         if len(spectra[side].quadratures[0].nodes) < LANCZOS_MINIMUM and stop():
             raise Missing(OUT_OF_TIME)

@@ -94,7 +94,13 @@ def quality(views: Sequence[RunView]) -> Item:
         "tail part, the epoch that suits one does not suit the other: that is what the bank is for."
     )
     return simple(
-        views, "quality", "Knowledge", "Feature quality of head and tail", caption, numbers.feature_quality, draw_training.draw_quality
+        views,
+        "quality",
+        "Knowledge",
+        "Feature quality of head and tail",
+        caption,
+        numbers.feature_quality,
+        draw_training.draw_quality,
     )
 
 
@@ -124,7 +130,13 @@ def forces(views: Sequence[RunView]) -> Item:
         "epoch, times alpha), the pull of GKP, and weight decay. GKP that lies far below weight decay does nothing."
     )
     return simple(
-        views, "forces", "Knowledge", "Strength of GKP against loss and weight decay", caption, numbers.forces, draw_training.draw_forces
+        views,
+        "forces",
+        "Knowledge",
+        "Strength of GKP against loss and weight decay",
+        caption,
+        numbers.forces,
+        draw_training.draw_forces,
     )
 
 
@@ -162,11 +174,15 @@ def ascent(views: Sequence[RunView]) -> Item:
     def compute(view: RunView) -> dict[str, Any]:
         return {**numbers.ascent(view), "bounds": numbers.radius_bounds(view)}
 
-    item = simple(views, "ascent", "Sharpness", "Directions and radii of the ascent", caption, compute, draw_training.draw_ascent)
+    item = simple(
+        views, "ascent", "Sharpness", "Directions and radii of the ascent", caption, compute, draw_training.draw_ascent
+    )
     rows = []
     for name, run in item.data.items():
         clipped = numbers.mean((run["above"] + run["below"]).ravel())
-        rows.append((name, 100 * float(clipped), numbers.mean(run["refresh_cos"]), np.nanmin([*run["refresh_min"], np.inf])))
+        rows.append(
+            (name, 100 * float(clipped), numbers.mean(run["refresh_cos"]), np.nanmin([*run["refresh_min"], np.inf]))
+        )
     rows = [(n, c, cos, low if np.isfinite(low) else None) for n, c, cos, low in rows]
     item.table = Table(("run", "radii outside the bounds (%)", "mean cosine at refreshes", "smallest"), rows)
     return item
@@ -197,8 +213,23 @@ def times(views: Sequence[RunView]) -> Item:
 
 
 def profile(views: Sequence[RunView]) -> Item:
-    caption = "Time of one step by part as the run's profile has it; a diamond marks the plan's prediction of the whole."
+    caption = (
+        "Time of one step by part as the run's profile has it; a diamond marks the plan's prediction of the whole."
+    )
     return simple(views, "profile", "Time", "Profile of a step", caption, numbers.profile, draw_training.draw_profile)
 
 
-LOG_ITEMS = (curves, shots, class_size, confusion, quality, groups, forces, similarity, group_similarity, ascent, times, profile)
+LOG_ITEMS = (
+    curves,
+    shots,
+    class_size,
+    confusion,
+    quality,
+    groups,
+    forces,
+    similarity,
+    group_similarity,
+    ascent,
+    times,
+    profile,
+)

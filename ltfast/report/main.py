@@ -12,6 +12,7 @@ import ltfast
 from ltfast.config import SECTIONS
 from ltfast.errors import UserError
 from ltfast.report import draw_classes, draw_geometry, items
+from ltfast.report.budget import Budget
 from ltfast.report.compute import Computed, compute_all
 from ltfast.report.geometry import SIDES
 from ltfast.report.page import Item, Table, render_item, render_page, render_table, to_json
@@ -20,7 +21,7 @@ from ltfast.report.style import look, save
 
 PAGE, NUMBERS = "index.html", "report.json"
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
-COMPUTE_SHARE = 0.8  # of --max-minutes; the rest is for reading the data and drawing
+DRAWING = 0.2  # of --max-minutes kept for drawing
 SECTION_ORDER = ("Classes", "Training", "Knowledge", "Sharpness", "Geometry", "Time")
 
 
@@ -45,14 +46,14 @@ def report(
         UserError: a folder that is no run, or has no metrics; an `out` that cannot be written; a limit <= 0.
     """
     started = time.monotonic()
+    budget = Budget(max_minutes, reserve=DRAWING)
     views = open_runs(runs)
     folder = Path(out) if out is not None else default_folder(views)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from None
-    minutes = None if max_minutes is None else COMPUTE_SHARE * max_minutes
-    computed = compute_all(views, max_minutes=minutes, device=device, data_dir=data_dir, quiet=quiet)
+    computed = compute_all(views, budget, device=device, data_dir=data_dir, quiet=quiet)
     with look():
         entries = [build(views) for build in items.LOG_ITEMS]
         entries += [build_computed(views, computed) for build_computed in COMPUTED_ITEMS]
@@ -64,7 +65,9 @@ def report(
     seconds = time.monotonic() - started
     names = ", ".join(view.name for view in views)
     lead = "What happened in training, which classes gained, and how the loss looks around the solution."
-    footer = f"Made by ltfast {ltfast.__version__} in {seconds:.0f} s on {time.strftime('%Y-%m-%d')}; numbers: {NUMBERS}."
+    footer = (
+        f"Made by ltfast {ltfast.__version__} in {seconds:.0f} s on {time.strftime('%Y-%m-%d')}; numbers: {NUMBERS}."
+    )
     (folder / PAGE).write_text(render_page(f"ltfast report: {names}", lead, blocks, footer))
     return folder / PAGE
 
@@ -80,7 +83,9 @@ def default_folder(views: Sequence[RunView]) -> Path:
 def save_figures(item: Item, folder: Path) -> list[tuple[str, bytes]]:
     """Write the item's PNGs; (what it shows, bytes) of each."""
     names = [item.id if len(item.figures) == 1 else f"{item.id}-{i + 1}" for i in range(len(item.figures))]
-    return [(text, save(figure, folder / f"{name}.png")) for name, (text, figure) in zip(names, item.figures, strict=True)]
+    return [
+        (text, save(figure, folder / f"{name}.png")) for name, (text, figure) in zip(names, item.figures, strict=True)
+    ]
 
 
 # -- entries that need weights and data ---------------------------------------------------------------------------------
@@ -115,7 +120,9 @@ def calibration(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
 def worst(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     found, missing = part(views, computed, "predictions")
     names = {view.name: view.class_names for view in views}
-    caption = "The least accurate classes on the test split; over each picture, what it was taken for and how confidently."
+    caption = (
+        "The least accurate classes on the test split; over each picture, what it was taken for and how confidently."
+    )
     figures = [(name, draw_classes.draw_worst(name, p, names[name])) for name, p in found if p.worst]
     data = {name: [(w.label, w.accuracy, w.images) for w in p.worst] for name, p in found}
     return Item("worst", "Classes", "Worst classes", caption, figures, missing, data=data)
@@ -176,7 +183,20 @@ COMPUTED_ITEMS = (calibration, worst, curvature, landscape, plane)
 
 def overview(views: Sequence[RunView], computed: Sequence[Computed]) -> str:
     """HTML: a table of the runs, and what differs in their settings."""
-    head = ("run", "method", "data", "epochs", "seed", "top-1 %", "many", "medium", "few", "ECE %", "lambda_max, head", "tail")
+    head = (
+        "run",
+        "method",
+        "data",
+        "epochs",
+        "seed",
+        "top-1 %",
+        "many",
+        "medium",
+        "few",
+        "ECE %",
+        "lambda_max, head",
+        "tail",
+    )
     rows = [overview_row(view, result) for view, result in zip(views, computed, strict=True)]
     html = f'<section class="item" id="overview">{render_table(Table(head, rows))}'
     differing = differences(views)

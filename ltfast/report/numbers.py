@@ -74,7 +74,11 @@ def shots(view: RunView) -> dict[str, Any]:
     test, groups = view.test, shot_groups(view.counts)
     names = ("all", *SHOT_NAMES)
     values = array([test["top1"], *(test[name] for name in SHOT_NAMES)])
-    return {"names": names, "accuracy": values, "classes": [len(groups), *((groups == k).sum().item() for k in range(3))]}
+    return {
+        "names": names,
+        "accuracy": values,
+        "classes": [len(groups), *((groups == k).sum().item() for k in range(3))],
+    }
 
 
 class Confusion(NamedTuple):
@@ -149,9 +153,7 @@ def gradient_similarity(view: RunView) -> dict[str, Any]:
     names = rows[-1]["names"]
     matrices = np.stack([np.stack([array(line) for line in row["shots"]["gram"]]) for row in rows])
     cos = np.stack([cosines(m) for m in matrices])
-    pairs = {
-        f"{names[i]} and {names[j]}": cos[:, i, j] for i in range(len(names)) for j in range(i + 1, len(names))
-    }
+    pairs = {f"{names[i]} and {names[j]}": cos[:, i, j] for i in range(len(names)) for j in range(i + 1, len(names))}
     groups = shot_groups(view.counts)
     shares = np.array([float(view.counts[groups == SHOT_NAMES.index(name)].sum()) for name in names])
     shares /= shares.sum()
@@ -219,7 +221,9 @@ def forces(view: RunView) -> dict[str, Any]:
 def groups(view: RunView) -> dict[str, Any]:
     """Group of each class [C] at the last grouping, its epoch, class sizes, and images and classes a group."""
     if not view.rows.get("group"):
-        raise Missing("its method makes no groups" if not view.config.preserve.gkp else "it has not grouped its classes yet")
+        raise Missing(
+            "its method makes no groups" if not view.config.preserve.gkp else "it has not grouped its classes yet"
+        )
     row, counts = view.rows["group"][-1], view.counts.numpy()
     group = np.array(row["groups"])
     size = group.max() + 1

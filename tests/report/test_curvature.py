@@ -136,7 +136,9 @@ def test_density_has_the_moments_of_the_eigenvalues(problem):
 
 
 def test_reorthogonalisation_keeps_single_eigenvalues_single():
-    values = torch.cat([torch.linspace(0, 1, 60, dtype=torch.float64), torch.tensor([50.0, 100.0], dtype=torch.float64)])
+    values = torch.cat(
+        [torch.linspace(0, 1, 60, dtype=torch.float64), torch.tensor([50.0, 100.0], dtype=torch.float64)]
+    )
     matrix = torch.diag(values)
     got = lanczos(lambda v: matrix @ v, torch.ones(62, dtype=torch.float64), 50)
     assert (got.nodes > 40).sum() == 2

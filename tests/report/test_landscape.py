@@ -68,7 +68,10 @@ def test_stop_before_the_first_level_is_an_error():
 def test_stopped_surface_is_a_coarser_whole_one(budget):
     calls = []
     found = surface(
-        lambda x, y: torch.tensor([x - 3 * y]), levels=3, stop=lambda: len(calls) >= budget, tick=lambda: calls.append(0)
+        lambda x, y: torch.tensor([x - 3 * y]),
+        levels=3,
+        stop=lambda: len(calls) >= budget,
+        tick=lambda: calls.append(0),
     )
     expected = {25: 5, 80: 5, 81: 9, 10**6: 17}[budget]
     assert found.values.shape == (1, expected, expected)

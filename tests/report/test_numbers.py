@@ -24,7 +24,10 @@ DATA = {"kind": "data", "class_names": list("abcde"), "counts": COUNTS}
 
 
 def test_bars_of_many_medium_few(tmp_path):
-    test = {"kind": "test", "last": {"top1": 50.0, "many": 75.0, "medium": None, "few": 20.0, "per_class": [90, 60, None, 30, 10]}}
+    test = {
+        "kind": "test",
+        "last": {"top1": 50.0, "many": 75.0, "medium": None, "few": 20.0, "per_class": [90, 60, None, 30, 10]},
+    }
     view = view_of(tmp_path, [DATA, test])
     found = numbers.shots(view)
     assert found["names"] == ("all", "many", "medium", "few")
@@ -95,7 +98,13 @@ def test_group_similarity_needs_a_probe_after_grouping(tmp_path):
 
 def test_quality_means_of_head_and_tail(tmp_path):
     rows = [
-        {"kind": "quality", "epoch": e, "quality": [1.0 + e, 3 + e, 9, 5, None], "variance": [1] * 5, "distance": [None] * 5}
+        {
+            "kind": "quality",
+            "epoch": e,
+            "quality": [1.0 + e, 3 + e, 9, 5, None],
+            "variance": [1] * 5,
+            "distance": [None] * 5,
+        }
         for e in range(3)
     ]
     found = numbers.feature_quality(view_of(tmp_path, [DATA, *rows]))

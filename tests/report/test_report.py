@@ -1,0 +1,207 @@
+"""The whole page: every figure or the reason why not, nothing from outside, and what a browser makes of it."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ltfast.errors import UserError
+from ltfast.report import report
+from ltfast.report.budget import Budget
+from ltfast.report.page import Item, Table, cell, render_item, render_table
+
+IDS = (
+    "curves", "shots", "class-size", "confusion", "quality", "groups", "forces", "similarity", "group-similarity", "ascent",
+    "times", "profile", "calibration", "worst", "curvature", "landscape", "plane",
+)  # fmt: skip
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Sections by id with their pictures and missing lines; every address that the page would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sections, self.addresses, self.now, self.scripts = {}, [], None, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "section":
+            self.now = self.sections.setdefault(attrs["id"], {"images": 0, "missing": 0, "tables": 0})
+        if tag == "figure":
+            self.now["images"] += 1
+        if tag == "table":
+            self.now["tables"] += 1
+        if tag == "p" and attrs.get("class") == "missing":
+            self.now["missing"] += 1
+        self.addresses += [attrs[k] for k in ("src", "href", "srcset", "data") if k in attrs]
+        self.scripts += tag == "script" and "src" in attrs
+
+
+def page_of(path):
+    return Page(Path(path).read_text())
+
+
+def cheap_pictures(patch):
+    """Encoding large PNGs is most of a small report's time."""
+    patch.setattr("ltfast.report.style.DPI", 50)
+    patch.setattr("ltfast.report.page.DPI", 50)
+
+
+@pytest.fixture(autouse=True)
+def low_resolution(monkeypatch):
+    cheap_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    """The report of both runs at small sizes."""
+    patch = pytest.MonkeyPatch()
+    from ltfast.report import geometry
+
+    cheap_pictures(patch)
+    for name, value in (
+        ("IMAGES", 24),
+        ("LANCZOS_STEPS", 8),
+        ("LANCZOS_PROBES", 1),
+        ("TRACE_PROBES", 2),
+        ("LEVELS", 1),
+    ):
+        patch.setattr(geometry, name, value)
+    path = report(list(runs), tmp_path_factory.mktemp("out"), quiet=True)
+    patch.undo()
+    return path
+
+
+def test_every_figure_is_there_or_its_absence_is_explained(written):
+    page = page_of(written)
+    assert set(IDS) <= set(page.sections)
+    for name in IDS:
+        section = page.sections[name]
+        assert section["images"] + section["missing"] >= 1, name
+    for name in set(IDS) - {"profile"}:  # these runs have no profile; everything else has a picture
+        assert page.sections[name]["images"] >= 1, name
+    assert page.sections["profile"] == {"images": 0, "missing": 2, "tables": 0}
+    for name in ("groups", "group-similarity", "ascent"):  # plain cross-entropy has none
+        assert page.sections[name]["missing"] == 1
+    assert page.sections["worst"]["images"] == 2
+    assert page.sections["overview"]["tables"] == 2
+
+
+def test_page_loads_nothing_from_outside(written):
+    page, text = page_of(written), written.read_text()
+    assert page.scripts == 0
+    assert all(a.startswith(("data:", "#")) or not a for a in page.addresses)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_pictures_and_numbers_lie_beside_the_page(written):
+    names = {p.name for p in written.parent.glob("*.png")}
+    assert {f"{i}.png" for i in IDS if i not in ("profile", "worst")} | {"worst-1.png", "worst-2.png"} == names
+    numbers = json.loads((written.parent / "report.json").read_text())
+    assert set(numbers) == set(IDS)
+    runs = numbers["shots"]
+    assert set(runs) == {"default", "plain"}
+    assert len(runs["default"]["accuracy"]) == 4
+    assert numbers["curvature"]["plain"]["tail"]["top"][0] > 0
+
+
+def test_no_time_leaves_the_log_figures(runs, tmp_path):
+    page = page_of(report([runs[0]], tmp_path, max_minutes=1e-6, quiet=True))
+    for name in ("curvature", "landscape", "plane", "calibration", "worst"):
+        assert page.sections[name] == {"images": 0, "missing": 1, "tables": 0}, name
+    assert page.sections["curves"]["images"] == 1
+    assert "share of --max-minutes" in (tmp_path / "index.html").read_text()
+
+
+def test_run_that_did_not_end(runs, tmp_path):
+    """Stopped in its first epochs: no test result, no weights yet."""
+    target = tmp_path / "stopped"
+    target.mkdir()
+    (target / "config.toml").write_text((Path(runs[0]) / "config.toml").read_text())
+    lines = (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()
+    (target / "metrics.jsonl").write_text("\n".join(lines[:2]) + '\n{"kind": "epo')
+    path = report([str(target)], quiet=True)
+    assert path == target / "report" / "index.html"
+    page = page_of(path)
+    for name in ("shots", "class-size", "confusion", "curvature", "landscape", "plane", "calibration"):
+        assert page.sections[name] == {"images": 0, "missing": 1, "tables": 0}, name
+    assert "it has not ended" in path.read_text()
+
+
+def test_errors_name_the_option(runs, tmp_path):
+    with pytest.raises(UserError, match="--max-minutes -1"):
+        report([runs[0]], tmp_path, max_minutes=-1)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="--out"):
+        report([runs[0]], blocked)
+
+
+def test_budget_shares_what_is_left():
+    now = [0.0]
+    budget = Budget(1.0, parts=3, clock=lambda: now[0])
+    first = budget.share()
+    now[0] = 19.9
+    assert not first()
+    now[0] = 20.0
+    assert first()
+    now[0] = 40.0  # the first overran: the other two share the remaining 20 s
+    second = budget.share()
+    now[0] = 49.9
+    assert not second()
+    now[0] = 50.1
+    assert second()
+    third = budget.share()
+    assert not third()
+    assert not budget.spent
+    now[0] = 60.0
+    assert third()
+    assert budget.spent
+    assert Budget(1.0, reserve=0.25, clock=lambda: now[0]).end == 105.0
+    free = Budget(None, parts=2, clock=lambda: now[0])
+    assert not free.share()()
+    assert not free.spent
+
+
+def test_text_is_escaped_and_cells_are_readable():
+    item = Item("x", "s", 'a <b> "c"', missing=["<script>: no"], table=Table(("run",), [("<i>",)]))
+    text = render_item(item, [])
+    assert "<b>" not in text
+    assert "<i>" not in text
+    assert "&lt;script&gt;" in text
+    values = (None, float("nan"), 1.23456, 12345.6, 7, "x", 1234567)
+    assert [cell(v) for v in values] == ["-", "-", "1.235", "12,346", "7", "x", "1,234,567"]
+    assert render_table(Table(("a", "b"), [(1, 2.5)])).count("<td>") == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_browser_decodes_every_figure_and_no_script_fails(written, tmp_path):
+    def browse(*arguments):
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *arguments, written.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    page, dumped = page_of(written), browse("--dump-dom")
+    expected = sum(s["images"] for s in page.sections.values())
+    found = {k: int(v) for k, v in re.findall(r'data-(figures|broken|errors)="(\d+)"', dumped.stdout[:400])}
+    assert found == {"figures": expected, "broken": 0, "errors": 0}
+    assert "Uncaught" not in dumped.stderr
+
+    picture = tmp_path / "page.png"
+    browse(f"--screenshot={picture}", "--window-size=1150,3000")
+    from PIL import Image
+
+    colours = Image.open(picture).convert("L").getcolors(256)
+    assert len(colours) > 50  # not a blank page
