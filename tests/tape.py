@@ -23,8 +23,10 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 def is_view(function: Any) -> bool:
     """True if every result is a view of an argument, or an argument's shape changes: at replay it is there already."""
+    if torch.Tag.inplace_view in function.tags:
+        return True
     results = function._schema.returns
-    return torch.Tag.inplace_view in function.tags or bool(results) and all(r.alias_info is not None and not r.alias_info.is_write for r in results)
+    return bool(results) and all(r.alias_info is not None and not r.alias_info.is_write for r in results)
 
 
 class Tape(TorchDispatchMode):
