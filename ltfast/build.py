@@ -109,7 +109,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
 
     data, views = config.data, 3 if config.loss.loss == "bcl" else 1
     large: dict[str, Any] = {
-        "image_size": data.image_size, "loader": data.loader, "workers": data.workers, "on_bad_image": data.on_bad_image,
+        "loader": data.loader, "workers": data.workers, "on_bad_image": data.on_bad_image,
         "train_list": data.train_list, "val_list": data.val_list, "test_list": data.test_list,
         "exclude_list": data.exclude_list,
     }  # fmt: skip
@@ -117,7 +117,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
         data.dataset, data_dir=data.data_dir, imbalance=data.imbalance, imbalance_type=data.imbalance_type,
         limit_train=data.limit_train or None, val_per_class=data.val_per_class, batch=data.batch,
         views=None if data.views == "auto" else data.views, num_views=views, sampler=data.sampler, seed=config.run.seed,
-        device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download,
+        device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download, image_size=data.image_size,
         **(large if data.dataset in LARGE else {}),
     )  # fmt: skip
     if config.preserve.groups > source.num_classes and (

@@ -46,7 +46,7 @@ class Data:
     views: str = _opt(
         "auto", "augmentation recipe; auto = the dataset's", choices=("auto", "digits", "cifar", "imagenet", "plain")
     )
-    image_size: int = _opt(224, "side of large images in pixels", paper="224")
+    image_size: int | None = _opt(None, "side of pictures in pixels; default 224, folder-small 32", paper="224")
     loader: str = _opt("auto", "input pipeline of large images", choices=("auto", "dali", "torch"))
     workers: int = _opt(-1, "loader threads or workers; -1 = number of cores")
     on_bad_image: str = _opt("skip", "what an unreadable training image does", choices=("skip", "fail"))

@@ -49,7 +49,7 @@ def places() -> Values:
 
 
 RECIPES: dict[str, Callable[[], Values]] = {
-    "digits-lt": digits, "cifar10-lt": cifar, "cifar100-lt": cifar, "imagenet-lt": imagenet, "inat18": inat,
+    "digits-lt": digits, "cifar10-lt": cifar, "cifar100-lt": cifar, "folder-small": cifar, "imagenet-lt": imagenet, "inat18": inat,
     "places-lt": places, "folder": imagenet, "list": imagenet, "webdataset": imagenet,
 }  # fmt: skip
 
