@@ -199,6 +199,7 @@ class Trainer:
         """Means over the epoch's steps and over the ranks; the sums start afresh."""
         means = self.ranks.mean_(torch.stack(list(self.sums.values()))) / self.source.steps_per_epoch
         result: dict[str, Any] = {**dict(zip(self.sums, means.tolist(), strict=True)), "seconds": self.seconds}
+        result["skipped"] = int(self.update.skipped)  # steps without a finite loss and gradient, since the run began
         if self.ranks.world > 1:  # what this rank hands to collectives in a step
             result["comm"] = {k: v / self.source.steps_per_epoch for k, v in dataclasses.asdict(self.wire).items()}
             if self.epoch == 0:

@@ -60,15 +60,14 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         try:
             loaded, meta = checkpoint.load(path)
-        except UserError as error:
-            assert str(path) in str(error)
+        except UserError:
             continue
         # The only bits that may change unnoticed are those of the header's padding.
         assert same(loaded, assorted())
         assert meta == {"epoch": 3}
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="not a readable checkpoint|damaged"):
+        with pytest.raises(UserError, match=r"x.safetensors: (not a readable checkpoint|damaged)"):
             checkpoint.load(path)
 
 
@@ -91,7 +90,7 @@ def test_hostile_pickles_do_not_run(tmp_path: Path, wrap: str) -> None:
         buffer = io.BytesIO()
         torch.save({"conv1.weight": torch.ones(1), "x": Bomb(target)}, buffer)
         bomb.write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match="not safetensors nor a plain state dict|not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"(not safetensors nor a plain state dict|not a readable checkpoint)"):
         checkpoint.load_weights(torch.nn.Linear(2, 2), bomb)
     with pytest.raises(UserError, match="not a readable checkpoint"):
         checkpoint.load(bomb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_gradient_reduction(tmp_path: Path) -> None:
         spans = result["spans"]
         assert len(spans) > 2
         assert [spans[0][1], spans[-1][0]] == [result["size"], 0]
-        assert all(later[1] == earlier[0] for earlier, later in zip(spans, spans[1:], strict=False))
+        assert all(later[1] == earlier[0] for earlier, later in pairwise(spans))
         assert result["calls"] == len(spans), "one call a span, none for the ascent"
         assert result["untouched"]
         assert result["early"] >= 1, "the last layer's span left before backward ended"

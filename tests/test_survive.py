@@ -1,0 +1,304 @@
+"""Signals, time limits, bad steps and failing disks, in whole runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltfast import checkpoint
+from ltfast.cli import main
+from ltfast.dist import Ranks
+from ltfast.errors import UserError
+from ltfast.progress import Progress
+from ltfast.recipes import build_config
+from ltfast.store import Store
+from ltfast.survive import Action, BadSteps, Signals, Watch
+from ltfast.train import train
+from tests import procs
+from tests.test_resume import SMALL, StopAt, assert_same_run, weights
+
+QUICK = {**SMALL, "epochs": 2, "limit_train": 72}
+
+
+def quick(out: Path, method: str = "ce", **values: Any) -> Any:
+    return build_config("digits-lt", method, {}, {**QUICK, "out": str(out), **values})
+
+
+# -- signals and time --------------------------------------------------------------------------------------------------
+
+
+def test_the_first_signal_is_remembered_and_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Signals(main=False) as signals:
+        assert not signals.received
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_outside_the_main_thread_it_does_nothing() -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with Signals():
+                pass
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+def twice(path: str) -> None:
+    with Signals(main=False):
+        signal.raise_signal(signal.SIGTERM)
+        Path(path).write_text("still here")
+        signal.raise_signal(signal.SIGTERM)
+        Path(path).write_text("must not be reached")
+
+
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    assert procs.wait(procs.start(twice, str(tmp_path / "x"))) == 128 + signal.SIGTERM
+    assert (tmp_path / "x").read_text() == "still here"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_watch_alone() -> None:
+    clock, signals, busy = Clock(), Signals(), [False]
+    watch = Watch(Ranks(), signals, checkpoint_minutes=1, max_hours=1, busy=lambda: busy[0], clock=clock)
+    assert watch.after_step() is Action.GO
+    clock.now = 61
+    busy[0] = True
+    assert watch.after_step() is Action.GO, "the last one is still being written"
+    busy[0] = False
+    assert watch.after_step() is Action.CHECKPOINT
+    watch.saved()
+    assert watch.after_step() is Action.GO
+    clock.now = 3600
+    assert watch.between_epochs() is Action.STOP
+    assert watch.reason == "stopped after --max-hours 1"
+    signals.received = signal.SIGINT
+    assert watch.after_step() is Action.STOP
+    assert watch.reason == "stopped by SIGINT"
+
+
+def test_sigint_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 0, how to resume, and the resumed run is the undisturbed one."""
+    words = [
+        "--epochs",
+        "2",
+        "--limit-train",
+        "72",
+        "--batch",
+        "36",
+        "--method",
+        "ce",
+        "--deterministic",
+        "--no-tensorboard",
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr("ltfast.progress.ConsoleProgress.step", lambda self, *args: StopAt.step(stop, *args))
+    for name in ("whole", "parts"):
+        stop = StopAt(3 if name == "parts" else 0, signal.SIGINT)
+        assert main(["train", "--out", str(tmp_path / name), *words]) == 0
+    text = capsys.readouterr()
+    assert f"continue with: ltfast train --resume {tmp_path / 'parts'}" in text.out
+    assert "stopped by SIGINT in epoch 2 after 3 steps" in text.out
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert main(["train", "--resume", str(tmp_path / "parts"), "--lr", "1"]) == 2
+    assert "only these may be given anew: --checkpoint-minutes" in capsys.readouterr().err
+
+
+def test_max_hours(tmp_path: Path) -> None:
+    result = train(quick(tmp_path / "run", max_hours=1e-9))
+    assert result["stopped"].startswith("stopped after --max-hours")
+    assert Store(tmp_path / "run" / "checkpoints").load() is not None
+
+
+# -- steps without a finite loss -----------------------------------------------------------------------------------------
+
+
+class Poison(Progress):
+    """Makes a weight NaN after some steps, as a faulty device would."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def begin(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
+        self.after -= 1
+        if self.after == 0:
+            self.trainer.flat.data[0] = float("nan")
+
+
+def test_bad_steps_stop_the_run_and_name_the_images(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=r"3 steps in a row .* since batch 0 of epoch 2; their images .*bad_steps.json"):
+        train(quick(out, batch=24, max_bad_steps=3, epochs=9), progress=Poison(3))
+    rows = json.loads((out / "bad_steps.json").read_text())["steps"]
+    assert [(row["epoch"], row["batch"], len(row["index"])) for row in rows] == [(1, 0, 24), (1, 1, 24), (1, 2, 24)]
+    assert all(0 <= i < 72 for row in rows for i in row["index"])
+    state = Store(out / "checkpoints").load()
+    assert state is not None
+    assert state[0]["theta"].isnan().sum() == 1, "no step has spread it"
+    assert state[0]["rank.buffers"].isfinite().all()
+    assert float(state[0]["update.skipped"]) == 0
+
+
+def test_bad_steps_in_between_do_not_add_up() -> None:
+    counter = torch.zeros(())
+    watch = BadSteps(4, counter, Ranks(), None)
+    for batch in range(50):
+        counter.copy_((counter + 1) * (batch % 4 != 0))
+        watch.after_step(0, batch, torch.arange(2))
+    with pytest.raises(UserError, match="--max-bad-steps 0"):
+        BadSteps(0, counter, Ranks(), None)
+
+
+# -- disks that fail -----------------------------------------------------------------------------------------------------
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on, says so once, and the run is complete in the end."""
+    out, notes, real = tmp_path / "run", Notes(), checkpoint.write_atomically
+
+    def sometimes(path: Path, pieces: Any) -> None:
+        if path.name.startswith("state-") and len(notes.lines) < 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, pieces)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", sometimes)
+    train(quick(out, epochs=4), progress=notes)
+    told = [line for line in notes.lines if "No space left" in line]
+    assert len(told) == 1
+    assert "training goes on" in told[0]
+    assert Store(out / "checkpoints").load() is not None
+
+
+def test_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the run cannot be kept: a UserError that tells what is left."""
+    out, real = tmp_path / "run", checkpoint.write_atomically
+
+    def later(path: Path, pieces: Any) -> None:
+        if (out / "checkpoints" / "state-000000002.safetensors").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, pieces)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", later)
+    with pytest.raises(
+        UserError, match=r"cannot write .* No space left on device; the last good training state is state-000000002"
+    ):
+        train(quick(out, epochs=3))
+    monkeypatch.undo()
+    train(quick(out), resume=str(out))
+    train(quick(tmp_path / "whole", epochs=3))
+    assert_same_run(tmp_path / "whole", out)
+
+
+def with_quota(out: str, limit: int, answer: str) -> None:
+    """Files may not grow beyond `limit` bytes: what a quota does, without root."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    words = ["train", "--out", out, "--method", "ce", "--epochs", "2", "--no-tensorboard", "--device", "cpu"]
+    errors, real = [], os.write
+    import sys
+
+    class Collect:
+        def write(self, text: str) -> int:
+            errors.append(text)
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    sys.stderr = Collect()  # type: ignore[assignment]
+    code = main(words)
+    handle = os.open(answer, os.O_WRONLY | os.O_CREAT)
+    real(handle, json.dumps([code, "".join(errors)]).encode())
+    os._exit(0)
+
+
+def test_a_quota(tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
+    assert procs.wait(procs.start(with_quota, str(tmp_path / "run"), 100_000, str(answer))) == 0
+    code, text = json.loads(answer.read_text())
+    assert code == 2
+    assert "File too large; no training state was written yet" in text
+    assert text.count("\n") == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob("*")), "no half file is left"
+
+
+def test_a_folder_that_vanishes_during_the_run(tmp_path: Path) -> None:
+    """As an unmounted disk: its path is not made again, and the error names it."""
+    out = tmp_path / "run"
+
+    class Unmount(Notes):
+        def epoch(self, epoch: int, epochs: int, phase: str, summary: Any, val: Any) -> None:
+            if epoch == 1:
+                out.rename(tmp_path / "elsewhere")
+
+    notes = Unmount()
+    with pytest.raises(UserError, match=r"run/checkpoints: cannot write the \w+ checkpoint: No such file or directory"):
+        train(quick(out, epochs=4), progress=notes)
+    assert any("training goes on" in line for line in notes.lines)
+    assert not out.exists()
+    (tmp_path / "elsewhere").rename(out)
+    train(quick(out), resume=str(out))
+    assert weights(out)
+
+
+def test_the_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one checkpoint is being written, time-based ones are put off and steps go on."""
+    out, real, written = tmp_path / "run", checkpoint.write_atomically, []
+
+    def slow(path: Path, pieces: Any) -> None:
+        if path.name.startswith("state-"):
+            written.append(path.name)
+            time.sleep(0.4)
+        real(path, pieces)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", slow)
+    steps: list[float] = []
+
+    class Times(Progress):
+        def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
+            steps.append(time.monotonic())
+
+    train(quick(out, epochs=1, limit_train=0, checkpoint_minutes=1e-6), progress=Times())
+    assert len(steps) == 9
+    assert len(written) < len(steps)
