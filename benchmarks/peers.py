@@ -1,0 +1,223 @@
+"""Other people's optimizers beside ours: what their optimizer part costs a step, on the parameters of a ResNet.
+
+    git -C davda54-sam show HEAD:sam.py > /tmp/sam.py                      # any file that defines the class
+    python benchmarks/peers.py --peer davda54=/tmp/sam.py --peer release=... --peer fsam=... --write
+
+A step is everything but forward and backward: gradients come from a stand-in that costs nothing, the same for all. Counted
+on the CPU: kernels (operators dispatched; ours: kernels launched on a GPU plus operators dispatched, autograd's additions
+to gradients that live in one buffer included), passes over the parameters, waits of the host, memory kept beyond the
+parameters, backward passes asked for. Timed on a GPU only. Peers are given by path, or used if their package is installed;
+this file only adapts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import op_bench
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ltfast.kernels import counting
+from ltfast.models import create_encoder
+from ltfast.optim import GSA, SAM, FriendlySAM
+
+GROUPS = 4
+COUNTS = [1000, 300, 100, 30]
+BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select")
+Step = Callable[[], object]
+Make = Callable[[list[nn.Parameter], "Losses"], Step]
+
+
+class Losses:
+    """Losses with given gradients: backward hands out tensors made beforehand, so that only the optimizer is counted."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self.params = params
+        self.grads = [[torch.randn_like(p) * 1e-2 for p in params] for _ in range(GROUPS)]
+
+    def __call__(self, k: int = 0) -> Tensor:
+        """A scalar whose gradient is row k."""
+        return Given.apply(self.grads[k : k + 1], *self.params)[0]
+
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """(group losses [G], shares [G])."""
+        return Given.apply(self.grads, *self.params), torch.full((GROUPS,), 1 / GROUPS).to(self.params[0].device)
+
+
+class Given(torch.autograd.Function):
+    """Losses of 1 with given gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: list[list[Tensor]], *params: Tensor) -> Tensor:
+        ctx.rows = rows
+        return torch.ones(len(rows), device=params[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        with _disable_current_modes():  # fresh tensors, as autograd's own are, but not counted
+            return None, *(torch.tensordot(upstream, torch.stack(column), 1) for column in zip(*ctx.rows, strict=True))
+
+
+class Waits(TorchDispatchMode):
+    """How often the host would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[function._schema.name] += function._schema.name in WAITS
+        return function(*args, **(kwargs or {}))
+
+
+def two_steps(optimizer: Any, losses: Losses) -> Step:
+    """The step of everything with davda54/sam's interface."""
+
+    def step() -> None:
+        losses(0).backward()
+        optimizer.first_step(zero_grad=True)
+        losses(1).backward()
+        optimizer.second_step(zero_grad=True)
+
+    return step
+
+
+def release_step(optimizer: Any, losses: Losses) -> Step:
+    """The released GSA: an ascent vector for each group, one aggregated ascent, a step."""
+
+    def step() -> None:
+        for k in range(GROUPS):
+            losses(k).backward()
+            optimizer.compute_group_ascent_vector(k, 1 / GROUPS, COUNTS[k])
+            optimizer.zero_grad()
+        optimizer.apply_global_ascent(zero_grad=True)
+        losses(0).backward()
+        optimizer.second_step(zero_grad=True)
+
+    return step
+
+
+def foreach_sam(params: list[nn.Parameter], losses: Losses) -> Step:
+    """SAM as one would write it with torch's foreach operators and the fused SGD."""
+    optimizer = torch.optim.SGD(params, **BASE, fused=True)
+
+    def step() -> None:
+        losses(0).backward()
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        eps = torch._foreach_mul(grads, 0.05 / (norm + 1e-12))
+        with torch.no_grad():
+            kept = torch._foreach_mul(params, 1.0)
+            torch._foreach_add_(params, eps)
+        optimizer.zero_grad()
+        losses(1).backward()
+        with torch.no_grad():
+            torch._foreach_copy_(params, kept)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours() -> Iterator[tuple[str, Make, int]]:
+    """(name, maker, backward passes) of our optimizers and the two one would write with torch alone."""
+    sgd = torch.optim.SGD
+    yield "ltfast/sam", lambda params, losses: two_steps(SAM(params, sgd, rho=0.05, **BASE), losses), 2
+    yield "ltfast/friendly-sam", lambda params, losses: two_steps(FriendlySAM(params, sgd, rho=0.05, **BASE), losses), 2
+    for every, backwards in ((1, GROUPS + 1), (16, 2 + (GROUPS - 1) / 16)):
+
+        def make(params: list[nn.Parameter], losses: Losses, every: int = every) -> Step:
+            optimizer = GSA(params, sgd, COUNTS, gram_every=every, **BASE)
+            return lambda: optimizer.step(losses.groups)
+
+        yield f"ltfast/gsa,gram_every={every}", make, backwards
+    yield "torch/foreach-sam", foreach_sam, 2
+
+
+def class_of(path: Path, name: str) -> Any:
+    """Class `name` of a file, without running the rest of the file (it may import what is not there)."""
+    tree = ast.parse(path.read_text())
+    body: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    if not body:
+        raise SystemExit(f"--peer: {path} defines no class {name}")
+    space: dict[str, Any] = {"torch": torch, "__name__": path.stem}
+    exec(compile(ast.Module(body, []), str(path), "exec"), space)
+    return space[name]
+
+
+def peers(paths: dict[str, Path]) -> Iterator[tuple[str, Make, int]]:
+    """The same for code given by path and for installed packages."""
+    sgd = torch.optim.SGD
+    for name, wanted in (("davda54", "SAM"), ("fsam", "FriendlySAM")):
+        if name in paths:
+            kind = class_of(paths[name], wanted)
+            yield f"{name}/{wanted}", lambda p, losses, kind=kind: two_steps(kind(p, sgd, rho=0.05, **BASE), losses), 2
+    if "release" in paths:
+        kind = class_of(paths["release"], "GSA")
+        yield "release/GSA", lambda p, losses: release_step(kind(p, sgd(p, **BASE)), losses), GROUPS + 1
+    if importlib.util.find_spec("pytorch_optimizer"):
+        import pytorch_optimizer
+
+        other = pytorch_optimizer.SAM
+        yield "pytorch_optimizer/SAM", lambda p, losses: two_steps(other(p, sgd, rho=0.05, **BASE), losses), 2
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that a tensor holds now."""
+    gc.collect()
+    found = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter))
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in found)}.values())
+
+
+def measure(make: Make, model: str, device: str) -> dict[str, Any]:
+    """Counted figures of one optimizer, and seconds on a GPU."""
+    torch.manual_seed(0)
+    params = list(create_encoder(model, 3)[0].to(device).parameters())
+    n, losses = sum(p.numel() for p in params), Losses(params)
+    before = live_bytes()
+    step = make(params, losses)
+    for _ in range(17):  # state is made, and one exact and many remembered Gram matrices pass
+        step()
+    with counting() as own, op_bench._DispatchCounter() as other, Waits() as waits:
+        step()
+    figures: dict[str, Any] = {
+        "kernels": own.kernels + other.kernels, "passes": round(own.passes + other.elements / n, 2),
+        "syncs_per_step": sum(waits.found.values()), "extra_memory_per_parameter": round((live_bytes() - before) / (4 * n), 2),
+    }  # fmt: skip
+    if device == "cuda":
+        figures["seconds"] = harness.time_call(step)
+    return figures
+
+
+def main() -> None:
+    """Print a line an optimizer, append rows with --write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="davda54, fsam or release")
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
+    args = parser.parse_args()
+    paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
+    for name, make, backwards in (*ours(), *peers(paths)):
+        figures = {**measure(make, args.model, args.device), "backwards": round(backwards, 2)}
+        print(f"{name:30s}", figures, flush=True)
+        for metric, value in figures.items() if args.write else ():
+            more = {"n": value.n, "p20": value.p20, "p80": value.p80} if isinstance(value, harness.Timing) else {}
+            value = value.median if isinstance(value, harness.Timing) else value
+            config = {"model": args.model, "groups": GROUPS, "part": "optimizer"}
+            harness.append_row("peers", f"{name}/{args.model}", metric, value, config=config, **more)
+
+
+if __name__ == "__main__":
+    main()
