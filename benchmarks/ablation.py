@@ -263,10 +263,14 @@ def mechanics_text(runs: Iterable[Mapping[str, float]]) -> str:
     return ", ".join(parts)
 
 
-def run_sweeps(sweeps: list[str], seeds: list[int], budget: float, flags: Mapping[str, Any]) -> None:
+def run_sweeps(
+    sweeps: list[str], seeds: list[int], budget: float, flags: Mapping[str, Any], only: list[str] | None = None
+) -> None:
     """Run what has no row yet, all chosen sweeps at one seed before the next, until the budget is spent."""
     path, started, longest = harness.RESULTS / "ablation.jsonl", time.monotonic(), 0.0
     cells = {name: (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items() if same(name) == name}
+    if only:
+        cells = {name: cells[name] for name in only}
     for seed in seeds:
         for name, (sweep, cell) in cells.items():
             if (name, seed) in rows(path):
@@ -288,6 +292,7 @@ def run_sweeps(sweeps: list[str], seeds: list[int], budget: float, flags: Mappin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--cells", nargs="+", help="only these cells of the sweeps")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds; no run starts that would exceed them"
@@ -306,7 +311,7 @@ def main() -> None:
             )
         return
     flags = {"epochs": args.epochs} if args.epochs else {}
-    run_sweeps(args.sweeps, args.seeds, args.budget, flags)
+    run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells)
 
 
 if __name__ == "__main__":
