@@ -1,0 +1,263 @@
+"""Benchmark runner (budget, resume, stopped stages), ablation statistics, roundings, stand-in gradients, REPORT.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import ablation  # noqa: E402
+import harness  # noqa: E402
+import peers  # noqa: E402
+import precision  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+
+PLAIN = {"data": None, "peers": [], "device": "cpu"}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty results folder that all benchmark modules use."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for module in (harness, report):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    monkeypatch.setattr(report.figures, "RESULTS", folder)
+    return folder
+
+
+def fake(name: str, code: str, **fields: object) -> run.Stage:
+    return run.Stage(name, ("-c", code), **{"seconds": 60.0, "least": 0.0, **fields})  # type: ignore[arg-type]
+
+
+def state_at(folder: Path, key: str = "commit cpu") -> run.State:
+    return run.State(folder / "state.json", key)
+
+
+# -- run.py ----------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_run_in_order_once_and_failures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = f"open({str(tmp_path / 'order')!r}, 'a').write"
+    stages = (
+        fake("a", f"{note}('a')"), fake("bad", f"{note}('b'); raise SystemExit('no such card')"), fake("c", f"{note}('c')"),
+    )  # fmt: skip
+    first = run.run(stages, 100, PLAIN, state_at(tmp_path), tmp_path)
+    assert first == {"a": "done", "bad": "failed", "c": "done"}
+    assert "no such card" in capsys.readouterr().out
+    again = run.run(stages, 100, PLAIN, state_at(tmp_path), tmp_path)
+    assert again == {"a": "done before", "bad": "failed", "c": "done before"}
+    assert (tmp_path / "order").read_text() == "abcb"
+    assert run.run(stages[:1], 100, PLAIN, state_at(tmp_path, "other cpu"), tmp_path) == {"a": "done"}
+
+
+def test_a_stage_is_stopped_in_time_with_its_children_and_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "GRACE", 0.5)
+    alive = tmp_path / "alive"
+    child = f"import time\nwhile 1: open({str(alive)!r}, 'a').write('x'); time.sleep(.05)"
+    code = (
+        f"import signal, subprocess, sys, time; open({str(tmp_path / 'rows')!r}, 'w').write('row')\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    )
+    started = time.monotonic()
+    outcome = run.run((fake("slow", code), fake("next", "")), 4.0, PLAIN, state_at(tmp_path), tmp_path)
+    assert time.monotonic() - started < 20
+    assert outcome["slow"] == "stopped"
+    assert (tmp_path / "rows").read_text() == "row"
+    size = alive.stat().st_size
+    time.sleep(0.3)
+    assert alive.stat().st_size == size  # nothing that it started lives on
+    assert not state_at(tmp_path).done(fake("slow", code))
+
+
+def test_budget_gates_and_placeholders(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    code = f"import sys; open({str(said)!r}, 'w').write(' '.join(sys.argv[1:]))"
+    stage = run.Stage("x", ("-c", code, "--budget", "{budget}", "{peers}"), 50, 5)
+    values = {**PLAIN, "peers": ["--peer", "a=b"]}
+    assert run.run((stage,), 4.0, values, state_at(tmp_path), tmp_path) == {"x": "no time left"}
+    assert run.run((stage,), 90.0, values, state_at(tmp_path), tmp_path) == {"x": "done"}
+    assert said.read_text() == f"--budget {50 - 2 * run.GRACE:.0f} --peer a=b"
+    assert "needs --data" in run.why_not(run.CIFAR, PLAIN)
+    assert (
+        run.why_not(run.Stage("y", ("benchmarks/none.py",)), PLAIN) == "benchmarks/none.py does not exist: not measured"
+    )
+
+
+def test_a_resumable_stage_that_used_its_time_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = fake("slow", "import time; time.sleep(1)", resumable=True)
+    assert run.run_stage(slow, run.fill(slow, PLAIN), 60, tmp_path / "log")[0] == "done"
+    monkeypatch.setattr(run, "GRACE", -60.0)  # so that it may run past a limit that is too short for it
+    assert run.run_stage(slow, run.fill(slow, PLAIN), 0.5, tmp_path / "log")[0] == "stopped"
+
+
+def test_every_stage_has_a_script_or_says_so() -> None:
+    for stages in run.STAGES.values():
+        assert len({s.name for s in stages}) == len(stages)
+        for stage in stages:
+            assert not run.why_not(stage, {**PLAIN, "data": "x"}) or not stage.script.exists()  # type: ignore[union-attr]
+
+
+# -- ablation.py -------------------------------------------------------------------------------------------------------------
+
+
+def test_interval_is_students() -> None:
+    values = [1.0, 2.0, 4.0]  # mean 7/3, s = 1.527525, t(.975, 2) = 4.302653
+    mean, half = ablation.interval(values)
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302653 * 1.527525 / math.sqrt(3), rel=1e-6)
+    assert ablation.interval([3.0]) == (3.0, float("inf"))
+
+
+def test_cells_of_one_configuration_are_run_once() -> None:
+    assert ablation.same("gsa-full,gram_every=16") == "gsa-full,radius=x1"
+    assert ablation.same("gkp,scout=0.4") == "gkp,gkp_lambda=10"
+    assert ablation.same("gsa-full,radius=x3") == "gsa-full,radius=x3"
+
+
+def put(folder: Path, cell: str, seed: int, **figures: float) -> None:
+    with open(folder / "ablation.jsonl", "a") as file:
+        for metric, value in figures.items():
+            case = f"digits-lt/{cell}/seed={seed}"
+            file.write(
+                json.dumps({"case": case, "metric": metric, "value": value, "device": "cpu", "cuda": None}) + "\n"
+            )
+
+
+def test_table_pairs_by_seed_and_names_what_is_missing(results: Path) -> None:
+    for seed, base, sam in ((0, 80.0, 82.0), (1, 84.0, 88.0), (2, 70.0, 99.0)):
+        put(results, "bcl+sam,rho=0.05", seed, top1=sam, few=sam, ece=1.0, length=0.05)
+        if seed < 2:
+            put(results, "bcl", seed, top1=base, few=base, ece=1.0)
+    text = ablation.table("sam", results / "ablation.jsonl")
+    row = next(line for line in text.splitlines() if "rho=0.05" in line)
+    assert "+3.00 +- 12.71" in row  # differences 2 and 4: t(.975, 1) = 12.706, s / sqrt 2 = 1; seed 2 has no partner
+    assert "length 0.05" in row
+    assert text.count("not measured") == 3
+
+
+def test_a_cell_is_trained_and_not_trained_again(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["gsa-full,radius=x3"]
+    for _ in range(2):
+        ablation.run_sweeps(["radius-full"], [0], 1000, {"epochs": 3}, names)
+    assert capsys.readouterr().out.count("seed 0") == 1
+    found = ablation.rows(results / "ablation.jsonl")["gsa-full,radius=x3", 0]
+    assert found["length"] > 0
+    assert 5 < found["top1"] <= 100
+    ablation.run_sweeps(["baseline"], [0], 0.0 - 1, {"epochs": 3})
+    assert "spent" in capsys.readouterr().out
+
+
+# -- precision.py, peers.py --------------------------------------------------------------------------------------------------
+
+
+def test_roundings_against_float64() -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(1001), torch.randn(100) * 1e-6])
+    for rounding, bits in ((precision.round_tf32, 10), (lambda v: v.bfloat16().float(), 7)):
+        step = 2.0 ** (torch.floor(torch.log2(x.double().abs())) - bits)
+        error = (rounding(x).double() - x.double()).abs() / step
+        assert error.max() <= 0.5
+        assert error.max() > 0.4  # it does round
+    weights = (torch.arange(len(x)) % 2).float()
+    kept = precision.ROUNDINGS["bf16 autocast"](x, weights)
+    assert torch.equal(kept[::2], x[::2])
+    assert not torch.equal(kept[1::2], x[1::2])
+
+
+def test_stand_in_gradients_are_the_given_ones() -> None:
+    params = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(5))]
+    losses = peers.Losses(params)
+    (losses.groups()[0] * torch.tensor([1.0, 2.0, 0.0, -1.0])).sum().backward()
+    for i, param in enumerate(params):
+        want = losses.grads[0][i] + 2 * losses.grads[1][i] - losses.grads[3][i]
+        torch.testing.assert_close(param.grad, want)
+
+
+def test_our_sam_and_foreach_sam_take_the_same_step() -> None:
+    def stepped(make: peers.Make) -> torch.Tensor:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(7, 3)), torch.nn.Parameter(torch.randn(11))]
+        start = torch.cat([p.detach().flatten().clone() for p in params])
+        step = make(params, peers.Losses(params))
+        step()
+        step()
+        after = torch.cat([p.detach().flatten() for p in params])
+        assert not torch.equal(start, after)
+        return after
+
+    makers = {name: make for name, make, _ in peers.ours()}
+    torch.testing.assert_close(
+        stepped(makers["ltfast/sam"]), stepped(makers["torch/foreach-sam"]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_peer_class_is_taken_out_of_a_file_that_does_not_import(tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
+    path.write_text("import not_installed\nclass SAM:\n    rho = torch.tensor(0.05).item()\n")
+    assert peers.class_of(path, "SAM").rho == pytest.approx(0.05)
+    with pytest.raises(SystemExit, match="defines no class GSA"):
+        peers.class_of(path, "GSA")
+
+
+# -- report.py ---------------------------------------------------------------------------------------------------------------
+
+
+def test_report_without_rows_claims_nothing(results: Path) -> None:
+    text = report.report()
+    assert text.count("not measured") >= len(report.SECTIONS) + 3
+    assert "%" not in text.split("## Kernels")[1]
+
+
+def test_report_uses_the_newest_row_and_says_what_no_gpu_measured(results: Path) -> None:
+    rows = [
+        {"bench": "kernels", "case": "gram/N=5", "metric": "kernels", "value": value, "device": "cpu", "cuda": None}
+        for value in (9, 2)
+    ]
+    (results / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.section(report.SECTIONS[0])
+    assert "| `gram/N=5` | 2 |" in text
+    assert "On a GPU: not measured" in text
+
+
+def test_findings_are_filled_where_they_are_marked(results: Path, tmp_path: Path) -> None:
+    put(results, "bcl", 0, top1=80.0, few=70.0, ece=1.0)
+    page = tmp_path / "findings.md"
+    page.write_text("kept\n<!-- ablation-sam -->\nold\n<!-- /ablation-sam -->\n<!-- unknown -->\n")
+    report.fill_findings(page)
+    text = page.read_text()
+    assert "old" not in text
+    assert "not measured" in text
+    assert text.startswith("kept")
+
+
+def test_command_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--list", "--sweeps", "sam"])
+    ablation.main()
+    assert "bcl+sam,rho=0.2" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["run.py", "--budget", "1", "--device", "cpu", "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_intended_perturbation_against_its_equation() -> None:
+    trainer = SimpleNamespace(flat=SimpleNamespace(data=torch.ones(4), numel=4))
+    rows = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
+    setting = precision.Setting(trainer, None, rows, torch.tensor([0.5, 0.5]), torch.tensor([10.0, 5.0]), torch.ones(4))  # type: ignore[arg-type]
+    eps = precision.intended(setting, {"direction": "joint", "rho": 0.5})
+    want = torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(eps, 0.5 * want / want.norm(), rtol=1e-6, atol=1e-7)
