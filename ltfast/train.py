@@ -26,9 +26,11 @@ from ltfast.errors import UserError
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu
+from ltfast.memory import out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
 from ltfast.preserve.knowledge import collapse_knowledge
+from ltfast.predict import Preprocess
 from ltfast.progress import Progress
 from ltfast.recipes import rule_of
 from ltfast.reduce import Agreement, GradientReducer
@@ -394,10 +396,13 @@ def train(
             class_names=trainer.source.class_names,
             counts=trainer.source.train_counts.tolist(),
             sizes=trainer.source.sizes,
+            preprocess=dataclasses.asdict(Preprocess.of(trainer.source)),
         )
     progress.begin(trainer)
     try:
         return {**trainer.fit(), "folder": str(trainer.folder.path) if trainer.folder else None}
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory(trainer)) from None
     finally:
         progress.end()
         if trainer.store is not None:
