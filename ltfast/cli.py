@@ -104,6 +104,28 @@ def build_parser() -> Parser:
     report.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
     report.set_defaults(run=command_report)
 
+    export = commands.add_parser("export", help="write a run's model for use elsewhere")
+    export.add_argument("folder", metavar="RUN", help="run folder")
+    export.add_argument("--format", default="safetensors", help="safetensors, torch-export or onnx [safetensors]")
+    export.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
+    export.add_argument("--out", default=None, metavar="FILE", help="file to write [RUN/export/...]")
+    export.set_defaults(run=command_export)
+
+    predict = commands.add_parser("predict", help="classes and probabilities of pictures")
+    predict.add_argument("model", metavar="RUN", help="run folder, or file of `ltfast export --format safetensors`")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
+    predict.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights of a run [last]")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print [5]")
+    predict.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
+    predict.add_argument("--json", action="store_true", help="print one JSON object a picture")
+    predict.set_defaults(run=command_predict)
+
+    doctor = commands.add_parser("doctor", help="check this machine: versions, GPUs, disk, memory, kernels")
+    doctor.add_argument("--dir", default=".", help="folder whose disk is measured: where runs go [.]")
+    doctor.add_argument("--data-dir", default=None, help="folder of pictures whose reading is measured")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=command_doctor)
+
     commands.add_parser("methods", help="list the methods").set_defaults(run=command_methods)
     commands.add_parser("datasets", help="list the datasets").set_defaults(run=command_datasets)
     return parser
@@ -204,6 +226,36 @@ def command_report(args: argparse.Namespace) -> int:
 
     print(f"written {report(args.folders, args.out, args.max_minutes, data_dir=args.data_dir)}")
     return 0
+
+
+def command_export(args: argparse.Namespace) -> int:
+    from ltfast.export import export
+
+    print(f"written {export(args.folder, args.format, which=args.checkpoint, out=args.out)}")
+    return 0
+
+
+def command_predict(args: argparse.Namespace) -> int:
+    from ltfast.predict import load_trained, predict
+
+    for row in predict(load_trained(args.model, args.checkpoint), args.images, top=args.top, device=args.device):
+        if args.json:
+            print(json.dumps(row))
+        else:
+            pairs = zip(row["classes"], row["probabilities"], strict=True)
+            print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))
+    return 0
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    from ltfast.doctor import examine, print_findings
+
+    findings = examine(args.dir, args.data_dir)
+    if args.json:
+        print(json.dumps([f._asdict() for f in findings]))
+    else:
+        print_findings(findings)
+    return int(any(f.level == "fail" for f in findings))
 
 
 def command_methods(args: argparse.Namespace) -> int:

@@ -28,9 +28,9 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu
 from ltfast.memory import out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
+from ltfast.predict import Preprocess
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
 from ltfast.preserve.knowledge import collapse_knowledge
-from ltfast.predict import Preprocess
 from ltfast.progress import Progress
 from ltfast.recipes import rule_of
 from ltfast.reduce import Agreement, GradientReducer

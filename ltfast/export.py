@@ -1,0 +1,82 @@
+"""`ltfast export RUN`: the trained classifier (encoder and classifier, logits out) for use elsewhere.
+
+safetensors    all weights, with the config, classes and preprocessing as JSON; `ltfast predict FILE` reads it
+torch-export   a torch.export program (.pt2): `torch.export.load(FILE).module()(x)`, without ltfast
+onnx           an ONNX graph with a free batch size (needs the packages onnx and onnxscript)
+
+Input of the last two: [B, channels, size, size] float32, prepared as the JSON beside the weights says.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltfast import checkpoint
+from ltfast.errors import UserError
+from ltfast.predict import Trained, load_trained
+
+SUFFIX = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+FORMATS = tuple(SUFFIX)
+INFO = "ltfast.json"  # the description inside a .pt2
+EXAMPLE_BATCH = 2  # torch.export takes a size of 1 for a constant
+
+
+def export(run: str | Path, format: str = "safetensors", *, which: str = "last", out: str | Path | None = None) -> Path:
+    """Write the model of a run (`which`: last or best) in `format`; returns the file.
+
+    out: the file, by default RUN/export/<which><suffix>.
+
+    Raises:
+        UserError: unknown format, not a run, a package is missing, or the file cannot be written.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: choose from {', '.join(FORMATS)}")
+    if format == "onnx":
+        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"--format onnx: needs the package {' and '.join(missing)}; pip install onnx onnxscript")
+    trained = load_trained(run, which)
+    default = Path(run) / "export" / (which + SUFFIX[format])
+    path = default if out is None else Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[format](trained, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror or error}); give another --out") from None
+    return path
+
+
+def _safetensors(trained: Trained, path: Path) -> None:
+    checkpoint.save(path, trained.model.state_dict(), trained.describe())
+
+
+def _example(trained: Trained) -> Tensor:
+    how = trained.preprocess
+    return torch.randn(EXAMPLE_BATCH, how.channels, how.size, how.size)
+
+
+def _torch_export(trained: Trained, path: Path) -> None:
+    dynamic: Any = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(trained.model, (_example(trained),), dynamic_shapes=dynamic)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")  # torch insists on the suffix
+    torch.export.save(program, part, extra_files={INFO: json.dumps(trained.describe())})
+    part.replace(path)
+
+
+def _onnx(trained: Trained, path: Path) -> None:
+    torch.onnx.export(
+        trained.model,
+        (_example(trained),),
+        str(path),
+        input_names=["pictures"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+    )
+    path.with_suffix(".json").write_text(json.dumps(trained.describe()) + "\n")

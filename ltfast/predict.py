@@ -1,0 +1,148 @@
+"""`ltfast predict RUN IMAGES...`: classes and probabilities of pictures, from a run folder or an exported file alone.
+
+Nothing here reads the training data: a run notes its classes and how a picture becomes its input when it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltfast import build, checkpoint
+from ltfast.config import Config
+from ltfast.data.base import Source
+from ltfast.errors import UserError
+from ltfast.models import LongTailModel
+from ltfast.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture file becomes input: RGB or gray, `size` x `size`, (x / 255 - mean) / std by channel.
+
+    crop: resize the short side to size * 256 / 224 and take the centre, as evaluation of large pictures does; else the
+    whole picture is resized.
+    """
+
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: bool
+
+    @staticmethod
+    def of(source: Source) -> Preprocess:
+        """What `source.evaluate` does to a picture."""
+        channels, _, size = source.input_shape
+        plain = getattr(source, "plain", None)
+        if plain is not None:
+            return Preprocess(channels, size, tuple(plain.mean), tuple(plain.std), False)
+        from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD
+
+        return Preprocess(channels, size, tuple(IMAGENET_MEAN), tuple(IMAGENET_STD), True)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Preprocess:
+        """Inverts `dataclasses.asdict` after a trip through JSON."""
+        return Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    def __call__(self, path: str | Path) -> Tensor:
+        """The picture in `path` as [channels, size, size] float32.
+
+        Raises:
+            UserError: missing, or not a picture that can be decoded.
+        """
+        import numpy as np
+        from PIL.Image import Resampling
+
+        from ltfast.data.decode import BadImage, load_picture
+
+        try:
+            image = load_picture(path)
+        except BadImage as error:
+            raise UserError(f"{path}: cannot be read as a picture: {error}") from None
+        if self.crop:
+            from ltfast.data.torch_source import evaluation_crop
+
+            image = evaluation_crop(image, self.size)
+        if self.channels == 1:
+            image = image.convert("L")
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels).permute(2, 0, 1)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with what is needed to use it."""
+
+    model: LongTailModel
+    config: Config
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON."""
+        return {"config": self.config.to_dict(), "classes": list(self.classes), "preprocess": asdict(self.preprocess)}
+
+
+def load_trained(where: str | Path, which: str = "last") -> Trained:
+    """The model of a run folder (`which`: last or best) or of a file that `ltfast export --format safetensors` wrote.
+
+    Raises:
+        UserError: neither of them, or incomplete.
+    """
+    if Path(where).is_file():
+        tensors, meta = checkpoint.load(Path(where))
+        if "classes" not in meta:
+            raise UserError(f"{where}: not an exported model; make one with `ltfast export RUN --format safetensors`")
+        trained = _build(Config.from_dict(meta["config"], str(where)), meta["classes"], meta["preprocess"])
+        trained.model.load_state_dict(tensors)
+        return trained
+    run = RunFolder.open(where)
+    rows = run.metrics("data")
+    config = run.config
+    if rows and "preprocess" in rows[-1]:
+        classes, preprocess = rows[-1]["class_names"], rows[-1]["preprocess"]
+    else:
+        raise UserError(f"{where}: its metrics.jsonl does not say how pictures were prepared; was it cut or edited?")
+    trained = _build(config, classes, preprocess)
+    checkpoint.load_into(trained.model, run.checkpoints / f"{which}.safetensors")
+    return trained
+
+
+def _build(config: Config, classes: Sequence[str], preprocess: dict[str, Any]) -> Trained:
+    how = Preprocess.from_dict(preprocess)
+    shape = (how.channels, how.size, how.size)
+    model = build.build_model(config.with_(weights=None), shape, len(classes))
+    return Trained(model.eval(), config, tuple(classes), how)
+
+
+@torch.no_grad()
+def predict(
+    trained: Trained, paths: Iterable[str | Path], *, top: int = 5, batch: int = 64, device: torch.device | str = "cpu"
+) -> Iterator[dict[str, Any]]:
+    """For each picture {"image", "classes": the `top` likeliest, "probabilities": theirs}, in order.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
+    if top < 1:
+        raise UserError(f"--top {top}: use 1 or more")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
+    model, waiting = trained.model.to(device), list(paths)
+    for start in range(0, len(waiting), batch):
+        part = waiting[start : start + batch]
+        x = torch.stack([trained.preprocess(path) for path in part]).to(device)
+        probabilities = model(x).float().softmax(1)
+        best = probabilities.topk(min(top, len(trained.classes)), dim=1)
+        for path, values, index in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
+            yield {"image": str(path), "classes": [trained.classes[i] for i in index], "probabilities": values}
