@@ -10,10 +10,11 @@ from ltfast.report import geometry
 from ltfast.report.budget import Budget, Progress
 from ltfast.report.landscape import side
 from ltfast.report.predictions import Predictions, predict
+from ltfast.report.profile import profile
 from ltfast.report.runs import OUT_OF_TIME, Live, Missing, RunView, open_live
 
-PARTS = ("predictions", "curvature", "landscape", "plane")
-GEOMETRY_PARTS = 4  # shares of the time: head and tail spectra, two landscapes
+PARTS = ("predictions", "profile", "curvature", "landscape", "plane")
+SHARES = 6  # of the time a run takes: as its parts, and two for curvature (head and tail)
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Computed:
     """Results of one run by part; a part that is not there has its reason in `missing`."""
 
     predictions: Predictions | None = None
+    profile: dict[str, Any] | None = None
     curvature: geometry.Curvature | None = None
     landscape: geometry.Landscape | None = None
     plane: geometry.Landscape | None = None
@@ -31,7 +33,7 @@ def compute_all(
     views: Sequence[RunView], budget: Budget, *, device: str, data_dir: str | None, quiet: bool
 ) -> list[Computed]:
     """Run by run, so that one model is held at a time; every part gets a fair share of the time that is left."""
-    budget.parts = len(views) * (1 + GEOMETRY_PARTS)
+    budget.parts = len(views) * SHARES
     results = [Computed() for _ in views]
     with Progress(len(views) * len(PARTS), quiet) as progress:
         for view, result in zip(views, results, strict=True):
@@ -39,7 +41,7 @@ def compute_all(
                 live = open_live(view, device=device, data_dir=data_dir)
             except Missing as reason:
                 result.missing = dict.fromkeys(PARTS, str(reason))
-                budget.parts -= 1 + GEOMETRY_PARTS
+                budget.parts -= SHARES
                 continue
             compute_run(view.name, live, result, budget, progress)
     return results
@@ -50,6 +52,7 @@ def compute_run(name: str, live: Live, result: Computed, budget: Budget, progres
     points = side(geometry.LEVELS - 1) ** 2
     parts: dict[str, tuple[int | None, Callable[[Callable[[], None]], Any]]] = {
         "predictions": (None, lambda tick: predict(live, budget.share(), tick)),
+        "profile": (None, lambda tick: profile(live, budget.share(), tick)),
         "curvature": (geometry.products(), lambda tick: geometry.curvature(live, budget.share, tick)),
         "landscape": (points, lambda tick: geometry.solution_landscape(live, budget.share(), tick)),
         "plane": (points, lambda tick: geometry.plane_landscape(live, budget.share(), tick)),

@@ -212,13 +212,6 @@ def times(views: Sequence[RunView]) -> Item:
     return item
 
 
-def profile(views: Sequence[RunView]) -> Item:
-    caption = (
-        "Time of one step by part as the run's profile has it; a diamond marks the plan's prediction of the whole."
-    )
-    return simple(views, "profile", "Time", "Profile of a step", caption, numbers.profile, draw_training.draw_profile)
-
-
 LOG_ITEMS = (
     curves,
     shots,
@@ -231,5 +224,4 @@ LOG_ITEMS = (
     group_similarity,
     ascent,
     times,
-    profile,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import ltfast
 from ltfast.config import SECTIONS
 from ltfast.errors import UserError
-from ltfast.report import draw_classes, draw_geometry, items
+from ltfast.report import draw_classes, draw_geometry, draw_training, items
 from ltfast.report.budget import Budget
 from ltfast.report.compute import Computed, compute_all
 from ltfast.report.geometry import SIDES
@@ -175,7 +175,22 @@ def curvature(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     return Item("curvature", "Geometry", "Hessian spectrum", caption, figures, missing, Table(head, rows), data)
 
 
-COMPUTED_ITEMS = (calibration, worst, curvature, landscape, plane)
+def profile(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
+    found, missing = part(views, computed, "profile")
+    caption = (
+        "One training step of the run's last phase, run again where this report was made, eager; by the part in which each "
+        "operation runs. A diamond: what the plan predicts from counted FLOPs and the time of a plain step."
+    )
+    figures = [("", draw_training.draw_profile(found))] if found else []
+    rows = [
+        (name, 1e3 * run["measured"], None if run["predicted"] is None else 1e3 * run["predicted"])
+        for name, run in found
+    ]
+    table = Table(("run", "measured, ms", "predicted, ms"), rows)
+    return Item("profile", "Time", "Profile of a step", caption, figures, missing, table, dict(found))
+
+
+COMPUTED_ITEMS = (calibration, worst, curvature, landscape, plane, profile)
 
 
 # -- overview -----------------------------------------------------------------------------------------------------------

@@ -244,15 +244,6 @@ def times(view: RunView) -> dict[str, float]:
     return {k: float(v) for k, v in parts.items() if v}
 
 
-def profile(view: RunView) -> dict[str, Any]:
-    """The step profile: {"parts": {name: seconds a step}, "predicted": seconds a step or None}."""
-    row = view.kind("profile")[-1]
-    parts = {str(k): float(v) for k, v in row["parts"].items()}
-    if not parts:
-        raise Missing("its profile is empty")
-    return {"parts": parts, "predicted": row.get("predicted")}
-
-
 def epoch_ratio(view: RunView) -> float | None:
     """Median seconds of a training epoch over those of a scouting epoch; None if a run lacks either."""
     rows = view.kind("epoch")

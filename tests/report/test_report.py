@@ -88,9 +88,8 @@ def test_every_figure_is_there_or_its_absence_is_explained(written):
     for name in IDS:
         section = page.sections[name]
         assert section["images"] + section["missing"] >= 1, name
-    for name in set(IDS) - {"profile"}:  # these runs have no profile; everything else has a picture
+    for name in IDS:
         assert page.sections[name]["images"] >= 1, name
-    assert page.sections["profile"] == {"images": 0, "missing": 2, "tables": 0}
     for name in ("groups", "group-similarity", "ascent"):  # plain cross-entropy has none
         assert page.sections[name]["missing"] == 1
     assert page.sections["worst"]["images"] == 2
@@ -109,7 +108,7 @@ def test_page_loads_nothing_from_outside(written):
 
 def test_pictures_and_numbers_lie_beside_the_page(written):
     names = {p.name for p in written.parent.glob("*.png")}
-    assert {f"{i}.png" for i in IDS if i not in ("profile", "worst")} | {"worst-1.png", "worst-2.png"} == names
+    assert {f"{i}.png" for i in IDS if i != "worst"} | {"worst-1.png", "worst-2.png"} == names
     numbers = json.loads((written.parent / "report.json").read_text())
     assert set(numbers) == set(IDS)
     runs = numbers["shots"]
@@ -120,7 +119,7 @@ def test_pictures_and_numbers_lie_beside_the_page(written):
 
 def test_no_time_leaves_the_log_figures(runs, tmp_path):
     page = page_of(report([runs[0]], tmp_path, max_minutes=1e-6, quiet=True))
-    for name in ("curvature", "landscape", "plane", "calibration", "worst"):
+    for name in ("curvature", "landscape", "plane", "calibration", "worst", "profile"):
         assert page.sections[name] == {"images": 0, "missing": 1, "tables": 0}, name
     assert page.sections["curves"]["images"] == 1
     assert "share of --max-minutes" in (tmp_path / "index.html").read_text()
@@ -136,7 +135,7 @@ def test_run_that_did_not_end(runs, tmp_path):
     path = report([str(target)], quiet=True)
     assert path == target / "report" / "index.html"
     page = page_of(path)
-    for name in ("shots", "class-size", "confusion", "curvature", "landscape", "plane", "calibration"):
+    for name in ("shots", "class-size", "confusion", "curvature", "landscape", "plane", "calibration", "profile"):
         assert page.sections[name] == {"images": 0, "missing": 1, "tables": 0}, name
     assert "it has not ended" in path.read_text()
 

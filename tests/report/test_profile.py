@@ -1,0 +1,60 @@
+"""The step profile of a short run."""
+
+import pytest
+import torch
+
+from ltfast.report import profile as module
+from ltfast.report.profile import part_of, profile, revive
+from ltfast.report.runs import Missing, open_live, open_runs
+
+
+class Event:
+    def __init__(self, name, parent=None):
+        self.name, self.cpu_parent = name, parent
+
+
+def test_an_operation_counts_to_the_innermost_part():
+    step = Event(module.STEP)
+    backward = Event("autograd::engine::evaluate_function: MulBackward0", step)
+    assert part_of(Event("aten::mul", backward)) == "backward"
+    assert part_of(Event("aten::mul", step)) == "forward and loss"
+    assert part_of(Event("aten::mul", Event("ltfast::perturb", step))) == "perturb"
+    assert part_of(Event("aten::mul", Event(module.DATA))) == "data and views"
+    assert part_of(Event("aten::mul")) is None
+
+
+@pytest.fixture(scope="module")
+def lives(runs):
+    return [open_live(open_runs([run])[0], device="cpu") for run in runs]
+
+
+def test_parts_of_the_default_method_add_up(lives):
+    before = {k: v.clone() for k, v in lives[0].model.state_dict().items()}
+    ticks = []
+    found = profile(lives[0], lambda: False, lambda: ticks.append(0))
+    assert {"data and views", "forward and loss", "backward", "perturb", "update"} <= set(found["parts"])
+    assert sum(found["parts"].values()) == pytest.approx(found["measured"])
+    assert found["parts"]["backward"] > found["parts"]["update"]
+    assert found["predicted"] > 0
+    assert len(ticks) == 2 * (module.WARM + module.TIMED)
+    assert all(torch.equal(before[k], v) for k, v in lives[0].model.state_dict().items())
+
+
+def test_plain_descent_has_no_ascent_and_no_prediction(lives):
+    found = profile(lives[1], lambda: False, lambda: None)
+    assert found["predicted"] is None
+    assert "perturb" not in found["parts"]
+
+
+def test_revived_step_is_the_one_of_the_last_phase(lives):
+    trainer = revive(lives[0])
+    assert trainer.groups is not None
+    assert trainer.update.anchor is not None
+    assert trainer.step.group_counts.numel() == trainer.config.preserve.groups
+    weights = lives[0].model.state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in trainer.model.state_dict().items())
+
+
+def test_time_that_runs_out_is_said(lives):
+    with pytest.raises(Missing, match="max-minutes"):
+        profile(lives[1], lambda: True, lambda: None)
