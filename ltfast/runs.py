@@ -151,7 +151,7 @@ class RunFolder:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self.path / "events"))
+            self._events = SummaryWriter(str(self.path / "events"), purge_step=step)  # after a resume: nothing twice
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 

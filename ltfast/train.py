@@ -13,15 +13,17 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltfast import build, checkpoint, resume
+from ltfast import build
 from ltfast.config import Config
 from ltfast.dist import Ranks, Traffic
+from ltfast.durable import Durable
 from ltfast.errors import UserError
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
@@ -34,16 +36,17 @@ from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
 from ltfast.recipes import rule_of
 from ltfast.reduce import Agreement, GradientReducer
+from ltfast.resume import part
 from ltfast.runs import RunFolder
 from ltfast.schedule import alpha_at, lr_at, scouting_epochs
 from ltfast.step import TrainStep, Update
 from ltfast.store import Store
-from ltfast.survive import Action, BadSteps, Signals, Watch
+from ltfast.survive import Action, Signals
 from ltfast.syncbn import synchronise
 
 
-class Trainer:
-    """Everything a run consists of; `fit` runs it, ltfast/resume.py makes it resumable at any step."""
+class Trainer(Durable):
+    """Everything a run consists of; `fit` runs it, `Durable` writes it down so that it can go on after any step."""
 
     def __init__(self, config: Config, folder: RunFolder | None, ranks: Ranks, progress: Progress) -> None:
         self.config, self.folder, self.ranks, self.progress = config, folder, ranks, progress
@@ -76,7 +79,7 @@ class Trainer:
         origin = theta if config.preserve.center else None
         self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin)
         if config.preserve.bank:
-            self.bank.load_state_dict(load_bank(Path(config.preserve.bank)))
+            self.bank.load_state_dict(ranks.tensors(ranks.on_main(partial(load_bank, Path(config.preserve.bank)))))
         self.needs_groups = config.preserve.gkp or (self.rule is not None and self.rule.groups == "bank")
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
@@ -87,7 +90,6 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}  # over the steps of this epoch so far, for the log
         self.seconds = 0.0  # spent on this epoch so far
         self.wire = Traffic()
-        self.store: Store | None = None
         self.make_step()
 
     # -- the algorithm ---------------------------------------------------------------------------------------------------
@@ -266,95 +268,6 @@ class Trainer:
         """Accuracy and calibration of the current weights on a split, over all ranks."""
         return evaluate(self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits)
 
-    # -- state -----------------------------------------------------------------------------------------------------------
-
-    def guard(self, signals: Signals) -> None:
-        """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
-        run = self.config.run
-        if self.store is None and self.folder is not None:
-            self.store = Store(self.folder.checkpoints, keep=run.keep_checkpoints, note=self.progress.note)
-        self.watch = Watch(
-            self.ranks, signals, checkpoint_minutes=run.checkpoint_minutes, max_hours=run.max_hours,
-            busy=lambda: self.store is not None and self.store.busy,
-        )  # fmt: skip
-        path = self.folder.path if self.folder is not None else None
-        self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
-
-    def flush(self) -> None:
-        """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""
-
-        def work() -> None:
-            if self.store is not None:
-                self.store.flush()
-
-        self.ranks.on_main(work)
-
-    def stop(self) -> dict[str, Any]:
-        """Leave early with a checkpoint; UserError if it cannot be written."""
-        self.save_state()
-        self.flush()
-        self.progress.note(
-            f"{self.watch.reason} in epoch {self.epoch + 1} after {self.steps:,} steps; checkpoint written"
-        )
-        return {"stopped": self.watch.reason}
-
-    def compiled(self, name: str, *, seconds: float, reason: str | None) -> None:
-        """Note what was compiled or recorded, or (reason) why it runs eagerly instead; see `ltfast.compiled.Report`."""
-        if reason is not None:
-            self.progress.note(f"{name}: running eagerly, slower and with the same results, because of {reason}")
-        self.log("compile", what=name, seconds=seconds, ok=reason is None, reason=reason)
-
-    def log(self, kind: str, **values: Any) -> None:
-        if self.folder is not None and self.ranks.main:
-            try:
-                self.folder.log(kind, **values)
-            except OSError as error:  # losing a line of the log is no reason to lose the run
-                self.progress.note(
-                    f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
-                )
-
-    def save_weights(self, name: str) -> None:
-        if self.store is not None:
-            meta = {"epoch": self.epoch, "model": self.config.model.model}
-            self.store.save_weights(name, dict(self.model.state_dict()), meta)
-
-    def load_weights(self, name: str) -> None:
-        """Put a written checkpoint's weights into the model, on every rank."""
-
-        def work() -> None:
-            if self.folder is not None:
-                checkpoint.load_into(self.model, self.folder.checkpoints / f"{name}.safetensors")
-
-        self.ranks.on_main(work)
-        self.ranks.broadcast_(self.flat.data)
-        self.ranks.broadcast_(self.buffers.data)
-
-    def save_state(self) -> None:
-        """Everything `--resume` needs; written in the background while training goes on."""
-        if self.batch == 0:
-            self.save_weights("last")
-        tensors, meta, shared = resume.capture(self)
-        self.watch.saved()
-        if self.store is not None:
-            self.store.save_state(self.steps, tensors, meta, shared)
-            for problem in self.store.problems():
-                self.progress.note(f"{problem}; training goes on, older checkpoints are intact")
-
-    def load_state(self) -> None:
-        """Continue from the newest whole training state; from the start if there is none."""
-        store = None
-        if self.folder is not None:
-            store = self.store = Store(
-                self.folder.checkpoints, keep=self.config.run.keep_checkpoints, note=self.progress.note
-            )
-            store.clean()
-        tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
-        meta = self.ranks.share(meta)
-        if meta is not None:
-            resume.restore(self, self.ranks.tensors(tensors), meta)
-        if self.folder is not None:
-            self.folder.cut_metrics(meta["metrics"] if meta else 0)
-
 
 def load_bank(run: Path) -> dict[str, Tensor]:
     """The memory bank of an earlier run (`--bank RUN`).
@@ -365,7 +278,7 @@ def load_bank(run: Path) -> dict[str, Tensor]:
     state = Store(RunFolder.open(run).checkpoints).load()
     if state is None:
         raise UserError(f"--bank {run}: that run has no training state yet")
-    bank = resume.part(state[0], "bank.")
+    bank = part(state[0], "bank.")
     if bool((bank["entry"] < 0).all()):
         raise UserError(f"--bank {run}: that run filled no memory bank; choose one trained with gkp or gsa-*")
     return bank

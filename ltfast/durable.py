@@ -1,0 +1,128 @@
+"""What a Trainer keeps on the disk while it runs: log, weights, training states; see ltfast/store.py and ltfast/resume.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from ltfast import checkpoint, resume
+from ltfast.config import Config
+from ltfast.dist import Ranks
+from ltfast.flat import FlatBuffers, FlatParameters
+from ltfast.models import LongTailModel
+from ltfast.progress import Progress
+from ltfast.runs import RunFolder
+from ltfast.step import Update
+from ltfast.store import Store
+from ltfast.survive import BadSteps, Signals, Watch
+
+if TYPE_CHECKING:
+    from ltfast.train import Trainer
+
+
+class Durable:
+    """Base of Trainer: everything that touches the run folder. Only rank 0 has one; every rank calls every method."""
+
+    config: Config
+    folder: RunFolder | None
+    ranks: Ranks
+    progress: Progress
+    model: LongTailModel
+    flat: FlatParameters
+    buffers: FlatBuffers
+    update: Update
+    epoch: int
+    batch: int
+    steps: int
+    store: Store | None = None
+    saved: tuple[int, int] | None = None  # (steps, batch) of the newest training state
+
+    def guard(self, signals: Signals) -> None:
+        """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
+        run = self.config.run
+        if self.store is None and self.folder is not None:
+            self.store = Store(self.folder.checkpoints, keep=run.keep_checkpoints, note=self.progress.note)
+        self.watch = Watch(
+            self.ranks, signals, checkpoint_minutes=run.checkpoint_minutes, max_hours=run.max_hours,
+            busy=lambda: self.store is not None and self.store.busy,
+        )  # fmt: skip
+        path = self.folder.path if self.folder is not None else None
+        self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
+
+    def flush(self) -> None:
+        """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""
+
+        def work() -> None:
+            if self.store is not None:
+                self.store.flush()
+
+        self.ranks.on_main(work)
+
+    def stop(self) -> dict[str, Any]:
+        """Leave early with a checkpoint; UserError if it cannot be written."""
+        if self.saved != (self.steps, self.batch):
+            self.save_state()
+        self.flush()
+        self.progress.note(
+            f"{self.watch.reason} in epoch {self.epoch + 1} after {self.steps:,} steps; checkpoint written"
+        )
+        return {"stopped": self.watch.reason}
+
+    def compiled(self, name: str, *, seconds: float, reason: str | None) -> None:
+        """Note what was compiled or recorded, or (reason) why it runs eagerly instead; see `ltfast.compiled.Report`."""
+        if reason is not None:
+            self.progress.note(f"{name}: running eagerly, slower and with the same results, because of {reason}")
+        self.log("compile", what=name, seconds=seconds, ok=reason is None, reason=reason)
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.folder is not None and self.ranks.main:
+            try:
+                self.folder.log(kind, **values)
+            except OSError as error:  # losing a line of the log is no reason to lose the run
+                self.progress.note(
+                    f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
+                )
+
+    def save_weights(self, name: str) -> None:
+        """Write the model's weights to checkpoints/<name>.safetensors in the background."""
+        if self.store is not None:
+            meta = {"epoch": self.epoch, "model": self.config.model.model}
+            self.store.save_weights(name, dict(self.model.state_dict()), meta)
+
+    def load_weights(self, name: str) -> None:
+        """Put a written checkpoint's weights into the model, on every rank."""
+
+        def work() -> None:
+            if self.folder is not None:
+                checkpoint.load_into(self.model, self.folder.checkpoints / f"{name}.safetensors")
+
+        self.ranks.on_main(work)
+        self.ranks.broadcast_(self.flat.data)
+        self.ranks.broadcast_(self.buffers.data)
+
+    def save_state(self) -> None:
+        """Everything `--resume` needs; written in the background while training goes on."""
+        if self.batch == 0:
+            self.save_weights("last")
+        tensors, meta, shared = resume.capture(cast("Trainer", self))
+        self.watch.saved()
+        self.saved = self.steps, self.batch
+        if self.store is not None:
+            self.store.save_state(self.steps, tensors, meta, shared)
+            for problem in self.store.problems():
+                self.progress.note(f"{problem}; training goes on, older checkpoints are intact")
+
+    def load_state(self) -> None:
+        """Continue from the newest whole training state; from the start if there is none."""
+        store = None
+        if self.folder is not None:
+            store = self.store = Store(
+                self.folder.checkpoints, keep=self.config.run.keep_checkpoints, note=self.progress.note
+            )
+            store.clean()
+        tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
+        meta = self.ranks.share(meta)
+        if meta is not None:
+            resume.restore(cast("Trainer", self), self.ranks.tensors(tensors), meta)
+        if self.folder is not None:
+            self.folder.cut_metrics(meta["metrics"] if meta else 0)
