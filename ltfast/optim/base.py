@@ -289,6 +289,9 @@ class FlatOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's format with the base optimizer's state; "ltfast" holds what goes beyond it."""
         packed = super().state_dict()
+        for index, values in packed["state"].items():
+            if isinstance(values.get("step"), Tensor):  # one count for many parameters here, one each in torch
+                packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
         packed["ltfast"] = export_extra(self)
         return packed
 
