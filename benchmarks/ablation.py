@@ -135,6 +135,7 @@ def scouted(seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> Stat
     scout_run = Scout(config, None, Ranks(), Progress())
     with contextlib.suppress(Scouted):
         scout_run.fit()
+        raise SystemExit("stopped while scouting")
     tensors, meta, shared = capture(scout_run)
     return {name: tensor.clone() for name, tensor in (tensors | shared).items()}, meta
 
@@ -155,12 +156,14 @@ def run_cell(cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float
         if trainer.scouts:
             tensors, meta = scouted(seed, config.preserve.scout, tuple(shared_flags(flags).items()))
             restore(trainer, tensors, meta)
-        test = trainer.fit()["last"]
+        result = trainer.fit()
+        if "stopped" in result:
+            raise SystemExit(f"{cell.method}, seed {seed}: {result['stopped']}; no row written")
         assert trainer.folder is not None
         assert trainer.store is not None
         trainer.store.close()
         trainer.folder.close()
-        return {**{name: test[name] for name in FIGURES}, **mechanics(trainer.folder)}
+        return {**{name: result["last"][name] for name in FIGURES}, **mechanics(trainer.folder)}
 
 
 def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

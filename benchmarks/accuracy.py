@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --dataset cifar10-lt --data-dir PACK.npz --budget 540        # as many as fit
     python benchmarks/accuracy.py --collect runs/a runs/b                                      # rows of finished runs
 Methods are trained round by round (all methods at one seed before the next), so that a budget that ends early still
-compares like with like. A run whose folder exists under --work is not trained again.
+compares like with like. A finished run under --work is not trained again, an interrupted one is continued.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from harness import append_row
 
+COLLECTED = "rows-written"  # mark in a run folder of this script: its rows exist
 FIGURES = ("top1", "many", "medium", "few", "ece", "per_class")
 METHODS = (
     "ce",
@@ -55,8 +56,19 @@ def collect(folder: Path) -> None:
     append_row(config.data.dataset, case, "seconds", sum(e["seconds"] for e in epochs), n=1, config=settings, **where)
 
 
+def finished(folder: Path) -> bool:
+    """True for a run that has been tested; a folder without config is an error of ltfast's, as always."""
+    from ltfast.runs import RunFolder
+
+    return folder.exists() and bool(RunFolder.open(folder).metrics("test"))
+
+
 def train(folder: Path, method: str, seed: int, args: argparse.Namespace) -> None:
-    """Train one run into `folder` through the command line."""
+    """Train one run into `folder` through the command line, or continue it."""
+    if folder.exists():
+        command = [sys.executable, "-m", "ltfast", "train", "--resume", str(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return
     command = [
         sys.executable,
         "-m",
@@ -98,12 +110,14 @@ def main() -> None:
     for seed in args.seeds:
         for method in args.methods:
             folder = args.work / f"{args.dataset}-{method}-s{seed}"
-            if folder.exists():
+            if (folder / COLLECTED).exists():
                 continue
-            if time.monotonic() - started > args.budget:
-                return
-            train(folder, method, seed, args)
+            if not finished(folder):
+                if time.monotonic() - started > args.budget:
+                    return
+                train(folder, method, seed, args)
             collect(folder)
+            (folder / COLLECTED).touch()
 
 
 if __name__ == "__main__":

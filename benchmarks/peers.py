@@ -34,7 +34,10 @@ from ltfast.optim import GSA, SAM, FriendlySAM
 GROUPS = 4
 COUNTS = [1000, 300, 100, 30]
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select")
+# item and what it hides in; shapes that depend on values; a number of the host on its way to the device.
+WAITS = (
+    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::lift_fresh",
+)  # fmt: skip
 Step = Callable[[], object]
 Make = Callable[[list[nn.Parameter], "Losses"], Step]
 

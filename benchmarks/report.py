@@ -121,6 +121,26 @@ def accuracy(bench: str) -> str:
     return f"{text}. Rows: [{bench}.jsonl]({bench}.jsonl)\n\n{figures.accuracy_table(bench)}"
 
 
+def preset_pairs(bench: str, base: str = "bcl") -> str:
+    """Every method against `base` at the same seeds: mean differences and half of their 95 % intervals."""
+    if not read(bench):
+        return NOT_MEASURED
+    table = figures.newest(bench)
+    lines = [f"| method | pairs | top-1 against {base} | few against {base} | ECE against {base} |", "|---" * 5 + "|"]
+    found = {}
+    for method in table:
+        seeds = sorted(set(table[method]) & set(table[base]))
+        if method == base or len(seeds) < 2:
+            continue
+        pairs = [
+            ablation.interval([table[method][seed][figure] - table[base][seed][figure] for seed in seeds])
+            for figure in ("top1", "few", "ece")
+        ]
+        text = " | ".join(f"{mean:+.2f} +- {half:.2f}" for mean, half in pairs)
+        found[f"| `{method}` | {len(seeds)} | {text} |"] = pairs[0][0]
+    return "\n".join(lines + sorted(found, key=lambda line: -found[line]))
+
+
 def ablations() -> str:
     """A table for each sweep that has a row; the others are named."""
     path, parts, missing = RESULTS / "ablation.jsonl", [], []
@@ -162,6 +182,7 @@ def report() -> str:
     return "\n\n".join([
         head,
         f"## Accuracy, digits-lt\n\n{accuracy('digits-lt')}",
+        f"Paired by seed, +- half of a 95 % interval:\n\n{preset_pairs('digits-lt')}",
         f"## Accuracy, CIFAR-10-LT\n\n{smoke}\n\n{accuracy('cifar10-lt')}",
         f"## Ablations\n\n{PAIRED}\n\n{ablations()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
@@ -173,7 +194,8 @@ def fill_findings(path: Path) -> None:
     """Regenerate the marked tables of docs/findings.md."""
     made = {name: lambda name=name: figures.accuracy_table(name) for name in ("digits-lt", "cifar10-lt")}
     made |= {f"ablation-{s}": lambda s=s: ablation.table(s, RESULTS / "ablation.jsonl") for s in ablation.SWEEPS}
-    made["precision"] = precision
+    made |= {"precision": precision, "peers": lambda: pivot(read("peers")) or NOT_MEASURED}
+    made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
     for name in re.findall(r"<!-- ([a-z0-9-]+) -->", path.read_text()):
         if name in made:
             figures.fill(path, name, made[name]())
