@@ -72,11 +72,11 @@ CIFAR = Stage(
 )  # fmt: skip
 DIGITS = Stage("digits-lt", ("benchmarks/accuracy.py", "--budget", "{budget}"), 3600, 60, True)
 ABLATION = Stage("ablation", ("benchmarks/ablation.py", "--budget", "{budget}"), 6 * 3600, 60, True)
-PEERS = Stage("peers", ("benchmarks/peers.py", "--device", "{device}", "{peers}"), 180)
+PEERS = Stage("peers", ("benchmarks/peers.py", "--device", "{device}", "--write", "{peers}"), 180)
 OPTIMIZERS = Stage("optimizers", ("benchmarks/optimizers.py",), 240)
 VIEWS = Stage("small-views", ("-m", "benchmarks.small_views", "--device", "{device}", "--write"), 120)
 DATA = Stage("data", ("benchmarks/data.py",), 240)
-STEP = Stage("throughput", ("benchmarks/throughput.py",), 300)
+STEP = Stage("throughput", ("benchmarks/throughput.py",), 600)
 STAGES: dict[str, tuple[Stage, ...]] = {
     "cuda": (
         Stage("tests-gpu", ("-m", "pytest", "-q", "-m", "gpu", "tests"), 240),
