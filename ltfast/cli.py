@@ -47,7 +47,13 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     for name, (section, field) in FIELDS.items():
         kind, paper = base_type(name), field.metadata["paper"]
         default = "" if field.default is None else f" [{str(field.default).lower() if kind is bool else field.default}]"
-        text = field.metadata["help"] + default + (f" (paper: {paper})" if paper else "")
+        choices = ", ".join(field.metadata["choices"])
+        text = (
+            field.metadata["help"]
+            + (f": {choices}" if choices else "")
+            + default
+            + (f" (paper: {paper})" if paper else "")
+        )
         flag = "--" + name.replace("_", "-")
         flags = [flag] if flag == flag.lower() else [flag.lower(), flag]
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
@@ -78,6 +84,11 @@ def build_parser() -> Parser:
 
     train = commands.add_parser(
         "train", help="train a model", description="Train a model; with no argument, gkp-gsa on digits-lt."
+    )
+    train.usage = "ltfast train [--dataset NAME] [--method NAME] [--data-dir PATH] [options]"
+    train.epilog = (
+        "[value]: the default where neither the recipe of the dataset nor the method sets another; a run's config.toml "
+        "holds what was decided. Later wins: defaults, recipe, method, --config, flags."
     )
     train.add_argument("--method", default=None, help="method name, see `ltfast methods` [gkp-gsa]")
     train.add_argument("--config", default=None, metavar="FILE", help="TOML file of settings; flags override it")
