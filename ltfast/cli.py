@@ -137,6 +137,11 @@ def build_parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=command_doctor)
 
+    bench = commands.add_parser("bench", help="run the benchmarks of a source checkout within a time budget")
+    bench.add_argument("--budget", type=float, default=540.0, metavar="X", help="seconds [540]")
+    bench.add_argument("--device", choices=("cuda", "cpu"), default=None, help="where [cuda if there is one]")
+    bench.set_defaults(run=command_bench)
+
     commands.add_parser("methods", help="list the methods").set_defaults(run=command_methods)
     commands.add_parser("datasets", help="list the datasets").set_defaults(run=command_datasets)
     return parser
@@ -267,6 +272,19 @@ def command_doctor(args: argparse.Namespace) -> int:
     else:
         print_findings(findings)
     return int(any(f.level == "fail" for f in findings))
+
+
+def command_bench(args: argparse.Namespace) -> int:
+    import subprocess
+    from pathlib import Path
+
+    script = Path(ltfast.__file__).resolve().parent.parent / "benchmarks" / "run.py"
+    if not script.exists():
+        raise UserError(
+            "bench: the benchmarks are part of the source checkout, not of the installed package; run it there"
+        )
+    device = ["--device", args.device] if args.device else []
+    return subprocess.run([sys.executable, str(script), "--budget", str(args.budget), *device]).returncode
 
 
 def command_methods(args: argparse.Namespace) -> int:

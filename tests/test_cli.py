@@ -98,7 +98,7 @@ BAD = [
     (["train", "--device", "cuda:7"], "cuda"),
     (["train", "--resume", "/nowhere"], "not a run folder"),
     (["train", "--bank", "/nowhere"], "not a run folder"),
-    (["train", "--resume", "/nowhere", "--lr", "1"], "give no other option"),
+    (["train", "--resume", "/nowhere", "--lr", "1"], "only these may be given anew"),
     (["train", "--weights", "/nowhere.pt"], "no such file"),
     (["eval", "/nowhere"], "not a run folder"),
     (["fly"], "invalid choice"),
