@@ -28,7 +28,7 @@ METHODS = (
     "gsa-paper",
     "gkp-gsa",
     "gsa-full",
-    "gsa-full+gkp",
+    "gsa-paper+gkp",
     "bcl+sam",
     "gsa-release",
 )
