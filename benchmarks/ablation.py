@@ -50,7 +50,7 @@ def settings_of(method: str, name: str, values: Iterable[Any]) -> dict[str, Cell
 
 
 def directions(factor: float) -> dict[str, Cell]:
-    """Directions of a shared perturbation of all parameters; friendly cannot reuse a Gram matrix, so all are exact."""
+    """Directions of a shared perturbation of all parameters, all exact: friendly cannot reuse a Gram matrix."""
     return {
         f"gsa-exact,direction={name},radius=x{factor:g}": Cell("gsa-exact", {"direction": name, **radius(factor)})
         for name in ("orthogonal", "friendly", "none", "projected", "joint")
@@ -76,7 +76,14 @@ SWEEPS: dict[str, dict[str, Cell]] = {
     "radius-full": {f"gsa-full,radius=x{k}": Cell("gsa-full", radius(k)) for k in (1, 3, 10, 30)},
     "radius-paper": {f"gsa-paper,radius=x{k}": Cell("gsa-paper", radius(k)) for k in (1, 3, 10, 30)},
     "gkp": {f"gsa-full+gkp,radius=x{k}": Cell("gsa-full+gkp", radius(k)) for k in (1, 3)},
-    "direction": {**directions(1), **directions(3)},
+    "direction": {
+        **{
+            f"gsa-full,direction={name},radius=x3": Cell("gsa-full", {"direction": name, **radius(3)})
+            for name in ("orthogonal", "joint", "none", "projected")
+        },
+        **directions(1),
+        **directions(3),
+    },
     "lambda": {f"gkp,gkp_lambda={k}": Cell("gkp", {"gkp_lambda": float(k)}) for k in (1, 10, 100)},
     "scope": {**scopes(1), **scopes(3)},
     "gram": settings_of("gsa-full", "gram_every", (1, 4, 16, 64)),
@@ -242,11 +249,18 @@ def mean_of(runs: Iterable[Mapping[str, float]], figure: str) -> str:
     return f"{statistics.fmean(run[figure] for run in runs):.2f}"
 
 
+def differences(
+    runs: Mapping[int, Mapping[str, float]], found: Mapping[tuple[str, int], Mapping[str, float]], figure: str
+) -> list[float]:
+    """Each run's figure minus the baseline's of the same seed."""
+    return [run[figure] - found[BASELINE, seed][figure] for seed, run in runs.items() if (BASELINE, seed) in found]
+
+
 def paired(
     runs: Mapping[int, Mapping[str, float]], found: Mapping[tuple[str, int], Mapping[str, float]], figure: str
 ) -> str:
     """Mean difference to the baseline of the same seeds, +- half of its 95 % interval."""
-    deltas = [run[figure] - found[BASELINE, seed][figure] for seed, run in runs.items() if (BASELINE, seed) in found]
+    deltas = differences(runs, found, figure)
     if not deltas:
         return "no baseline"
     mean, half = interval(deltas)

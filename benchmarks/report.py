@@ -171,6 +171,37 @@ def precision() -> str:
     return "\n".join(lines)
 
 
+def draw_ablations(path: Path) -> bool:
+    """Paired differences of all cells with two seeds or more, with their 95 % intervals; False if there are none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = ablation.rows(RESULTS / "ablation.jsonl")
+    names = [n for cells in ablation.SWEEPS.values() for n in cells if n == ablation.same(n) and n != ablation.BASELINE]
+    drawn = []
+    for name in names:
+        deltas = ablation.differences({s: run for (cell, s), run in found.items() if cell == name}, found, "top1")
+        if len(deltas) > 1:
+            drawn.append((f"{name} ({len(deltas)})", *ablation.interval(deltas), deltas))
+    if not drawn:
+        return False
+    fig, ax = plt.subplots(figsize=(7, 1 + 0.3 * len(drawn)), dpi=130)
+    for y, (_, mean, half, deltas) in enumerate(drawn):
+        ax.plot(deltas, [y] * len(deltas), "|", color="#777777", markersize=9)
+        ax.errorbar(mean, y, xerr=half, fmt="o", color="#0072B2", capsize=3)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(drawn)), [name for name, *_ in drawn], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlim=(-6, 6), xlabel="top-1 against bcl of the same seed, points; bar: 95 % interval, ticks: seeds")
+    ax.set_title("digits-lt ablations (number of seeds)", fontsize=10)
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+    return True
+
+
 def report() -> str:
     """The whole page."""
     head = (
@@ -179,12 +210,13 @@ def report() -> str:
     )
     smoke = "Smoke-sized runs unless the settings say otherwise."
     kept = "Cosine of the effective and the intended perturbation of a trained ResNet-20. Rows: [precision.jsonl](precision.jsonl)"
+    picture = "![Paired differences](ablation.png)\n\n" if draw_ablations(RESULTS / "ablation.png") else ""
     return "\n\n".join([
         head,
         f"## Accuracy, digits-lt\n\n{accuracy('digits-lt')}",
         f"Paired by seed, +- half of a 95 % interval:\n\n{preset_pairs('digits-lt')}",
         f"## Accuracy, CIFAR-10-LT\n\n{smoke}\n\n{accuracy('cifar10-lt')}",
-        f"## Ablations\n\n{PAIRED}\n\n{ablations()}",
+        f"## Ablations\n\n{PAIRED}\n\n{picture}{ablations()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
         *(section(part) for part in SECTIONS),
     ]) + "\n"  # fmt: skip

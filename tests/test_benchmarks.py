@@ -233,6 +233,16 @@ def test_report_uses_the_newest_row_and_says_what_no_gpu_measured(results: Path)
     assert "On a GPU: not measured" in text
 
 
+def test_picture_of_paired_differences(results: Path) -> None:
+    assert not report.draw_ablations(results / "ablation.png")
+    for seed in range(3):
+        put(results, "bcl", seed, top1=80.0, few=1.0, ece=1.0)
+        put(results, "gsa-full,radius=x3", seed, top1=81.0 + seed, few=1.0, ece=1.0)
+    assert report.draw_ablations(results / "ablation.png")
+    assert (results / "ablation.png").stat().st_size > 5000
+    assert "![" in report.report()
+
+
 def test_findings_are_filled_where_they_are_marked(results: Path, tmp_path: Path) -> None:
     put(results, "bcl", 0, top1=80.0, few=70.0, ece=1.0)
     page = tmp_path / "findings.md"
