@@ -342,9 +342,17 @@ class FlatOptimizer(Optimizer):
     def _second_pass(self) -> AbstractContextManager[None]:
         return nullcontext() if self._model is None else frozen_statistics(self._model)
 
-    def _without_sync(self) -> AbstractContextManager[None]:
+    def first_pass(self) -> AbstractContextManager[None]:
+        """`with optimizer.first_pass(): forward AND backward` of the ascent: no reduction if the ascent is local.
+
+        DistributedDataParallel decides at the forward pass whether the backward pass reduces, so `no_sync` around the
+        backward pass alone comes too late.
+        """
+        return self._unreduced() if self._ascent == "local" else nullcontext()
+
+    def _unreduced(self) -> AbstractContextManager[None]:
         no_sync = getattr(self._model, "no_sync", None)
-        return no_sync() if no_sync is not None and self._ascent == "local" else nullcontext()
+        return nullcontext() if no_sync is None else no_sync()
 
 
 class _FirstPass:

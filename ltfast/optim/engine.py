@@ -134,7 +134,7 @@ class Engine(Ascent):
 
     def from_rows(self, shares: Tensor) -> Tensor:
         """Coefficients from gradient rows that are already filled; updates mode R's memory and the moving averages."""
-        rule, g = self.rule, self.n_groups
+        rule = self.rule
         if rule.gram_every > 1:
             matrix, theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
             return self.refreshed(self.agreement.gram(matrix, shares), theta_sq, self.agreement.shares(shares))

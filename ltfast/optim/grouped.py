@@ -145,7 +145,7 @@ class GroupAscent(FlatOptimizer):
         weighted = len(closures) > 1 or world > 1
         total, loss = torch.zeros((), device=self.ascent.device), torch.zeros((), device=self.ascent.device)
         for m, closure in enumerate(closures):
-            with self._without_sync():
+            with self._unreduced():
                 losses, shares = self._evaluate(closure)
             parts = shares / (len(closures) * world)
             total, loss = total + parts, loss + (losses.detach() * shares).sum() / len(closures)
@@ -194,7 +194,7 @@ class GroupAscent(FlatOptimizer):
         loss = torch.zeros((), device=self.ascent.device)
         intended = loss
         for m, closure in enumerate(closures):
-            with self._without_sync():
+            with self._unreduced():
                 losses, shares = self._evaluate(closure)
             loss = loss + (losses.detach() * shares).sum() / len(closures)
             total = shares / world

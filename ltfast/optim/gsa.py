@@ -88,7 +88,7 @@ class GroupedOptimizer(GroupAscent):
         for k in self._points(coef, rows):
             for m, closure in enumerate(closures):
                 last = (k is None or k + 1 == len(coef)) and m + 1 == len(closures)
-                with self._second_pass(), nullcontext() if last else self._without_sync():
+                with self._second_pass(), nullcontext() if last else self._unreduced():
                     losses, shares = self._evaluate(closure)
                     self._backward(self._part(losses, shares, k) / len(closures), scaler)
         return loss
@@ -283,7 +283,7 @@ class CCSAM(GroupedOptimizer):
     def _passes(self, closures: list[Closure], scaler: GradScaler | None) -> Tensor:
         if len(closures) != 1:
             raise ValueError("closure: CC-SAM takes one closure; classes are not averaged over micro-batches")
-        with self._without_sync():
+        with self._unreduced():
             losses, shares = self._evaluate(closures[0])
         present = [k for k, share in enumerate(shares.tolist()) if share > 0]
         self._attach()
@@ -298,7 +298,7 @@ class CCSAM(GroupedOptimizer):
             coef = self._class_coefficients(rows, k)
             bad.append(self.stats["bad"])
             self._climb(coef, rows)
-            with self._second_pass(), nullcontext() if k == present[-1] else self._without_sync():
+            with self._second_pass(), nullcontext() if k == present[-1] else self._unreduced():
                 perturbed, _ = self._evaluate(closures[0])
                 self._backward(perturbed[k] * shares[k], scaler)
         self._first_bad = torch.stack(bad).amax()

@@ -109,7 +109,7 @@ class SAM(FlatOptimizer):
         scaled = getattr(self, "grad_scale", None)
         if not self._fresh():
             self.zero_grad()
-            with self._without_sync():
+            with self.first_pass():
                 closure()
         if scaled is not None:
             self._divide(scaled)
