@@ -61,3 +61,19 @@ def test_editable_install_imports_the_kernels(tmp_path: Path) -> None:
     if "No module named 'ltfast'" in done.stderr:
         pytest.skip("ltfast is not installed")
     assert done.returncode == 0, done.stderr
+
+
+def test_public_api_changes_only_on_purpose() -> None:
+    """The names that README and docs promise; a change here is a change for users and belongs in CHANGELOG.md."""
+    import ltfast.kernels
+    import ltfast.optim
+    from ltfast.cli import build_parser
+
+    assert set(ltfast.kernels.__all__) == {
+        "AscentStats", "adamw_step", "anchor_penalty", "ascent_coefficients", "collapse_anchors", "counting", "gram",
+        "gram_partials", "perturb", "sgd_step",
+    }  # fmt: skip
+    assert {"SAM", "FriendlySAM", "ImbSAM", "CCSAM", "FocalSAM", "GSA"} <= set(ltfast.optim.__all__)
+    commands = build_parser().format_help()
+    for verb in ("train", "eval", "data", "report", "export", "predict", "doctor", "bench", "methods", "datasets"):
+        assert f"\n    {verb} " in commands
