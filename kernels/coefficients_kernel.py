@@ -9,7 +9,9 @@ from .common import jit, load_number, tl
 # Partials summed at a time: 8192 float64 are 64 registers a thread; the fewer trips, the fewer waits for memory.
 PARTIAL_ELEMENTS = 8192
 WARPS = 8
-# One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4).
+# One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4). With it nothing
+# spills up to G = 32; for G = 33..63 ptxas saves up to 400 bytes around float64 divisions whatever the bound and the number
+# of warps (8, 16, 32 tried by compiling), which one program that touches nothing of size N can afford.
 MAX_REGISTERS = 240
 
 
@@ -50,12 +52,12 @@ def _size(matrix):
 
 
 @jit
-def _norm_of_theta(theta_sq_ptr, n_partials, BLOCK: tl.constexpr):
+def _theta_sq(theta_sq_ptr, n_partials, BLOCK: tl.constexpr):
     acc = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(0, n_partials, BLOCK):
         p = start + tl.arange(0, BLOCK)
         acc += tl.load(theta_sq_ptr + p, mask=p < n_partials, other=0.0)
-    return tl.sqrt(tl.sum(acc, axis=0))
+    return tl.sum(acc, axis=0)
 
 
 @jit
@@ -77,7 +79,7 @@ def _global_direction(gram_w, global_sq, k, one, DIRECTION: tl.constexpr):
 
 @jit
 def _rule(
-    norm, theta_norm, root_d, counts_ptr, scale_ptr, scale, low_ptr, low, high_ptr, high, k, inside,
+    norm_sq, theta_norm_sq, root_d, counts_ptr, scale_ptr, scale, low_ptr, low, high_ptr, high, k, inside,
     DIRECTION: tl.constexpr,
 ):  # fmt: skip
     """Eq. 13 and the sqrt(d) of Eq. 15: (rho before the clip, which bound it met, sqrt(d) * clipped rho)."""
@@ -88,7 +90,8 @@ def _rule(
     d = tl.cast(root_d, tl.float64)
     low64 = load_number(low_ptr, low).to(tl.float64)
     high64 = load_number(high_ptr, high).to(tl.float64)
-    radius = load_number(scale_ptr, scale).to(tl.float64) * tl.sqrt(theta_norm / (2.0 * norm)) / tl.sqrt(d * tl.sqrt(n))
+    root = tl.sqrt(theta_norm_sq / (4.0 * norm_sq * n))  # the fourth powers of Eq. 13's roots
+    radius = load_number(scale_ptr, scale).to(tl.float64) * tl.sqrt(root / d)
     clipped = tl.where(radius > high64, 1.0, 0.0) - tl.where(radius < low64, 1.0, 0.0)
     return radius, clipped, d * tl.where(radius > high64, high64, tl.where(radius < low64, low64, radius))
 
@@ -141,17 +144,17 @@ def _coefficients_kernel(
         gamma = tl.where(fallback, 0.0, gamma)
         valid = present & (norm_sq > 0.0)
 
-    norm = tl.sqrt(tl.where(valid, norm_sq, 1.0))
+    safe_sq = tl.where(valid, norm_sq, 1.0)
     if RULE:
-        theta_norm = _norm_of_theta(theta_sq_ptr, n_partials, PARTS)
+        theta_norm_sq = _theta_sq(theta_sq_ptr, n_partials, PARTS)
         radius, clipped, intended = _rule(
-            norm, theta_norm, root_d, counts_ptr, scale_ptr, scale, low_ptr, low, high_ptr, high, k, inside, DIRECTION
+            safe_sq, theta_norm_sq, root_d, counts_ptr, scale_ptr, scale, low_ptr, low, high_ptr, high, k, inside, DIRECTION
         )  # fmt: skip
     else:
         radius = zero + load_number(rho_ptr, rho).to(tl.float64)
         clipped = zero
         intended = radius
-    r = tl.where(valid, intended / norm, 0.0)
+    r = tl.where(valid, intended / tl.sqrt(safe_sq), 0.0)
 
     some = tl.sum(tl.where(valid, 1, 0), axis=0) > 0
     if SHARED:
