@@ -16,24 +16,27 @@ from ltfast.errors import UserError
 class Budget:
     """`minutes` from now on (None: no limit), for `parts` parts; each may use its share of what is left when it starts.
 
-    reserve: this share of the time is kept back for what comes after all parts. Raises UserError for minutes <= 0.
+    Raises UserError for minutes <= 0.
     """
 
     minutes: float | None
     parts: int = 1
-    reserve: float = 0.0
     clock: Callable[[], float] = time.monotonic
     end: float = field(init=False)
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"--max-minutes {self.minutes}: needs a positive number of minutes")
-        self.end = float("inf") if self.minutes is None else self.clock() + 60 * self.minutes * (1 - self.reserve)
+        self.end = float("inf") if self.minutes is None else self.clock() + 60 * self.minutes
 
     @property
     def spent(self) -> bool:
         """True when no time is left."""
         return self.clock() >= self.end
+
+    def keep(self, seconds: float) -> None:
+        """Keep time back for what comes after the parts."""
+        self.end -= seconds
 
     def share(self) -> Callable[[], bool]:
         """Start the next part: a function that tells whether the part's share of the time is used up."""

@@ -1,6 +1,6 @@
 """Figures of what the model gets right: by class size, many/medium/few, confusion, calibration, worst classes.
 
-Each function takes [(run name, numbers)] and returns a Figure (or one a run).
+Each function takes the runs' numbers as entries and returns a Figure (or one a run).
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import numpy as np
 
 from ltfast.data.base import FEW_BELOW, MANY_ABOVE
 from ltfast.report.numbers import Confusion
+from ltfast.report.page import Entry
 from ltfast.report.predictions import PICTURES, Predictions
-from ltfast.report.style import FAINT, INK, colour, hatch, legend_below, line, marker, panels, shorten
+from ltfast.report.style import FAINT, INK, PAGE_WIDTH, colour, hatch, legend_below, line, marker, panels, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Runs = Sequence[tuple[str, dict[str, Any]]]
+Runs = Sequence[Entry]
 
 
 def draw_class_size(runs: Runs) -> Figure:
     """Accuracy of each class against its training images, with a smoothed curve."""
     figure, (ax,) = panels(1, width=7.2, height=3.4)
-    for i, (name, run) in enumerate(runs):
+    for i, name, run in runs:
         many = len(run["size"]) > 100
         ax.scatter(
             run["size"], run["accuracy"], s=14 if many else 34, marker=marker(i), facecolor=colour(i), edgecolor="white",
@@ -51,29 +52,29 @@ def draw_class_size(runs: Runs) -> Figure:
             ax.text((left * right) ** 0.5, 1, label, fontsize=7.5, color="#555555", ha="center")
             ax.axvline(right, color="#888888", linewidth=0.8 if right < high else 0, linestyle=":")
     ax.xaxis.set_major_formatter("{x:g}")
-    legend_below(figure, ax)
+    legend_below(figure, [ax])
     return figure
 
 
 def draw_shots(runs: Runs) -> Figure:
     """Bars of accuracy over all, many-, medium- and few-shot classes."""
-    figure, (ax,) = panels(1, width=7.2, height=3.0)
-    names, width = runs[0][1]["names"], 0.84 / len(runs)
-    for i, (name, run) in enumerate(runs):
-        x = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
+    figure, (ax,) = panels(1, width=7.2 if len(runs) < 5 else PAGE_WIDTH, height=3.0)
+    names, width = runs[0].data["names"], 0.84 / len(runs)
+    for r, (i, name, run) in enumerate(runs):
+        x = np.arange(len(names)) + (r - (len(runs) - 1) / 2) * width
         values = run["accuracy"]
         bars = ax.bar(
             x, np.nan_to_num(values), 0.92 * width, color=colour(i), hatch=hatch(i), edgecolor="white", label=name
         )
         labels = ["-" if np.isnan(v) else f"{v:.1f}" for v in values]
         ax.bar_label(bars, labels, padding=2, fontsize=8 if len(runs) < 5 else 6.5)
-    classes = runs[0][1]["classes"]
-    same = all(run["classes"] == classes for _, run in runs)
+    classes = runs[0].data["classes"]
+    same = all(run["classes"] == classes for _, _, run in runs)
     ticks = [f"{n}\n{c} class{'es' if c != 1 else ''}" if same else n for n, c in zip(names, classes, strict=True)]
     ax.set_xticks(np.arange(len(names)), ticks)
     ax.set(ylim=(0, 110), ylabel="test accuracy (%)", yticks=range(0, 101, 20))
     ax.grid(axis="x", visible=False)
-    legend_below(figure, ax)
+    legend_below(figure, [ax])
     return figure
 
 
@@ -114,14 +115,14 @@ def frame(x: int, y: int) -> Any:
     return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.4)
 
 
-def draw_reliability(runs: Sequence[tuple[str, Predictions]]) -> Figure:
+def draw_reliability(runs: Runs) -> Figure:
     """Accuracy against confidence in 15 bins, and under it the share of the test images in each bin."""
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
     figure, axes = panels(columns, 2 * rows, height=1.8, sharex=True, height_ratios=[3, 1] * rows)
     for ax in axes:
         ax.set_visible(False)
-    for i, (name, found) in enumerate(runs):
+    for i, (_, name, found) in enumerate(runs):
         upper = axes[2 * columns * (i // columns) + i % columns]
         lower = axes[2 * columns * (i // columns) + columns + i % columns]
         for ax in (upper, lower):
@@ -143,7 +144,7 @@ def draw_reliability(runs: Sequence[tuple[str, Predictions]]) -> Figure:
         if i % columns == 0:
             upper.set_ylabel("accuracy (%)")
             lower.set_ylabel("images (%)")
-    legend_below(figure, axes[0])
+    legend_below(figure, axes)
     return figure
 
 

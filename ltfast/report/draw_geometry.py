@@ -1,6 +1,6 @@
 """Figures of the loss's geometry: landscapes and Hessian spectra of head and tail.
 
-Each function takes [(run name, result of ltfast.report.geometry)] and returns a Figure.
+Each function takes the runs' results of ltfast.report.geometry as entries and returns a Figure.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ltfast.report.geometry import SIDES, Curvature, Landscape
+from ltfast.report.geometry import SIDES, Landscape
+from ltfast.report.page import Entry
 from ltfast.report.style import INK, MAP, colour, hatch, legend_below, line, marker, panels, shorten
 
 if TYPE_CHECKING:
@@ -22,15 +23,15 @@ DECADES = 4  # told apart below the top of the scale: what is smaller counts as 
 QUANTILE = 0.97  # losses above this quantile of all points share the last colour, so that basins keep most of the scale
 
 
-def draw_landscapes(runs: Sequence[tuple[str, Landscape]], axis: str) -> Figure:
+def draw_landscapes(runs: Sequence[Entry], axis: str) -> Figure:
     """One row a run, head and tail side by side, all on one logarithmic colour scale; marks at the known weights."""
     figure, axes = panels(2, len(runs), width=4.4, height=3.5)
-    values = [np.log10(np.clip(np.nan_to_num(run.surface.values.numpy(), nan=1e6), 1e-9, 1e6)) for _, run in runs]
+    values = [np.log10(np.clip(np.nan_to_num(run.surface.values.numpy(), nan=1e6), 1e-9, 1e6)) for _, _, run in runs]
     everything = np.concatenate([v.ravel() for v in values])
     high = np.quantile(everything, QUANTILE)
     levels = np.linspace(min(max(everything.min(), high - DECADES), high - 0.3), high, LEVELS)
     image = None
-    for r, (name, run) in enumerate(runs):
+    for r, (_, name, run) in enumerate(runs):
         for k, side in enumerate(SIDES):
             ax = axes[2 * r + k]
             image = filled(ax, run, values[r][k], levels)
@@ -80,24 +81,24 @@ def marks(ax: Any, run: Landscape) -> None:
             )
 
 
-def draw_spectra(runs: Sequence[tuple[str, Curvature]]) -> Figure:
+def draw_spectra(runs: Sequence[Entry]) -> Figure:
     """Eigenvalue density of head and tail (logarithmic), largest eigenvalue and trace with their errors."""
     figure, axes = panels(4, height=3.0)
     for ax, side in zip(axes[:2], SIDES, strict=True):
-        ends = [(run.spectra[side].bottom[0], run.spectra[side].top[0]) for _, run in runs]
+        ends = [(run.spectra[side].bottom[0], run.spectra[side].top[0]) for _, _, run in runs]
         low, high = min(e[0] for e in ends), max(e[1] for e in ends)
         width = max(high - low, 1e-12)
         grid = torch.linspace(low - 0.05 * width, high + 0.05 * width, 600, dtype=torch.float64)
-        for i, (name, run) in enumerate(runs):
+        for i, name, run in runs:
             density = run.spectra[side].density(grid, width / 120).numpy()
             ax.plot(grid, np.maximum(density, 1e-12), color=colour(i), linestyle=line(i), linewidth=1.4, label=name)
-        floor = 0.3 / (max(run.spectra[side].size for _, run in runs) * width / 120 * 2.5)
+        floor = 0.3 / (max(run.spectra[side].size for _, _, run in runs) * width / 120 * 2.5)
         ax.set(title=f"{side}: density", xlabel="eigenvalue", yscale="log", ylim=(floor, None))
     for ax, key, title in zip(axes[2:], ("top", "trace"), ("largest eigenvalue", "trace"), strict=True):
         width = 0.8 / len(runs)
-        for i, (name, run) in enumerate(runs):
+        for r, (i, name, run) in enumerate(runs):
             pairs = [getattr(run.spectra[side], key) for side in SIDES]
-            x = np.arange(2) + (i - (len(runs) - 1) / 2) * width
+            x = np.arange(2) + (r - (len(runs) - 1) / 2) * width
             ax.bar(
                 x, [p[0] for p in pairs], 0.9 * width, yerr=[p[1] if p[1] == p[1] else 0.0 for p in pairs], capsize=3,
                 color=colour(i), hatch=hatch(i), edgecolor="white", ecolor=INK, label=name,
@@ -105,5 +106,5 @@ def draw_spectra(runs: Sequence[tuple[str, Curvature]]) -> Figure:
         ax.set_xticks(range(2), SIDES)
         ax.set(title=title)
         ax.grid(axis="x", visible=False)
-    legend_below(figure, axes[0])
+    legend_below(figure, axes[:2])
     return figure

@@ -1,7 +1,7 @@
 """Figures of how training went: curves, feature quality, gradients, ascent, forces, groups, time.
 
-Each function takes [(run name, numbers of ltfast.report.numbers)] and returns a Figure; the i-th run has the same
-colour, marker and line style everywhere.
+Each function takes the runs' numbers (ltfast.report.numbers) as entries and returns a Figure; the i-th run of the report
+has the same colour, marker and line style everywhere.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ltfast.report.page import Entry
 from ltfast.report.style import FAINT, INK, MAP, colour, every, hatch, legend_below, line, marker, panels, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Runs = Sequence[tuple[str, dict[str, Any]]]
+Runs = Sequence[Entry]
+ASCENT_LINES = 8  # of more groups (classes, for cc-sam) that many are shown, evenly chosen
 GROUP_BARS = 60  # above this many classes the groups figure shows points instead of bars
 
 
@@ -38,7 +40,7 @@ def draw_curves(runs: Runs) -> Figure:
     parts = [("loss", "training loss"), ("lr", "learning rate"), ("top1", "validation, all classes (%)")]
     parts += [(k, f"validation, {k}-shot (%)") for k in ("many", "medium", "few")]
     for ax, (key, title) in zip(axes, parts, strict=True):
-        for i, (name, run) in enumerate(runs):
+        for i, name, run in runs:
             plot(ax, run["epoch"], run[key], i, name)
             for epoch in run["groupings"]:
                 ax.axvline(epoch + 0.5, color=colour(i), linewidth=0.8, linestyle=":")
@@ -49,7 +51,7 @@ def draw_curves(runs: Runs) -> Figure:
             ax.set_ylim(-3, 103)
         if not ax.lines:
             ax.text(0.5, 0.5, "not recorded", ha="center", transform=ax.transAxes, color="#777777")
-    legend_below(figure, axes[0])
+    legend_below(figure, axes)
     return figure
 
 
@@ -60,7 +62,7 @@ def draw_quality(runs: Runs) -> Figure:
         "quality": "quality Q = -1/D - log V", "variance": "spread V within a class", "distance": "distance D to the nearest class",
     }  # fmt: skip
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        for i, (name, run) in enumerate(runs):
+        for i, name, run in runs:
             plot(ax, run["epoch"], run["head"][key], i, f"{name}: head", style=0, markerfacecolor="white")
             plot(ax, run["epoch"], run["tail"][key], i, f"{name}: tail", style=1)
         ax.set(title=title, xlabel="epoch")
@@ -68,22 +70,22 @@ def draw_quality(runs: Runs) -> Figure:
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter("{x:g}")
-    legend_below(figure, axes[0], columns=2 * min(3, len(runs)))
+    legend_below(figure, axes, columns=2 * min(3, len(runs)))
     return figure
 
 
 def draw_similarity(runs: Runs) -> Figure:
     """Cosines between group gradients by epoch: each pair of many, medium, few, and few against the whole gradient."""
-    pairs = list(dict.fromkeys(pair for _, run in runs for pair in run["pairs"]))
-    last = [name for name in ("few", "medium", "many") if any(name in run["whole"] for _, run in runs)][:1]
+    pairs = list(dict.fromkeys(pair for _, _, run in runs for pair in run["pairs"]))
+    last = [name for name in ("few", "medium", "many") if any(name in run["whole"] for _, _, run in runs)][:1]
     figure, axes = panels(max(1, len(pairs) + len(last)), sharey=True)
     for ax, pair in zip(axes, pairs, strict=False):
-        for i, (name, run) in enumerate(runs):
+        for i, name, run in runs:
             if pair in run["pairs"]:
                 plot(ax, run["epoch"], run["pairs"][pair], i, name)
         ax.set(title=pair, xlabel="epoch")
     for ax, shot in zip(axes[len(pairs) :], last, strict=True):
-        for i, (name, run) in enumerate(runs):
+        for i, name, run in runs:
             if shot in run["whole"]:
                 plot(ax, run["epoch"], run["whole"][shot], i, name)
         ax.set(title=f"{shot} and the whole", xlabel="epoch")
@@ -91,14 +93,14 @@ def draw_similarity(runs: Runs) -> Figure:
         ax.axhline(0, color=INK, linewidth=0.8)
         ax.set_ylim(-1.05, 1.05)
     axes[0].set_ylabel("cosine of gradients")
-    legend_below(figure, axes[0])
+    legend_below(figure, axes)
     return figure
 
 
 def draw_group_similarity(runs: Runs) -> Figure:
     """Cosine matrix of the groups' gradients at the last probe, and each group's cosine with the whole gradient."""
     figure, axes = panels(2, len(runs), height=3.0)
-    for (name, run), left, right in zip(runs, axes[::2], axes[1::2], strict=True):
+    for (_, name, run), left, right in zip(runs, axes[::2], axes[1::2], strict=True):
         matrix = run["matrix"]
         between = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)  # ones would take up the whole scale
         reach = max(0.2, float(np.nanmax(np.abs(between), initial=0)))
@@ -116,19 +118,22 @@ def draw_group_similarity(runs: Runs) -> Figure:
             plot(right, run["epoch"], run["whole"][:, k], k, f"group {k}")
         right.axhline(0, color=INK, linewidth=0.8)
         right.set(title="with the whole gradient", xlabel="epoch", ylabel="cosine", ylim=(-1.05, 1.05))
-    legend_below(figure, max(axes[1::2], key=lambda ax: len(ax.lines)), columns=8)
+    legend_below(figure, axes, columns=8)
     return figure
 
 
 def draw_ascent(runs: Runs) -> Figure:
     """One row a run: radii of Eq. 13 by group against their bounds, shares clipped, norms, refresh cosines."""
     figure, axes = panels(4, len(runs), height=2.5)
-    for r, (name, run) in enumerate(runs):
+    for r, (_, name, run) in enumerate(runs):
         radius, clipped, norm, last = axes[4 * r : 4 * r + 4]
-        for k in range(run["radius"].shape[1]):
-            plot(radius, run["epoch"], run["radius"][:, k], k, f"group {k}")
-            plot(clipped, run["epoch"], 100 * (run["above"] + run["below"])[:, k], k, f"group {k}")
-            plot(norm, run["epoch"], run["norm"][:, k], k, f"group {k}")
+        n = len(run["labels"])
+        shown = range(n) if n <= ASCENT_LINES else np.linspace(0, n - 1, ASCENT_LINES).round().astype(int).tolist()
+        for i, k in enumerate(shown):
+            label = run["labels"][k]
+            plot(radius, run["epoch"], run["radius"][:, k], i, label)
+            plot(clipped, run["epoch"], 100 * (run["above"] + run["below"])[:, k], i, label)
+            plot(norm, run["epoch"], run["norm"][:, k], i, label)
         if run["bounds"] is not None:
             radius.axhspan(*run["bounds"], color=FAINT, zorder=0)
             radius.set_yscale("log")
@@ -138,14 +143,14 @@ def draw_ascent(runs: Runs) -> Figure:
         clipped.set(title="radii clipped (%)", xlabel="epoch", ylim=(-4, 104))
         norm.set(title="|direction| before scaling", xlabel="epoch")
         if np.isfinite(run["refresh_cos"]).any():
-            plot(last, run["epoch"], run["refresh_cos"], 0, "mean")
-            plot(last, run["epoch"], run["refresh_min"], 1, "smallest")
+            plot(last, run["epoch"], run["refresh_cos"], 0, "_mean")
+            plot(last, run["epoch"], run["refresh_min"], 1, "_smallest")
             last.set(title="cosine at Gram refreshes", xlabel="epoch", ylim=(-1.05, 1.05))
         else:
-            for k in range(run["length"].shape[1]):
-                plot(last, run["epoch"], run["length"][:, k], k, f"group {k}")
+            for i, k in enumerate(shown):
+                plot(last, run["epoch"], run["length"][:, k], i, run["labels"][k])
             last.set(title="norm of the perturbation", xlabel="epoch", ylim=(0, 1.3 * last.get_ylim()[1]))
-    legend_below(figure, axes[0], columns=8)
+    legend_below(figure, axes, columns=8)
     return figure
 
 
@@ -154,14 +159,14 @@ def draw_forces(runs: Runs) -> Figure:
     columns = min(3, len(runs))
     figure, axes = panels(columns, -(-len(runs) // columns), sharey=True)
     parts = (("gradient", "loss gradient (times alpha)"), ("gkp", "GKP"), ("decay", "weight decay"))
-    for ax, (name, run) in zip(axes, runs, strict=False):
+    for ax, (_, name, run) in zip(axes, runs, strict=False):
         for k, (key, label) in enumerate(parts):
             plot(ax, run["epoch"], run[key], k, label)
         ax.set(title=shorten(name, 32), xlabel="epoch", yscale="log")
     for ax in axes[len(runs) :]:
         ax.set_visible(False)
     axes[0].set_ylabel("norm")
-    legend_below(figure, max(axes[: len(runs)], key=lambda ax: len(ax.lines)))
+    legend_below(figure, axes)
     return figure
 
 
@@ -169,7 +174,7 @@ def draw_groups(runs: Runs) -> Figure:
     """Class sizes, largest first, in the colour and hatch (or marker) of their group; one panel a run."""
     columns = min(2, len(runs))
     figure, axes = panels(columns, -(-len(runs) // columns), width=7.2 if columns == 1 else None)
-    for ax, (name, run) in zip(axes, runs, strict=False):
+    for ax, (_, name, run) in zip(axes, runs, strict=False):
         order = np.argsort(-run["counts"], kind="stable")
         for k in range(run["group"].max() + 1):
             at = np.flatnonzero(run["group"][order] == k)
@@ -184,6 +189,16 @@ def draw_groups(runs: Runs) -> Figure:
             yscale="log",
             xlabel="classes, largest first",
         )
+        if run["entries"] is not None and len(order) <= 20:
+            for x, c in enumerate(order):
+                ax.annotate(
+                    f"e{run['entries'][c]}",
+                    (x, run["counts"][c]),
+                    (0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                )
         if len(order) <= 20:
             names = [shorten(run["names"][c], 10) for c in order]
             ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
@@ -191,21 +206,21 @@ def draw_groups(runs: Runs) -> Figure:
     for ax in axes[len(runs) :]:
         ax.set_visible(False)
     axes[0].set_ylabel("training images")
-    legend_below(figure, max(axes[: len(runs)], key=lambda ax: len(ax.get_legend_handles_labels()[1])), columns=8)
+    legend_below(figure, axes, columns=8)
     return figure
 
 
 def draw_times(runs: Runs) -> Figure:
     """Left: seconds by part of the run; right: a training epoch over a scouting epoch, measured and predicted by FLOPs."""
-    ratios = [(name, run) for name, run in runs if run["measured"] is not None]
+    ratios = [(name, run) for _, name, run in runs if run["measured"] is not None]
     figure, axes = panels(2 if ratios else 1, height=max(2.0, 1.2 + 0.45 * len(runs)))
-    parts = [part for part in ("scouting", "grouping", "training") if any(part in run["parts"] for _, run in runs)]
-    names = [shorten(name) for name, _ in runs]
-    start = np.zeros(len(runs))
+    parts = [part for part in ("scouting", "grouping", "training") if any(part in run["parts"] for _, _, run in runs)]
+    rows, start = np.arange(len(runs)), np.zeros(len(runs))
     for k, part in enumerate(parts):
-        seconds = np.array([run["parts"].get(part, 0.0) for _, run in runs])
-        axes[0].barh(names, seconds, 0.6, left=start, color=colour(k), hatch=hatch(k), edgecolor="white", label=part)
+        seconds = np.array([run["parts"].get(part, 0.0) for _, _, run in runs])
+        axes[0].barh(rows, seconds, 0.6, left=start, color=colour(k), hatch=hatch(k), edgecolor="white", label=part)
         start += seconds
+    axes[0].set_yticks(rows, [shorten(name) for _, name, _ in runs])
     axes[0].invert_yaxis()
     axes[0].set(title="where the time went", xlabel="seconds")
     under(axes[0])
@@ -234,18 +249,19 @@ def under(ax: Axes) -> None:
 def draw_profile(runs: Runs) -> Figure:
     """Milliseconds of one step by part, one bar a run; a diamond marks the plan's prediction."""
     figure, (ax,) = panels(1, width=7.2, height=max(1.6, 0.9 + 0.5 * len(runs)))
-    parts = list(dict.fromkeys(part for _, run in runs for part in run["parts"]))
-    names, start = [shorten(name) for name, _ in runs], np.zeros(len(runs))
+    parts = list(dict.fromkeys(part for _, _, run in runs for part in run["parts"]))
+    rows, start = np.arange(len(runs)), np.zeros(len(runs))
     for k, part in enumerate(parts):
-        values = np.array([1e3 * run["parts"].get(part, 0.0) for _, run in runs])
-        ax.barh(names, values, 0.6, left=start, color=colour(k), hatch=hatch(k), edgecolor="white", label=part)
+        values = np.array([1e3 * run["parts"].get(part, 0.0) for _, _, run in runs])
+        ax.barh(rows, values, 0.6, left=start, color=colour(k), hatch=hatch(k), edgecolor="white", label=part)
         start += values
-    known = [(i, 1e3 * run["predicted"]) for i, (_, run) in enumerate(runs) if run["predicted"] is not None]
+    known = [(i, 1e3 * run["predicted"]) for i, (_, _, run) in enumerate(runs) if run["predicted"] is not None]
     if known:
         y, x = zip(*known, strict=True)
         ax.plot(x, y, "D", color=INK, markersize=8, label="predicted")
+    ax.set_yticks(rows, [shorten(name) for _, name, _ in runs])
     ax.invert_yaxis()
     ax.set(xlabel="milliseconds a step")
     ax.grid(axis="y", visible=False)
-    legend_below(figure, ax, columns=6)
+    legend_below(figure, [ax], columns=6)
     return figure

@@ -10,19 +10,19 @@ import numpy as np
 from ltfast.plan import flops_ratio
 from ltfast.recipes import rule_of
 from ltfast.report import draw_classes, draw_training, numbers
-from ltfast.report.page import Item, Table
+from ltfast.report.page import Entry, Item, Table
 from ltfast.report.runs import Missing, RunView
 
-Found = list[tuple[str, Any]]
+Found = list[Entry]
 CLASS_TABLE = 200  # above this many classes the per-class table is left to report.json
 
 
 def collect(views: Sequence[RunView], compute: Callable[[RunView], Any]) -> tuple[Found, list[str]]:
-    """[(run name, numbers)] of the runs that have them, and '<run>: <reason>' for the others."""
+    """Numbers of the runs that have them, and '<run>: <reason>' for the others."""
     found, missing = [], []
-    for view in views:
+    for place, view in enumerate(views):
         try:
-            found.append((view.name, compute(view)))
+            found.append(Entry(place, view.name, compute(view)))
         except Missing as reason:
             missing.append(f"{view.name}: {reason}.")
     return found, missing
@@ -35,7 +35,7 @@ def simple(
     """An item with one figure for all runs."""
     found, missing = collect(views, compute)
     figures = [("", draw(found))] if found else []
-    return Item(id, section, title, caption, figures, missing, data=dict(found))
+    return Item(id, section, title, caption, figures, missing, data={e.name: e.data for e in found})
 
 
 def curves(views: Sequence[RunView]) -> Item:
@@ -81,7 +81,7 @@ def confusion(views: Sequence[RunView]) -> Item:
         "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate."
     )
     found, missing = collect(views, lambda v: (numbers.tail_confusion(v), v.class_names, v.counts.tolist()))
-    runs = [(name, *parts) for name, parts in found]
+    runs = [(entry.name, *entry.data) for entry in found]
     figures = [("", draw_classes.draw_confusion(runs))] if runs else []
     data = {name: c._asdict() for name, c, _, _ in runs}
     return Item("confusion", "Classes", "Confusion of the tail", caption, figures, missing, data=data)
@@ -107,7 +107,7 @@ def quality(views: Sequence[RunView]) -> Item:
 def groups(views: Sequence[RunView]) -> Item:
     caption = (
         "Classes by size, in the colour and hatch of their group. Groups are numbered by decreasing mean class size; they "
-        "come from which epoch's weights served each class best, not from the sizes."
+        "come from which epoch's weights served each class best (over each bar), not from the sizes."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
@@ -172,7 +172,9 @@ def ascent(views: Sequence[RunView]) -> Item:
     )
 
     def compute(view: RunView) -> dict[str, Any]:
-        return {**numbers.ascent(view), "bounds": numbers.radius_bounds(view)}
+        found = numbers.ascent(view)
+        labels = numbers.ascent_labels(view, found["radius"].shape[1])
+        return {**found, "labels": labels, "bounds": numbers.radius_bounds(view)}
 
     item = simple(
         views, "ascent", "Sharpness", "Directions and radii of the ascent", caption, compute, draw_training.draw_ascent

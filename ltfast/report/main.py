@@ -15,13 +15,12 @@ from ltfast.report import draw_classes, draw_geometry, draw_training, items
 from ltfast.report.budget import Budget
 from ltfast.report.compute import Computed, compute_all
 from ltfast.report.geometry import SIDES
-from ltfast.report.page import Item, Table, render_item, render_page, render_table, to_json
+from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table, to_json
 from ltfast.report.runs import Missing, RunView, open_runs
 from ltfast.report.style import look, save
 
 PAGE, NUMBERS = "index.html", "report.json"
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
-DRAWING = 0.2  # of --max-minutes kept for drawing
 SECTION_ORDER = ("Classes", "Training", "Knowledge", "Sharpness", "Geometry", "Time")
 
 
@@ -46,18 +45,23 @@ def report(
         UserError: a folder that is no run, or has no metrics; an `out` that cannot be written; a limit <= 0.
     """
     started = time.monotonic()
-    budget = Budget(max_minutes, reserve=DRAWING)
+    budget = Budget(max_minutes)
     views = open_runs(runs)
     folder = Path(out) if out is not None else default_folder(views)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from None
-    computed = compute_all(views, budget, device=device, data_dir=data_dir, quiet=quiet)
+    drawing = time.monotonic()
     with look():
         entries = [build(views) for build in items.LOG_ITEMS]
-        entries += [build_computed(views, computed) for build_computed in COMPUTED_ITEMS]
         rendered = {item.id: render_item(item, save_figures(item, folder)) for item in entries}
+    budget.keep(time.monotonic() - drawing)  # the other half of the figures takes about as long
+    computed = compute_all(views, budget, device=device, data_dir=data_dir, quiet=quiet)
+    with look():
+        others = [build_computed(views, computed) for build_computed in COMPUTED_ITEMS]
+        rendered |= {item.id: render_item(item, save_figures(item, folder)) for item in others}
+    entries += others
     blocks = [("Overview", overview(views, computed))]
     for section in SECTION_ORDER:
         blocks.append((section, "".join(rendered[item.id] for item in entries if item.section == section)))
@@ -91,15 +95,15 @@ def save_figures(item: Item, folder: Path) -> list[tuple[str, bytes]]:
 # -- entries that need weights and data ---------------------------------------------------------------------------------
 
 
-def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> tuple[list[tuple[str, Any]], list[str]]:
-    """[(run name, result)] of one part, and a line for each run that lacks it."""
+def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> tuple[list[Entry], list[str]]:
+    """One part of the runs that have it, and a line for each run that lacks it."""
     found, missing = [], []
-    for view, result in zip(views, computed, strict=True):
+    for place, (view, result) in enumerate(zip(views, computed, strict=True)):
         value = getattr(result, name)
         if value is None:
             missing.append(f"{view.name}: {result.missing.get(name, 'not computed')}.")
         else:
-            found.append((view.name, value))
+            found.append(Entry(place, view.name, value))
     return found, missing
 
 
@@ -112,7 +116,7 @@ def calibration(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     figures = [("", draw_classes.draw_reliability(found))] if found else []
     data = {
         name: {"ece": p.result["ece"], "seen": p.bin_seen, "accuracy": p.bin_accuracy, "confidence": p.bin_confidence}
-        for name, p in found
+        for _, name, p in found
     }
     return Item("calibration", "Classes", "Calibration", caption, figures, missing, data=data)
 
@@ -123,8 +127,8 @@ def worst(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     caption = (
         "The least accurate classes on the test split; over each picture, what it was taken for and how confidently."
     )
-    figures = [(name, draw_classes.draw_worst(name, p, names[name])) for name, p in found if p.worst]
-    data = {name: [(w.label, w.accuracy, w.images) for w in p.worst] for name, p in found}
+    figures = [(name, draw_classes.draw_worst(name, p, names[name])) for _, name, p in found if p.worst]
+    data = {name: [(w.label, w.accuracy, w.images) for w in p.worst] for _, name, p in found}
     return Item("worst", "Classes", "Worst classes", caption, figures, missing, data=data)
 
 
@@ -136,22 +140,22 @@ def landscape(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
         "in a narrower basin than the head has sharper minima."
     )
     figures = [("", draw_geometry.draw_landscapes(found, "filter norms"))] if found else []
-    rows = [(name, *run.surface.center.tolist(), *run.surface.rise(RADIUS).tolist()) for name, run in found]
+    rows = [(name, *run.surface.center.tolist(), *run.surface.rise(RADIUS).tolist()) for _, name, run in found]
     head = ("run", "loss of head", "of tail", f"mean rise at {RADIUS:g} filter norms, head", "tail")
-    data = {name: dataclasses.asdict(run) for name, run in found}
+    data = {name: dataclasses.asdict(run) for _, name, run in found}
     return Item("landscape", "Geometry", "Loss around the solution", caption, figures, missing, Table(head, rows), data)
 
 
 def plane(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     found, missing = part(views, computed, "plane")
-    notes = "; ".join(dict.fromkeys(run.note for _, run in found if run.note))
+    notes = "; ".join(dict.fromkeys(run.note for _, _, run in found if run.note))
     caption = (
         f"The plane of weight space through three points of the run ({notes}), in Euclidean distance; the dashed line joins "
         "them in order. BatchNorm statistics are estimated anew at every point. Where the tail's basin and the head's lie "
         "apart, training on all classes cannot stay in both."
     )
     figures = [("", draw_geometry.draw_landscapes(found, "distance"))] if found else []
-    data = {name: dataclasses.asdict(run) for name, run in found}
+    data = {name: dataclasses.asdict(run) for _, name, run in found}
     return Item("plane", "Geometry", "Loss through three epochs", caption, figures, missing, data=data)
 
 
@@ -165,7 +169,7 @@ def curvature(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     figures = [("", draw_geometry.draw_spectra(found))] if found else []
     rows: list[tuple[Any, ...]] = []
     data: dict[str, Any] = {}
-    for name, run in found:
+    for _, name, run in found:
         data[name] = {}
         for side in SIDES:
             s = run.spectra[side]
@@ -184,10 +188,12 @@ def profile(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     figures = [("", draw_training.draw_profile(found))] if found else []
     rows = [
         (name, 1e3 * run["measured"], None if run["predicted"] is None else 1e3 * run["predicted"])
-        for name, run in found
+        for _, name, run in found
     ]
     table = Table(("run", "measured, ms", "predicted, ms"), rows)
-    return Item("profile", "Time", "Profile of a step", caption, figures, missing, table, dict(found))
+    return Item(
+        "profile", "Time", "Profile of a step", caption, figures, missing, table, {e.name: e.data for e in found}
+    )
 
 
 COMPUTED_ITEMS = (calibration, worst, curvature, landscape, plane, profile)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ltfast.data.base import SHOT_NAMES, shot_groups
+from ltfast.errors import UserError
 from ltfast.observe import head_and_tail
 from ltfast.report.runs import Missing, RunView
 
@@ -199,6 +200,19 @@ def ascent(view: RunView) -> dict[str, Any]:
     return result
 
 
+def ascent_labels(view: RunView, n: int) -> list[str]:
+    """What each of the n directions of the run's rule stands for."""
+    from ltfast.recipes import rule_of
+
+    rule = rule_of(view.config)
+    kind = "one" if rule is None else rule.groups
+    if kind == "class" and n == len(view.counts):
+        return [f"class {name}" for name in view.class_names]
+    if n == 1:
+        return [{"head-tail": "tail", "focal": "weighted tail"}.get(kind, "whole batch")]
+    return [f"group {k}" for k in range(n)]
+
+
 def radius_bounds(view: RunView) -> tuple[float, float] | None:
     """[rho_min, rho_max] of Eq. 13, or None for a rule with a fixed radius."""
     from ltfast.recipes import rule_of
@@ -218,8 +232,22 @@ def forces(view: RunView) -> dict[str, Any]:
     return result
 
 
+def bank_epochs(view: RunView) -> list[int] | None:
+    """Epoch, counted from 1, of each class's entry in the memory bank [C]; None if the state or an entry is missing."""
+    from ltfast.train import load_bank
+
+    try:
+        bank = load_bank(view.folder.path)
+    except UserError:
+        return None
+    epochs = dict(bank["epochs"].tolist())
+    entries = [epochs.get(number) for number in bank["entry"].tolist()]
+    return None if None in entries else [epoch + 1 for epoch in entries if epoch is not None]
+
+
 def groups(view: RunView) -> dict[str, Any]:
-    """Group of each class [C] at the last grouping, its epoch, class sizes, and images and classes a group."""
+    """Group of each class [C] at the last grouping, its epoch, class sizes, the bank's epoch of each class (None if not
+    kept), and images and classes a group."""
     if not view.rows.get("group"):
         raise Missing(
             "its method makes no groups" if not view.config.preserve.gkp else "it has not grouped its classes yet"
@@ -228,7 +256,7 @@ def groups(view: RunView) -> dict[str, Any]:
     group = np.array(row["groups"])
     size = group.max() + 1
     return {
-        "group": group, "epoch": row["epoch"], "counts": counts,
+        "group": group, "epoch": row["epoch"], "counts": counts, "entries": bank_epochs(view),
         "classes": np.bincount(group, minlength=size), "images": np.bincount(group, weights=counts, minlength=size),
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,14 @@ addEventListener("load",()=>{
   box.addEventListener("click",()=>box.close());
 });
 """
+
+
+class Entry(NamedTuple):
+    """One run's part in a figure: its place among the report's runs (its colour and marker), name and numbers."""
+
+    place: int
+    name: str
+    data: Any
 
 
 @dataclass

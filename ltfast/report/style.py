@@ -3,7 +3,7 @@ and hatches as well. Matplotlib's Agg canvas is used without pyplot, so nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,11 +97,15 @@ def shorten(text: str, length: int = 22) -> str:
     return f"{text[: length - 3 - keep]}...{text[-keep:]}"
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """The legend of `axes` under the whole figure, where it covers no data."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+    """One legend for all of `axes` under the whole figure, where it covers no data; each label once."""
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        columns = min(columns, len(entries))
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
 
 
 def save(figure: Figure, path: Path) -> bytes:

@@ -169,7 +169,9 @@ def test_budget_shares_what_is_left():
     now[0] = 60.0
     assert third()
     assert budget.spent
-    assert Budget(1.0, reserve=0.25, clock=lambda: now[0]).end == 105.0
+    kept = Budget(1.0, clock=lambda: now[0])
+    kept.keep(15)
+    assert kept.end == 105.0
     free = Budget(None, parts=2, clock=lambda: now[0])
     assert not free.share()()
     assert not free.spent
