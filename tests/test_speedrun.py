@@ -1,0 +1,68 @@
+"""The speedrun recipe at smoke size: the warm-up leaves no trace, the table and the clock are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltfast.cli import main
+from ltfast.dist import Ranks
+from ltfast.errors import UserError
+from ltfast.progress import Progress
+from ltfast.recipes import NAMED, build_config, named_recipe
+from ltfast.runs import RunFolder
+from ltfast.speedrun import COLUMNS, warm_up
+from ltfast.survive import Signals
+from ltfast.train import Trainer
+from tests.data.small_sets import write_cifar10
+
+
+def test_recipe_runs_at_smoke_size_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar10(tmp_path / "data")
+    out = tmp_path / "run"
+    words = [
+        "train", "--recipe", "cifar10-lt-speedrun", "--data-dir", str(tmp_path / "data"), "--imbalance", "4", "--epochs", "2",
+        "--model", "resnet8-w8", "--batch", "16", "--device", "cpu", "--untimed-steps", "2", "--out", str(out),
+    ]  # fmt: skip
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")
+    ]
+    assert tuple(rows[0]) == COLUMNS
+    assert [row[1] for row in rows[1:]] == ["1", "2", "eval"]
+    seconds = [float(row[-1]) for row in rows[1:]]
+    assert 0 < seconds[0] < seconds[1] == seconds[2]
+    assert 0 <= float(rows[-1][4]) <= 100
+    run = RunFolder.open(out)
+    assert run.config.data.dataset == "cifar10-lt"
+    assert run.config.loss.loss == "balanced-softmax"
+    assert run.config.run.table
+    assert seconds[1] == pytest.approx(sum(row["seconds"] for row in run.metrics("epoch")), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["balanced-softmax", "balanced-softmax+sam", "balanced-softmax+friendly-sam"])
+def test_warm_up_leaves_no_trace(method: str) -> None:
+    flags = {"epochs": 1, "device": "cpu", "batch": 32}
+    runs = []
+    for steps in (0, 3):
+        trainer = Trainer(build_config("digits-lt", method, {}, flags), None, Ranks(), Progress())
+        trainer.guard(Signals(False))
+        if steps:
+            before = trainer.flat.data.clone()
+            warm_up(trainer, steps)
+            assert torch.equal(trainer.flat.data, before)
+        trainer.train_epoch(0)
+        runs.append((trainer.flat.data, trainer.buffers.data, trainer.summary()["loss"]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert runs[0][2] == runs[1][2]
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=re.escape("did you mean cifar10-lt-speedrun?")):
+        named_recipe("cifar10-speedrun")
+    assert all(build_config(dataset, method, values(), {}) for dataset, method, values in NAMED.values())
