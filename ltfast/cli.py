@@ -91,6 +91,7 @@ def build_parser() -> Parser:
         "holds what was decided. Later wins: defaults, recipe, method, --config, flags."
     )
     train.add_argument("--method", default=None, help="method name, see `ltfast methods` [gkp-gsa]")
+    train.add_argument("--recipe", default=None, metavar="NAME", help="a named recipe: cifar10-lt-speedrun")
     train.add_argument("--config", default=None, metavar="FILE", help="TOML file of settings; flags override it")
     train.add_argument("--resume", default=None, metavar="RUN", help="continue this run folder")
     train.add_argument("--dry-run", action="store_true", help="print the plan (steps, memory, FLOPs) and stop")
@@ -149,12 +150,12 @@ def build_parser() -> Parser:
 
 def command_train(args: argparse.Namespace) -> int:
     from ltfast import launch
-    from ltfast.recipes import build_config
+    from ltfast.recipes import build_config, named_recipe
     from ltfast.runs import RunFolder, fresh_name
 
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
     if args.resume:
-        if flags.keys() - RESUME_OPTIONS or args.method or args.config:
+        if flags.keys() - RESUME_OPTIONS or args.method or args.config or args.recipe:
             options = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUME_OPTIONS))
             raise UserError(
                 f"--resume: continues the run with its own settings; only these may be given anew: {options}"
@@ -163,8 +164,10 @@ def command_train(args: argparse.Namespace) -> int:
     else:
         values = load_toml(args.config) if args.config else {}
         fields = flatten(values, args.config or "")
-        dataset = flags.pop("dataset", None) or fields.pop("dataset", "digits-lt")
-        config = build_config(dataset, args.method or values.get("method", "gkp-gsa"), fields, flags)
+        named = named_recipe(args.recipe) if args.recipe else ("digits-lt", "gkp-gsa", {})
+        dataset = flags.pop("dataset", None) or fields.pop("dataset", named[0])
+        method = args.method or values.get("method", named[1])
+        config = build_config(dataset, method, {**named[2], **fields}, flags)
     config = launch.on_cpu(config)
     if args.dry_run:
         from ltfast.plan import print_plan
@@ -185,15 +188,18 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
     """Train in this process, alone or as one of several."""
     from ltfast import dist
     from ltfast.progress import ConsoleProgress, Progress
+    from ltfast.speedrun import TableProgress
     from ltfast.train import train
 
     ranks = dist.start()
     try:
-        progress = ConsoleProgress() if ranks.main else Progress()
+        progress = (TableProgress() if config.run.table else ConsoleProgress()) if ranks.main else Progress()
         result = train(config, resume=resume, changes=changes, ranks=ranks, progress=progress)
         if ranks.main and "stopped" in result:
             print(f"continue with: ltfast train --resume {result['folder']}")
         elif ranks.main:
+            if isinstance(progress, TableProgress):
+                progress.finish(result)
             print_result(result)
     finally:
         dist.stop()

@@ -39,6 +39,7 @@ from ltfast.reduce import Agreement, GradientReducer
 from ltfast.resume import part
 from ltfast.runs import RunFolder
 from ltfast.schedule import alpha_at, lr_at, scouting_epochs
+from ltfast.speedrun import warm_up
 from ltfast.step import TrainStep, Update
 from ltfast.store import Store
 from ltfast.survive import Action, Signals
@@ -89,6 +90,7 @@ class Trainer(Durable):
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1}
         self.sums: dict[str, Tensor] = {}  # over the steps of this epoch so far, for the log
         self.seconds = 0.0  # spent on this epoch so far
+        self.started = time.perf_counter()  # of this epoch, as if it had never been broken off
         self.wire = Traffic()
         self.make_step()
 
@@ -101,6 +103,8 @@ class Trainer(Durable):
         """
         with Signals(self.ranks.main) as signals:
             self.guard(signals)
+            if self.config.run.untimed_steps and self.steps == 0:
+                warm_up(self, self.config.run.untimed_steps)
             for epoch in range(self.epoch, self.config.optim.epochs):
                 self.epoch = epoch
                 if self.grouping_due(epoch):
@@ -174,7 +178,7 @@ class Trainer(Durable):
     def train_epoch(self, epoch: int) -> Action:
         """One pass over the training images (the rest of it after a resume); STOP if it was broken off."""
         self.model.train()
-        started, sums = time.perf_counter() - self.seconds, self.sums
+        self.started, sums = time.perf_counter() - self.seconds, self.sums
         total = self.source.steps_per_epoch
         for batch in self.source.train(epoch, self.batch):
             self.set_schedules(epoch + self.batch / total)
@@ -190,7 +194,7 @@ class Trainer(Durable):
             self.batch += 1
             self.steps += 1
             self.progress.step(epoch, self.batch, total, sums.get("loss"))
-            self.seconds = time.perf_counter() - started
+            self.seconds = time.perf_counter() - self.started
             self.bad_steps.after_step(epoch, self.batch - 1, batch.index)
             action = self.watch.after_step()
             if action is Action.STOP and self.batch < total:
@@ -202,7 +206,8 @@ class Trainer(Durable):
     def summary(self) -> dict[str, Any]:
         """Means over the epoch's steps and over the ranks; the sums start afresh."""
         means = self.ranks.mean_(torch.stack(list(self.sums.values()))) / self.source.steps_per_epoch
-        result: dict[str, Any] = {**dict(zip(self.sums, means.tolist(), strict=True)), "seconds": self.seconds}
+        result: dict[str, Any] = dict(zip(self.sums, means.tolist(), strict=True))
+        result["seconds"] = time.perf_counter() - self.started  # the device has finished: its figures have been read
         result["skipped"] = int(self.update.skipped)  # steps without a finite loss and gradient, since the run began
         if self.ranks.world > 1:  # what this rank hands to collectives in a step
             result["comm"] = {k: v / self.source.steps_per_epoch for k, v in dataclasses.asdict(self.wire).items()}
