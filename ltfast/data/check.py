@@ -98,13 +98,18 @@ def inspect(path: str, full: bool = False) -> tuple[str, tuple[str, ...]]:
                 data = file.read()
     except OSError as error:
         return "missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower(), ()
-    why = look(data) if len(data) == size else ""
+    return judge(data, path, full) if len(data) == size else ("", tuple(_notes(data, path)))
+
+
+def judge(data: bytes, name: str, full: bool = False) -> tuple[str, tuple[str, ...]]:
+    """`inspect` for bytes at hand."""
+    why = look(data)
     if not why and full:
         try:
             decode(data)
         except BadImage as error:
             why = str(error)
-    return (why, ()) if why else ("", tuple(_notes(data, path)))
+    return (why, ()) if why else ("", tuple(_notes(data, name)))
 
 
 def _tail(file: object, size: int) -> bytes:
@@ -146,7 +151,7 @@ def distinct(lists: dict[str, ImageList]) -> list[tuple[str, ImageList]]:
 def _check_split(split: str, images: ImageList, full: bool, workers: int) -> SplitReport:
     def examine(start: int) -> list[Finding]:
         stop = min(start + CHUNK, len(images))
-        return [Finding(i, *inspect(images.file(i), full)) for i in range(start, stop)]
+        return [Finding(i, *_examine(images, i, full)) for i in range(start, stop)]
 
     bad: list[tuple[str, str]] = []
     notes: Counter[str] = Counter()
@@ -159,6 +164,15 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> Spl
     duplicates = sorted({images.paths[again] for _, again in duplicate_indices(images.paths)})
     empty = np.flatnonzero(images.counts == 0).tolist()
     return SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
+
+
+def _examine(images: ImageList, index: int, full: bool) -> tuple[str, tuple[str, ...]]:
+    if images.loose:
+        return inspect(images.file(index), full)
+    try:
+        return judge(images.read(index), images.paths[index], full)
+    except BadImage as error:
+        return str(error), ()
 
 
 def print_check(report: CheckReport, console: Console | None = None, examples: int = 5) -> None:

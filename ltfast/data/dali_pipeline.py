@@ -43,6 +43,7 @@ def train_pipeline(
     source: Callable[[Any], Sequence[Any]],
     *,
     views: int,
+    loose: bool,
     image_size: int,
     batch: int,
     threads: int,
@@ -50,18 +51,19 @@ def train_pipeline(
 ) -> Any:
     """A pipeline with outputs view 1..views (uint8 [batch, S, S, 3]) and index (int64 [batch]).
 
-    source(BatchInfo) -> (paths: list of uint8 [length], across, down: float64 [batch, views, CROP_TRIES], place:
-    float64 [batch, views, 2], flip: float32 [batch, views], index: int64 [batch]). device_id None: all on the CPU.
+    source(BatchInfo) -> (contents: list of uint8 [length], across, down: float64 [batch, views, CROP_TRIES], place:
+    float64 [batch, views, 2], flip: float32 [batch, views], index: int64 [batch]). device_id None: all on
+    the CPU; loose: contents are file names, else the encoded bytes.
     """
     dali = _dali()
     fn, types = dali.fn, dali.types
 
     pipeline = dali.Pipeline(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        path, across, down, place, flip, index = fn.external_source(
+        content, across, down, place, flip, index = fn.external_source(
             source, num_outputs=CROP_INPUTS, batch=True, batch_info=True
         )
-        raw = fn.io.file.read(path)
+        raw = fn.io.file.read(content) if loose else content
         if views == 1:
             # Decoding only the window wins for one view (2.27 against 2.53 ms of CPU), one full decode for three.
             shape = fn.peek_image_shape(raw, adjust_orientation=False)
@@ -79,20 +81,26 @@ def train_pipeline(
 
 
 def evaluation_pipeline(
-    source: Callable[[Any], Sequence[Any]], *, image_size: int, batch: int, threads: int, device_id: int | None
+    source: Callable[[Any], Sequence[Any]],
+    *,
+    loose: bool,
+    image_size: int,
+    batch: int,
+    threads: int,
+    device_id: int | None,
 ) -> Any:
     """A pipeline with outputs view (uint8 [n, S, S, 3]) and index (int64 [n]), n up to batch; resize and
     centre crop.
 
-    source(BatchInfo) -> (paths, index), StopIteration at the end.
+    source(BatchInfo) -> (contents, index), StopIteration at the end.
     """
     dali = _dali()
     fn, types = dali.fn, dali.types
 
     pipeline = dali.Pipeline(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
-        path, index = fn.external_source(source, num_outputs=2, batch=True, batch_info=True)
-        decoded = fn.decoders.image(fn.io.file.read(path), **_decoder(device_id))
+        content, index = fn.external_source(source, num_outputs=2, batch=True, batch_info=True)
+        decoded = fn.decoders.image(fn.io.file.read(content) if loose else content, **_decoder(device_id))
         start, end = _centre(fn.cast(decoded.shape()[:2], dtype=types.FLOAT64), image_size)
         start, end = fn.cast(start, dtype=types.FLOAT), fn.cast(end, dtype=types.FLOAT)
         view = fn.resize(decoded, size=[image_size, image_size], roi_start=start, roi_end=end, antialias=True)
@@ -100,15 +108,15 @@ def evaluation_pipeline(
     return pipeline
 
 
-def decode_pipeline(path: bytes) -> Any:
-    """A CPU pipeline that decodes one file: the last resort to find out whether DALI can."""
+def decode_pipeline(data: bytes) -> Any:
+    """A CPU pipeline that decodes one picture: the last resort to find out whether DALI can."""
     dali = _dali()
     fn = dali.fn
 
     pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
-        name = fn.external_source(lambda: [np.frombuffer(path, dtype=np.uint8)], batch=True)
-        pipeline.set_outputs(fn.decoders.image(fn.io.file.read(name), **_decoder(None)))
+        raw = fn.external_source(lambda: [np.frombuffer(data, dtype=np.uint8)], batch=True)
+        pipeline.set_outputs(fn.decoders.image(raw, **_decoder(None)))
     return pipeline
 
 

@@ -9,8 +9,10 @@ which takes about 0.3 s.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from ltfast.data.base import Batch
 from ltfast.data.dali_pipeline import PREFETCH, decode_pipeline, evaluation_pipeline, train_pipeline
-from ltfast.data.decode import BadImage, load_picture, look, read
+from ltfast.data.decode import BadImage, decode, look
 from ltfast.data.large_source import LargeSource, Step
 from ltfast.data.large_views import ViewDraw, draw_views
 from ltfast.data.lists import ImageList
@@ -33,26 +35,21 @@ class Sent(NamedTuple):
     draws: tuple[ViewDraw, ...]
 
 
-class TrainFeed:
-    """The external source of one pipeline, and the pipeline: steps from (epoch, step) on, without end."""
+class TrainSchedule:
+    """What DALI asks for: the steps from (epoch, step) on, without end.
+
+    It must not own the pipeline that it feeds: a pipeline in a reference cycle waits for the garbage collector, and
+    one that is collected in a forked worker process hangs there for ever. Hence the weak reference to the source.
+    """
 
     def __init__(self, source: DaliSource, epoch: int, step: int) -> None:
-        self.source, self.groups = source, source.group_of_class
+        self.source, self.groups = weakref.proxy(source), source.group_of_class
         self.first = epoch * source.steps_per_epoch + step
         self.sent: deque[Sent] = deque()
         self._epoch, self._steps = -1, list[Step]()
-        self.pipeline = train_pipeline(
-            self.next_inputs,
-            views=len(source.views),
-            image_size=source.image_size,
-            batch=source.batch // source.world,
-            threads=max(source.workers, 1),
-            device_id=source.device_id,
-        )
-        self.pipeline.build()
 
-    def next_inputs(self, info: Any) -> tuple[Any, ...]:
-        """What DALI asks for: a pure function of info.iteration (and of the files known to be bad)."""
+    def __call__(self, info: Any) -> tuple[Any, ...]:
+        """A pure function of info.iteration (and of the files known to be bad)."""
         source = self.source
         epoch, number = divmod(self.first + info.iteration, source.steps_per_epoch)
         if epoch != self._epoch:
@@ -64,7 +61,8 @@ class TrainFeed:
         crops = [draw.crop for draw in draws]
         across, down, place = (torch.stack(part, dim=1).numpy() for part in zip(*crops, strict=True))
         flip = torch.stack([draw.flip for draw in draws], dim=1).float().numpy()
-        return paths(source.lists["train"], shown), across, down, place, flip, shown.numpy()
+        contents = encoded(source.lists["train"], shown, max(source.workers, 1))
+        return contents, across, down, place, flip, shown.numpy()
 
     def starts_at(self, epoch: int, step: int) -> bool:
         """Whether the next step that comes back is (epoch, step), drawn with the groups of now."""
@@ -73,33 +71,18 @@ class TrainFeed:
         return bool(self.sent) and (self.sent[0].step.epoch, self.sent[0].step.step) == (epoch, step)
 
 
-class EvaluationFeed:
-    """The external source of an evaluation pipeline: the given parts of a split, known bad files left out."""
+class EvaluationSchedule:
+    """What DALI asks for in evaluation: the given parts of a split, one after another."""
 
-    def __init__(self, source: DaliSource, split: str, parts: list[Tensor]) -> None:
-        self.images = source.lists[split]
-        known = source.bad
-        kept = [
-            [i for i in part.tolist() if self.images.paths[i] not in known] if known else part.tolist()
-            for part in parts
-        ]
-        self.sent = deque(torch.tensor(part, dtype=torch.int64) for part in kept if part)
-        self._parts = list(self.sent)
-        self.pipeline = evaluation_pipeline(
-            self.next_inputs,
-            image_size=source.image_size,
-            batch=max(map(len, self._parts), default=1),
-            threads=max(source.workers, 1),
-            device_id=source.device_id,
-        )
-        self.pipeline.build()
+    def __init__(self, images: ImageList, parts: list[Tensor], threads: int) -> None:
+        self.images, self.parts, self.threads = images, parts, threads
+        self.sent = deque(parts)
 
-    def next_inputs(self, info: Any) -> tuple[Any, ...]:
-        """What DALI asks for, part by part."""
-        if info.iteration >= len(self._parts):
+    def __call__(self, info: Any) -> tuple[Any, ...]:
+        if info.iteration >= len(self.parts):
             raise StopIteration
-        index = self._parts[info.iteration]
-        return paths(self.images, index), index.numpy()
+        index = self.parts[info.iteration]
+        return encoded(self.images, index, self.threads), index.numpy()
 
 
 class DaliSource(LargeSource):
@@ -110,36 +93,69 @@ class DaliSource(LargeSource):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.device_id = (self.device.index or 0) if self.device.type == "cuda" else None
-        self._kept: TrainFeed | None = None
+        self._kept: tuple[TrainSchedule, Any] | None = None
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step must be in 0..{self.steps_per_epoch}, got {start_step}")
-        feed, self._kept = self._kept, None
-        if start_step < self.steps_per_epoch and (feed is None or not feed.starts_at(epoch, start_step)):
-            feed = TrainFeed(self, epoch, start_step)
+        kept, self._kept = self._kept, None
+        if kept is None or not kept[0].starts_at(epoch, start_step):
+            kept = None  # frees an old pipeline before a new one is built
+            kept = self._train_pipeline(epoch, start_step)
+        schedule, pipeline = kept
         for step in range(start_step, self.steps_per_epoch):
-            assert feed is not None
-            while (outputs := self._run(feed.pipeline)) is None:
-                self._find_bad("train", [sent.shown for sent in feed.sent])
-                feed = TrainFeed(self, epoch, step)
-            sent = feed.sent.popleft()
+            while (outputs := self._run(pipeline)) is None:
+                self._find_bad("train", [sent.shown for sent in schedule.sent])
+                schedule, pipeline = self._train_pipeline(epoch, step)
+            sent = schedule.sent.popleft()
             *pictures, shown = outputs
             assert torch.equal(shown, sent.shown), "DALI returned another step than the one awaited"
             views = tuple(self.finisher.view(p, draw) for p, draw in zip(pictures, sent.draws, strict=True))
             yield Batch(views, self.labels("train", sent.shown), self.on_device(sent.shown))
-        self._kept = feed
+        self._kept = (schedule, pipeline)
+
+    def _train_pipeline(self, epoch: int, step: int) -> tuple[TrainSchedule, Any]:
+        schedule = TrainSchedule(self, epoch, step)
+        pipeline = train_pipeline(
+            schedule,
+            views=len(self.views),
+            loose=self.lists["train"].loose,
+            image_size=self.image_size,
+            batch=self.batch // self.world,
+            threads=max(self.workers, 1),
+            device_id=self.device_id,
+        )
+        pipeline.build()
+        return schedule, pipeline
 
     def _evaluate_batches(self, split: str, parts: list[Tensor]) -> Iterator[Batch]:
-        feed = EvaluationFeed(self, split, parts)
-        while feed.sent:
-            outputs = self._run(feed.pipeline)
+        schedule, pipeline = self._evaluation_pipeline(split, parts)
+        while schedule.sent:
+            outputs = self._run(pipeline)
             if outputs is None:
-                self._find_bad(split, list(feed.sent)[: 1 + PREFETCH])
-                feed = EvaluationFeed(self, split, list(feed.sent))
+                self._find_bad(split, list(schedule.sent)[: 1 + PREFETCH])
+                schedule, pipeline = self._evaluation_pipeline(split, list(schedule.sent))
                 continue
-            shown = feed.sent.popleft()
+            shown = schedule.sent.popleft()
             yield Batch((self.finisher.plain(outputs[0]),), self.labels(split, shown), self.on_device(shown))
+
+    def _evaluation_pipeline(self, split: str, parts: list[Tensor]) -> tuple[EvaluationSchedule, Any]:
+        """A pipeline over the parts, known bad files left out."""
+        images, threads = self.lists[split], max(self.workers, 1)
+        if self.bad:
+            good = [[i for i in part.tolist() if images.paths[i] not in self.bad] for part in parts]
+            parts = [torch.tensor(part, dtype=torch.int64) for part in good if part]
+        schedule = EvaluationSchedule(images, parts, threads)
+        pipeline = evaluation_pipeline(
+            schedule,
+            loose=images.loose,
+            image_size=self.image_size,
+            batch=max(map(len, parts), default=1),
+            threads=threads,
+            device_id=self.device_id,
+        )
+        pipeline.build()
+        return schedule, pipeline
 
     def _run(self, pipeline: Any) -> list[Tensor] | None:
         """The next outputs as tensors without a copy, or None when DALI failed (the reason is in self._failure)."""
@@ -163,7 +179,7 @@ class DaliSource(LargeSource):
         images = self.lists[split]
         for index in sent:
             for check in (_by_header, _by_pil, _by_dali):
-                found = [(i, reason) for i in dict.fromkeys(index.tolist()) if (reason := check(images.file(i)))]
+                found = [(i, reason) for i in dict.fromkeys(index.tolist()) if (reason := check(images, i))]
                 if found:
                     for i, reason in found:
                         self.report_bad(split, i, reason)
@@ -171,32 +187,42 @@ class DaliSource(LargeSource):
         raise self._failure
 
 
-def paths(images: ImageList, index: Tensor) -> list[np.ndarray]:
-    """Full file names as uint8 arrays, as fn.io.file.read wants them."""
-    root = bytes(images.root) + b"/"
-    return [np.frombuffer(root + images.paths.raw(i), dtype=np.uint8) for i in index.tolist()]
+def encoded(images: ImageList, index: Tensor, threads: int) -> list[np.ndarray]:
+    """What the graph reads: file names as uint8 arrays for fn.io.file.read, or the bytes themselves from tar
+    shards.
+    """
+    if images.loose:
+        root = bytes(images.root) + b"/"
+        return [np.frombuffer(root + images.paths.raw(i), dtype=np.uint8) for i in index.tolist()]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda i: np.frombuffer(_bytes(images, i), dtype=np.uint8), index.tolist()))
 
 
-def _by_header(path: str) -> str:
+def _bytes(images: ImageList, index: int) -> bytes:
     try:
-        return look(read(path))
+        return images.read(index)
+    except BadImage:
+        return b""  # the decoder fails on it, and the search for the culprit finds the reason
+
+
+def _by_header(images: ImageList, index: int) -> str:
+    try:
+        return look(images.read(index))
     except BadImage as error:
         return str(error)
 
 
-def _by_pil(path: str) -> str:
+def _by_pil(images: ImageList, index: int) -> str:
     try:
-        load_picture(path)
+        decode(images.read(index))
     except BadImage as error:
         return str(error)
     return ""
 
 
-def _by_dali(path: str) -> str:
-    import os
-
+def _by_dali(images: ImageList, index: int) -> str:
     try:
-        decode_pipeline(os.fsencode(path)).run()
+        decode_pipeline(images.read(index)).run()
     except RuntimeError as error:
         after = str(error).partition("encountered:")[2].strip() or str(error).strip()
         return "DALI cannot decode it: " + after.splitlines()[0]

@@ -137,7 +137,7 @@ def decode(data: bytes) -> Image:
         raise BadImage(look(data) or str(error)) from error
 
 
-def read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
     """The file's bytes. Raises BadImage when it is missing, a folder or unreadable."""
     try:
         with open(path, "rb") as file:
@@ -150,4 +150,4 @@ def read(path: str) -> bytes:
 
 def load_picture(path: str | os.PathLike[str]) -> Image:
     """The file as an RGB picture. Raises BadImage."""
-    return decode(read(os.fspath(path)))
+    return decode(read_file(os.fspath(path)))

@@ -118,9 +118,8 @@ def load_large(
     if dataset == "webdataset":
         from ltfast.data.webdataset import load_webdataset
 
-        return load_webdataset(
-            str(data_dir), limit_train=limit_train, val_pattern=val_list, test_pattern=test_list, **options
-        )
+        patterns = {"val_pattern": val_list, "test_pattern": test_list}
+        return load_webdataset(str(data_dir), limit_train=limit_train, loader=loader, **patterns, **options)
     lists = find_lists(
         dataset,
         data_dir,
@@ -133,7 +132,7 @@ def load_large(
     lists = _shape(dataset, lists, imbalance, imbalance_type, limit_train, exclude_list)
     choice = choose_loader(loader, device, len(recipes))
     validate_lists(lists, exist=choice.name != "synthetic")
-    return _source_class(choice.name)(lists, **options)
+    return source_class(choice.name)(lists, **options)
 
 
 def _shape(
@@ -158,7 +157,8 @@ def _shape(
     return lists
 
 
-def _source_class(loader: str) -> type[LargeSource]:
+def source_class(loader: str) -> type[LargeSource]:
+    """The class behind a resolved loader name."""
     if loader == "dali":
         from ltfast.data.dali_source import DaliSource
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ltfast.data.decode import read_file
 from ltfast.data.longtail import select_subset
 from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices
 from ltfast.errors import UserError
@@ -57,6 +58,15 @@ class ImageList:
     def file(self, index: int) -> str:
         """Full name of file `index`."""
         return os.path.join(self.root, self.paths[index])
+
+    @property
+    def loose(self) -> bool:
+        """Whether every picture is a file of its own (`file`), else only `read` gives its bytes."""
+        return True
+
+    def read(self, index: int) -> bytes:
+        """The bytes of picture `index`. Raises BadImage when it cannot be read."""
+        return read_file(self.file(index))
 
     def select(self, indices: np.ndarray) -> ImageList:
         """The sub-list at `indices`, in that order; classes keep their numbers."""

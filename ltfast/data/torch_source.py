@@ -7,25 +7,27 @@ happens on the device.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as F  # here, not in functions: each forked worker would import it again (2 s)
+from PIL.Image import Image, preinit
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
 from ltfast.data.base import Batch
 from ltfast.data.color import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from ltfast.data.decode import BadImage, load_picture
+from ltfast.data.decode import BadImage, decode
 from ltfast.data.large_source import LargeSource, Step, Substitutes, available_cores
 from ltfast.data.large_views import ViewDraw, ViewRecipe, crop_windows, draw_views, evaluation_window
 from ltfast.data.lists import ImageList
 from ltfast.data.randaugment import apply_rand_augment_pil
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+preinit()
 AHEAD = 2  # steps that each worker prepares in advance
 
 
@@ -44,9 +46,6 @@ def augment(image: Image, draw: ViewDraw, i: int, image_size: int) -> Image:
     """View of picture i of a draw: crop, resize, flip, jitter, gray, RandAugment, each as torchvision or timm does
     it.
     """
-    import torchvision.transforms.functional as F
-    from torchvision.transforms import InterpolationMode
-
     size = torch.tensor([[image.height, image.width]])
     crop = type(draw.crop)(*(part[i : i + 1] for part in draw.crop))
     top, left, height, width = crop_windows(crop, size)[0].tolist()
@@ -66,8 +65,6 @@ def augment(image: Image, draw: ViewDraw, i: int, image_size: int) -> Image:
 
 
 def _jitter_step(image: Image, step: int, factor: float) -> Image:
-    import torchvision.transforms.functional as F
-
     if step == HUE:
         return F.adjust_hue(image, factor) if factor else image
     adjust = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}[step]
@@ -76,8 +73,6 @@ def _jitter_step(image: Image, step: int, factor: float) -> Image:
 
 def evaluation_crop(image: Image, image_size: int) -> Image:
     """torchvision's Resize(evaluation_size(image_size)) and CenterCrop(image_size)."""
-    import torchvision.transforms.functional as F
-
     height, width, top, left = evaluation_window(image.height, image.width, image_size)
     return F.crop(F.resize(image, [height, width]), top, left, image_size, image_size)
 
@@ -107,7 +102,7 @@ class TrainTasks(torch.utils.data.Dataset[Decoded]):
             image = None
             for index in self.substitutes(wanted):
                 try:
-                    image = load_picture(self.images.file(index))
+                    image = decode(self.images.read(index))
                     break
                 except BadImage as error:
                     bad.append((index, str(error)))
@@ -133,7 +128,7 @@ class EvaluationTasks(torch.utils.data.Dataset[Decoded]):
         pictures, shown, bad = [torch.empty(0, size, size, 3, dtype=torch.uint8)], [], []
         for index in wanted.tolist():
             try:
-                picture = evaluation_crop(load_picture(self.images.file(index)), size)
+                picture = evaluation_crop(decode(self.images.read(index)), size)
                 pictures.append(pixels(picture)[None])
                 shown.append(index)
             except BadImage as error:
@@ -149,16 +144,24 @@ class TorchSource(LargeSource):
     def _load(self, dataset: torch.utils.data.Dataset[Decoded], tasks: list[Step] | list[Tensor]) -> Iterator[Decoded]:
         workers = min(self.workers, len(tasks), available_cores())  # more would only cost memory, and torch warns
         # One worker task is one whole batch: the loader's own batching is off.
-        return iter(
-            torch.utils.data.DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=tasks,  # type: ignore[arg-type]
-                num_workers=workers,
-                prefetch_factor=AHEAD if workers else None,
-                pin_memory=self.device.type == "cuda",
-            )
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=tasks,  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_start_worker,
         )
+        # A worker that collects garbage of its parent runs destructors that need the parent's threads: a DALI
+        # pipeline's waits for ever. So nothing is collected between fork and _start_worker.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return iter(loader)
+        finally:
+            if collecting:
+                gc.enable()
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         tasks = TrainTasks(
@@ -184,3 +187,8 @@ class TorchSource(LargeSource):
             if len(decoded.shown):
                 view = self.finisher.plain(decoded.views[0])
                 yield Batch((view,), self.labels(split, decoded.shown), self.on_device(decoded.shown))
+
+
+def _start_worker(_: int) -> None:
+    gc.freeze()
+    gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,33 @@ def test_one_pipeline_runs_through_epochs_and_evaluations(tmp_path, monkeypatch)
     assert len(built) == 4, "prefetched steps had been drawn with the old groups"
 
 
+def test_a_dropped_source_frees_its_pipelines_without_the_garbage_collector(tmp_path, monkeypatch):
+    """In a cycle they would wait for the collector, and one collected in a forked worker hangs it."""
+    alive = []
+
+    def watched(*args, **options):
+        pipeline = dali_pipeline.train_pipeline(*args, **options)
+        alive.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(dali_source, "train_pipeline", watched)
+    source = open_source("dali", make_set(tmp_path, (9, 7)))
+    gc.collect()
+    gc.disable()
+    try:
+        epoch(source, 0)
+        epoch(source, 0)
+        running = source.train(5)
+        next(running)
+        running.close()
+        assert [ref() is None for ref in alive] == [True, True, True]
+        epoch(source, 1)
+        del running, source
+        assert alive[-1]() is None
+    finally:
+        gc.enable()
+
+
 def test_kept_batches_stay_as_they_were(tmp_path):
     source = open_source("dali", make_set(tmp_path, (20, 20)), num_views=3)
     kept = epoch(source, 0)
@@ -246,7 +274,7 @@ def test_a_file_that_only_dali_refuses_is_found(tmp_path, monkeypatch, caplog):
     lists = read_lists(root)
     (root / lists["train"].paths[3]).write_bytes(bad_files.bad_files()["GIF"])
     for name in ("_by_header", "_by_pil"):
-        monkeypatch.setattr(dali_source, name, lambda path: "")
+        monkeypatch.setattr(dali_source, name, lambda images, i: "")
     shown = {i for batch in epoch(open_source("dali", root), 0) for i in batch.index.tolist()}
     assert 3 not in shown
     assert "DALI cannot decode it" in caplog.text
@@ -269,8 +297,10 @@ def test_labels_follow_the_substitute_when_prefetch_ran_ahead(tmp_path):
 def test_the_gpu_graph_can_be_defined():
     """Named arguments must be CPU values, conditions too: a wrong placement is refused here, without a GPU."""
     for views in (1, 3):
-        dali_pipeline.train_pipeline(lambda info: (), views=views, image_size=64, batch=4, threads=1, device_id=0)
-    dali_pipeline.evaluation_pipeline(lambda info: (), image_size=64, batch=4, threads=1, device_id=0)
+        dali_pipeline.train_pipeline(
+            lambda info: (), views=views, loose=True, image_size=64, batch=4, threads=1, device_id=0
+        )
+    dali_pipeline.evaluation_pipeline(lambda info: (), loose=False, image_size=64, batch=4, threads=1, device_id=0)
 
 
 @pytest.mark.gpu

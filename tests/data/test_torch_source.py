@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -88,3 +90,28 @@ def test_workers_end_with_their_epoch(tmp_path):
     epoch(source, 0)
     list(source.evaluate("val"))
     assert not multiprocessing.active_children()
+
+
+def test_workers_leave_the_parents_garbage_alone(tmp_path):
+    """A dropped DALI pipeline in a reference cycle, collected in a forked worker, hangs that worker for ever."""
+
+    class Trap:
+        def __init__(self) -> None:
+            self.me, self.home = self, os.getpid()
+
+        def __del__(self) -> None:
+            if os.getpid() != self.home:
+                os._exit(77)
+
+    source = open_source("torch-workers", make_set(tmp_path, (9, 7)))
+    gc.collect()
+    gc.disable()
+    try:
+        Trap()
+        running = source.train(0)
+        next(running)
+        assert gc.isenabled() is False
+        assert len(list(running)) == source.steps_per_epoch - 1
+    finally:
+        gc.enable()
+        gc.collect()

@@ -1,0 +1,238 @@
+"""Tar shards in the webdataset layout as an image list: one index a shard, every picture reachable at once.
+
+A shard holds <key>.jpg (or another picture) and <key>.cls (the label in decimal) side by side. Its index is written
+beside it as <shard>.idx, in the format of DALI's wds2idx (v1.2), so DALI's own reader can use it too.
+
+Why training does not use fn.readers.webdataset: it reads shards one after another and shuffles in a window of
+initial_fill (1,024) pictures. On 8 class-sorted shards of 1,000 pictures the position of a picture in two epochs
+correlates .99 (and still .99 when the window is twice as long); with shuffle_after_epoch only whole shards move.
+Here an index entry is a (shard, offset, size), so the epoch is the same uniform permutation as for loose files
+(correlation 0), every sampler and a resume in mid-epoch work, and a picture costs one positioned read.
+benchmarks/data.py measures both orders.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltfast.data.decode import BadImage
+from ltfast.data.folders import IMAGE_SUFFIXES, limit
+from ltfast.data.lists import ImageList, hold_out, validate_lists
+from ltfast.data.paths import PathTable
+from ltfast.data.public import HELD_OUT_SHARE
+from ltfast.errors import UserError
+
+VERSION = "v1.2"
+LABEL = "cls"
+INDEX_THREADS = 8
+_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class TarList(ImageList):
+    """An ImageList whose picture i is `sizes[i]` bytes at `starts[i]` of shards[shard[i]]; its paths read
+    <shard>/<member>.
+    """
+
+    shards: tuple[Path, ...] = ()
+    shard: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    starts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    sizes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    @property
+    def loose(self) -> bool:
+        """See ImageList.loose."""
+        return False
+
+    def read(self, index: int) -> bytes:
+        """See ImageList.read."""
+        size = int(self.sizes[index])
+        try:
+            handle = os.open(self.shards[self.shard[index]], os.O_RDONLY)
+            try:
+                data = os.pread(handle, size, int(self.starts[index]))
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise BadImage((error.strerror or str(error)).lower()) from error
+        if len(data) != size:
+            raise BadImage("the shard ends early")
+        return data
+
+    def select(self, indices: np.ndarray) -> TarList:
+        """See ImageList.select."""
+        return replace(
+            self,
+            paths=self.paths.select(indices),
+            labels=self.labels[indices],
+            shard=self.shard[indices],
+            starts=self.starts[indices],
+            sizes=self.sizes[indices],
+        )
+
+
+def expand_shards(pattern: str) -> list[Path]:
+    """Files of "A-{000..127}.tar", "{a,b}.tar", "*.tar" (or several joined by '::'). UserError for one that is
+    missing.
+    """
+    shards: list[Path] = []
+    for part in pattern.split("::"):
+        for name in _braces(part):
+            found = sorted(glob.glob(name)) if any(c in name for c in "*?[") else [name]
+            shards += [Path(f) for f in found]
+    missing = [str(s) for s in shards if not s.is_file()]
+    if missing or not shards:
+        raise UserError(
+            f"--data-dir {pattern!r}: {'no shard' if not shards else f'shard {missing[0]} does not exist'}; "
+            'give a pattern such as "/data/train-{000..127}.tar"'
+        )
+    return shards
+
+
+def _braces(pattern: str) -> list[str]:
+    parts = re.split(r"(\{[^{}]*\})", pattern)
+    return ["".join(choice) for choice in product(*(_alternatives(part) for part in parts))]
+
+
+def _alternatives(part: str) -> list[str]:
+    if not part.startswith("{"):
+        return [part]
+    span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
+    if span is None:
+        return part[1:-1].split(",")
+    first, last = span.groups()
+    return [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+
+
+Component = tuple[str, int, int, str]  # extension, offset of the data, size, member name
+
+
+def shard_index(shard: Path) -> list[list[Component]]:
+    """The samples of a shard: from <shard>.idx when it is at least as new as the shard, else read from the tar and
+    written.
+    """
+    path = Path(f"{shard}.idx")
+    try:
+        if path.stat().st_mtime_ns >= shard.stat().st_mtime_ns:
+            return _parse_index(path)
+    except (OSError, ValueError):
+        pass
+    samples = _walk(shard)
+    _write_index(path, samples)
+    return samples
+
+
+def _walk(shard: Path) -> list[list[Component]]:
+    components: list[tuple[str, Component]] = []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                if member.isreg() and stem:
+                    entry = (extension, member.offset_data, member.size, member.name)
+                    components.append((f"{folder}/{stem}", entry))
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"shard {shard} is not a readable, uncompressed tar file ({error}); obtain it again") from error
+    return [[entry for _, entry in group] for _, group in groupby(components, key=lambda c: c[0])]
+
+
+def _write_index(path: Path, samples: list[list[Component]]) -> None:
+    lines = [f"{VERSION} {len(samples)}", *(" ".join(" ".join(map(str, c)) for c in sample) for sample in samples)]
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text("\n".join(lines) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a read-only folder: the index is made anew next time
+
+
+def _parse_index(path: Path) -> list[list[Component]]:
+    head, *lines = path.read_text().splitlines()
+    if head != f"{VERSION} {len(lines)}":
+        raise ValueError(f"{path} is not a complete index of version {VERSION}")
+    samples = []
+    for line in lines:
+        words = line.split(" ")
+        if len(words) % 4:
+            raise ValueError(f"{path}: a member name holds blanks")
+        samples.append(
+            [(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)]
+        )
+    return samples
+
+
+def read_shards(pattern: str) -> TarList:
+    """All samples of the shards of a pattern, in the order of the shards."""
+    shards = expand_shards(pattern)
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        parts = list(pool.map(_read_shard, shards))
+    names = [name for part in parts for name in part[0]]
+    if not names:
+        raise UserError(f"--data-dir {pattern!r}: the shards hold no sample with a picture and a .{LABEL} label")
+    labels, starts, sizes = (np.concatenate([part[k] for part in parts]) for k in (1, 2, 3))
+    shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(part[0]) for part in parts])
+    return TarList(
+        Path(), PathTable.of(names), labels, pattern, shards=tuple(shards), shard=shard, starts=starts, sizes=sizes
+    )
+
+
+def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    samples = shard_index(shard)
+    names, rows = [], np.empty((len(samples), 3), dtype=np.int64)
+    with open(shard, "rb") as file:
+        for i, sample in enumerate(samples):
+            picture = next((c for c in sample if c[0].lower().rpartition(".")[2] in _EXTENSIONS), None)
+            label = next((c for c in sample if c[0] == LABEL), None)
+            if picture is None or label is None:
+                what = "picture" if picture is None else f".{LABEL} label"
+                raise UserError(
+                    f"shard {shard}: sample {sample[0][3]!r} has no {what}; pack <key>.jpg and <key>.{LABEL}"
+                )
+            digits = os.pread(file.fileno(), label[2], label[1]).strip()
+            if not digits.isdigit():
+                raise UserError(f"shard {shard}: {label[3]!r} holds {digits[:40]!r}, not a label 0..C-1 in decimal")
+            rows[i] = int(digits), picture[1], picture[2]
+            names.append(f"{shard.name}/{picture[3]}")
+    return names, rows[:, 0].astype(np.int32), rows[:, 1].copy(), rows[:, 2].copy()
+
+
+def load_webdataset(
+    pattern: str,
+    *,
+    val_pattern: str | Path | None = None,
+    test_pattern: str | Path | None = None,
+    limit_train: int | None = None,
+    loader: str = "auto",
+    **options: Any,
+) -> Any:
+    """Shards as a Source; without validation shards HELD_OUT_SHARE of each class is held out. options: of
+    LargeSource.
+    """
+    from ltfast.data.large import choose_loader, source_class
+
+    lists: dict[str, ImageList] = {"train": read_shards(pattern)}
+    for split, other in (("val", val_pattern), ("test", test_pattern)):
+        if other is not None:
+            lists[split] = read_shards(str(other))
+    if "val" not in lists:
+        if "test" in lists:
+            lists["val"] = lists["test"]
+        else:
+            lists["train"], lists["val"] = hold_out(lists["train"], HELD_OUT_SHARE, options.get("seed", 0))
+    lists.setdefault("test", lists["val"])
+    if limit_train is not None:
+        lists["train"] = limit(lists["train"], limit_train)
+    validate_lists(lists, exist=False)
+    choice = choose_loader(loader, options.get("device", "cpu"), len(options["views"]))
+    return source_class(choice.name)(lists, **options)
