@@ -201,6 +201,11 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
             if isinstance(progress, TableProgress):
                 progress.finish(result)
             print_result(result)
+    except RuntimeError as error:
+        if ranks.world == 1 or not dist.lost_peer(error):
+            raise
+        print(f"ltfast: process {ranks.rank} ends because another one is gone", file=sys.stderr)
+        return 1
     finally:
         dist.stop()
     return 0

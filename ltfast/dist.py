@@ -175,8 +175,17 @@ def start() -> Ranks:
         return Ranks()
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's store outlives a restart of the workers, and with it the addresses of those that died.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return Ranks(rank, world, local, host=dist.new_group(backend="gloo", timeout=TIMEOUT))
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """True if a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or ("gloo" in str(error) and "onnection" in str(error))
 
 
 def stop() -> None:
