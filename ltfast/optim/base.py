@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ltfast.kernels import gram_partials
+from ltfast.optim.anchors import attach_anchor
 from ltfast.optim.inner import (
     Block,
     Present,
@@ -27,10 +28,10 @@ from ltfast.optim.inner import (
     fused_step,
     release_state,
 )
+from ltfast.optim.skips import SkipCounter
 from ltfast.optim.state import export_extra, import_extra, merge_groups
 from ltfast.optim.statistics import frozen_statistics
 
-FLAGS = 256  # skip flags are added up once in so many steps: counting them costs no launch in the others
 ASCENTS = ("local", "global")
 
 
@@ -63,7 +64,11 @@ class FlatOptimizer(Optimizer):
     ascent_rows = 1
 
     def __init__(
-        self, params: Any, base_optimizer: Callable[..., Optimizer], defaults: dict[str, Any], base_kwargs: dict[str, Any]
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        defaults: dict[str, Any],
+        base_kwargs: dict[str, Any],
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
             raise ValueError(f"base_optimizer must be a class like torch.optim.SGD, not {base_optimizer!r}")
@@ -86,8 +91,7 @@ class FlatOptimizer(Optimizer):
         self._first_bad: Tensor | None = None
         self._first_pass = _FirstPass(self)
         self._fused = fused(self.base_optimizer)
-        self._skipped = torch.zeros((), device=self.blocks[0].flat.device)
-        self._flags: list[Tensor] = []
+        self._skips = SkipCounter(self.blocks[0].flat.device)
         self._model: nn.Module | None = None
         self._ascent = "local"
         self._ready = True
@@ -128,11 +132,16 @@ class FlatOptimizer(Optimizer):
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients: those in use become zero views of the flat buffer, in which autograd adds up in place.
-
-        `set_to_none` is accepted for compatibility; parameters that had no gradient the last time get None either way.
+        """Clear the gradients. None (the default) is the cheapest: autograd then hands its own tensors over and one
+        gather brings them into the flat buffer, 2 passes and a few launches, where adding up in place costs 4 passes (zero,
+        read twice, write) and one launch a parameter. `set_to_none=False` keeps views of the buffer attached, for
+        gradient accumulation over many micro-batches.
         """
         for block in self.blocks:
+            if set_to_none:
+                for p in block.flat.params:
+                    p.grad = None
+                continue
             wanted = [e and p.requires_grad for e, p in zip(block.expected, block.flat.params, strict=True)]
             block.flat.rows.attach(0, only=wanted)
 
@@ -197,7 +206,7 @@ class FlatOptimizer(Optimizer):
         except BaseException:
             self.restore()
             raise
-        self._count(skip)
+        self._skips.add(skip)
         self._first_bad = None
         for optimizer in (self, self.base_optimizer):
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
@@ -230,22 +239,10 @@ class FlatOptimizer(Optimizer):
                 block.forget()
         self._fused = to_fused
 
-    def _count(self, skip: Tensor | None) -> None:
-        if skip is not None:
-            self._flags.append(skip)
-            if len(self._flags) >= FLAGS:
-                self._fold()
-
-    def _fold(self) -> None:
-        if self._flags:
-            self._skipped += torch.stack(self._flags).ne(0).sum()
-            self._flags.clear()
-
     @property
     def skipped(self) -> Tensor:
         """Updates left out because a gradient was not finite, 0-dim device tensor."""
-        self._fold()
-        return self._skipped
+        return self._skips.total()
 
     # -- knowledge preservation ----------------------------------------------------------------------------------------
 
@@ -270,18 +267,7 @@ class FlatOptimizer(Optimizer):
             self.alpha = None
             return
         params = [p for group in self.param_groups for p in group["params"]]
-        weights, targets = list(weights), list(targets)
-        for name, tensors in (("weights", weights), ("targets", targets)):
-            if len(tensors) != len(params):
-                raise ValueError(f"{name} holds {len(tensors)} tensors for {len(params)} parameters")
-            for p, t in zip(params, tensors, strict=True):
-                if t is not None and t.shape != p.shape:
-                    raise ValueError(f"{name} holds a tensor of shape {tuple(t.shape)} for a parameter of {tuple(p.shape)}")
-        pairs = dict(zip(params, zip(weights, targets, strict=True), strict=True))
-        for block in self.blocks:
-            flat = block.flat
-            weight, target = ([pairs[p][i] for p in flat.params] for i in (0, 1))
-            block.anchor = (flat.flatten(weight), flat.flatten(target), strength)
+        attach_anchor(self.blocks, params, list(weights), list(targets), strength)
         self.alpha = alpha
 
     # -- state -----------------------------------------------------------------------------------------------------------
@@ -312,7 +298,12 @@ class FlatOptimizer(Optimizer):
         import_extra(self, extra)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "base": self.base_optimizer, "own": self._own_state(), "extra": export_extra(self)}
+        return {
+            **super().__getstate__(),
+            "base": self.base_optimizer,
+            "own": self._own_state(),
+            "extra": export_extra(self),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" not in state:  # Optimizer.load_state_dict

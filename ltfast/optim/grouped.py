@@ -50,7 +50,9 @@ class GroupAscent(FlatOptimizer):
         self.rule = rule
         self._counts = _as_counts(counts)
         if rule.direction == "friendly" and rule.gram_every > 1:
-            raise ValueError("gram_every must be 1 with direction 'friendly', whose averages need every group's gradient")
+            raise ValueError(
+                "gram_every must be 1 with direction 'friendly', whose averages need every group's gradient"
+            )
         if rule.objective == "per_group" and rule.gram_every > 1:
             raise ValueError("gram_every must be 1 with objective 'per_group', which needs every group's gradient")
         super().__init__(params, base_optimizer, options, base_kwargs)
@@ -220,7 +222,9 @@ class GroupAscent(FlatOptimizer):
         with torch.enable_grad():
             loss = loss if factor is None else loss * factor
             loss = loss if scaler is None else scaler.scale(loss)
-        found = dict(zip(params, torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True), strict=True))
+        found = dict(
+            zip(params, torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True), strict=True)
+        )
         for holder in holders:
             holder.put(row, [found.get(p) for p in holder.params], add=add)
 

@@ -64,7 +64,9 @@ class Climb:
             p.copy_(k)
 
 
-def sam_step(base: Optimizer, params: Sequence[Tensor], loss: Callable[[], Tensor], rho: float, adaptive: bool = False) -> None:
+def sam_step(
+    base: Optimizer, params: Sequence[Tensor], loss: Callable[[], Tensor], rho: float, adaptive: bool = False
+) -> None:
     """SAM (Foret et al. 2021), ASAM (Kwon et al. 2021): eps = rho s^2 g / |s g|."""
     s = scale_of(params, adaptive)
     u = times(s, gradient(loss(), params))
@@ -113,7 +115,9 @@ def radius(C: float, theta: float, direction: float, d: int, n: float, low: floa
     return min(max(rho, low), high)
 
 
-def directions(u: Sequence[Vector], w: Sequence[float], kind: str, averages: dict[str, Any], sigma: float) -> list[Vector]:
+def directions(
+    u: Sequence[Vector], w: Sequence[float], kind: str, averages: dict[str, Any], sigma: float
+) -> list[Vector]:
     """uh_k of every group from u_k = s g_k, for groups in the batch (w_k > 0); zero for the others."""
     zero = [torch.zeros_like(x) for x in u[0]]
     total = combine([x if x > 0 else 0.0 for x in w], u)
@@ -151,7 +155,9 @@ def gsa_step(
     scaled = {"m": {k: times(s, m) for k, m in means.items()}}
     uh = directions([times(s, g_k) for g_k in g], w, direction, scaled, sigma)
     if direction == "friendly":
-        fresh = {k: combine((lmbda, 1 - lmbda), (means[k], g[k])) if k in means else g[k] for k in range(len(w)) if w[k] > 0}
+        fresh = {
+            k: combine((lmbda, 1 - lmbda), (means[k], g[k])) if k in means else g[k] for k in range(len(w)) if w[k] > 0
+        }
         averages["m"] = {**means, **fresh}
     theta = math.sqrt(dot([p.detach() for p in params], [p.detach() for p in params]))
     present = [k for k in range(len(w)) if w[k] > 0]

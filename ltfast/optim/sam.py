@@ -48,7 +48,12 @@ class SAM(FlatOptimizer):
     direction = "joint"
 
     def __init__(
-        self, params: Any, base_optimizer: Callable[..., Optimizer], rho: float = 0.05, adaptive: bool = False, **base_kwargs: Any
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **base_kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho, "adaptive": bool(adaptive)}, base_kwargs)
 
@@ -164,7 +169,14 @@ class SAM(FlatOptimizer):
         radii = {options[0] for _, _, options in parts}
         rho = radii.pop() if len(radii) == 1 else None
         coef, stats = ascent_coefficients(
-            matrix, None, self._one, None, 1, direction=self.direction, rho=1.0 if rho is None else rho, sigma=self._sigma()
+            matrix,
+            None,
+            self._one,
+            None,
+            1,
+            direction=self.direction,
+            rho=1.0 if rho is None else rho,
+            sigma=self._sigma(),
         )
         for block in self.blocks:
             own = [part for part in parts if part[0] is block]

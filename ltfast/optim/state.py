@@ -38,7 +38,9 @@ def merge_groups(optimizer: FlatOptimizer, state_dict: dict[str, Any]) -> tuple[
     groups = state_dict["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
         sizes = [len(g["params"]) for g in optimizer.param_groups]
-        raise ValueError(f"state_dict has groups of {[len(g['params']) for g in groups]} parameters, this optimizer {sizes}")
+        raise ValueError(
+            f"state_dict has groups of {[len(g['params']) for g in groups]} parameters, this optimizer {sizes}"
+        )
     merged = [
         {**{k: v for k, v in ours.items() if k != "params"}, **theirs}
         for ours, theirs in zip(optimizer.param_groups, groups, strict=True)
@@ -72,7 +74,9 @@ def _check_shapes(optimizer: FlatOptimizer, state: dict[Any, Any]) -> None:
         for name in names:
             value = state.get(index, {}).get(name)
             if isinstance(value, Tensor) and value.shape != p.shape:
-                raise ValueError(f"state_dict: {name} of parameter {index} is {tuple(value.shape)}, not {tuple(p.shape)}")
+                raise ValueError(
+                    f"state_dict: {name} of parameter {index} is {tuple(value.shape)}, not {tuple(p.shape)}"
+                )
 
 
 def export_extra(optimizer: FlatOptimizer) -> dict[str, Any]:
@@ -83,10 +87,7 @@ def export_extra(optimizer: FlatOptimizer) -> dict[str, Any]:
 @torch.no_grad()
 def import_extra(optimizer: FlatOptimizer, extra: dict[str, Any]) -> None:
     """Take over what `export_extra` gave (or part of it: an empty dict starts afresh)."""
-    device = optimizer.blocks[0].flat.device
-    optimizer._flags.clear()
-    skipped = extra.get("skipped", 0.0)
-    optimizer._skipped = torch.as_tensor(skipped, dtype=torch.float32, device=device).clone()
+    optimizer._skips.set(extra.get("skipped", 0.0))
     optimizer._import(extra)
 
 

@@ -1,0 +1,35 @@
+"""Quadratic anchors of the update pass (GKP), given one tensor a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ltfast.optim.inner import Block
+
+
+@torch.no_grad()
+def attach_anchor(
+    blocks: Sequence[Block],
+    params: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
+    strength: float | Tensor,
+) -> None:
+    """Let every block's update add strength * A * (theta - T); see FlatOptimizer.set_anchor.
+
+    Raises:
+        ValueError: number or shapes of the tensors do not fit; then nothing has changed.
+    """
+    for name, tensors in (("weights", weights), ("targets", targets)):
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} holds {len(tensors)} tensors for {len(params)} parameters")
+        for p, t in zip(params, tensors, strict=True):
+            if t is not None and t.shape != p.shape:
+                raise ValueError(f"{name} holds a tensor of shape {tuple(t.shape)} for a parameter of {tuple(p.shape)}")
+    pairs = dict(zip(params, zip(weights, targets, strict=True), strict=True))
+    for block in blocks:
+        weight, target = ([pairs[p][i] for p in block.flat.params] for i in (0, 1))
+        block.anchor = (block.flat.flatten(weight), block.flat.flatten(target), strength)
