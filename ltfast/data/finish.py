@@ -44,6 +44,11 @@ class Finisher:
             apply_rand_augment(x.round_(), draw.augment)
         return self._normalise(x)
 
+    def levels(self, view: Tensor) -> Tensor:
+        """Back to uint8 levels 0..255 of [n, 3, H, W], for people to look at."""
+        x = view.to(self.device, torch.float32) / self._scale + self._mean
+        return x.round().clamp(0, 255).to(torch.uint8)
+
     def _planar(self, pictures: Tensor) -> Tensor:
         n, height, width, _ = pictures.shape
         planar = torch.empty(n, 3, height, width, dtype=torch.float32, device=self.device)
