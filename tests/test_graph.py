@@ -160,3 +160,11 @@ def test_the_schedule_of_branches() -> None:
     after = [step.next_branch() for _ in range(5)]
     step.engine.load_state(state)
     assert [step.next_branch() for _ in range(5)] == after
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_is_recorded_by_one_of_its_kind(name: str) -> None:
+    """So that a new rule does not stay unrecorded: its path through TrainStep is among the kinds above."""
+    kinds = {(r.scope, r.objective, r.split) for r, _, _ in KINDS_RECORDED.values() if r is not None}
+    rule = RULES[name]
+    assert (rule.scope, rule.objective, rule.split) in kinds
