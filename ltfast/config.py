@@ -171,7 +171,9 @@ class Run:
     max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off")
     max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row")
     tensorboard: bool = _opt(True, "write TensorBoard events")
-    table: bool = _opt(False, "print a table row an epoch, with the seconds of training so far, as cifar10-airbench does")
+    table: bool = _opt(
+        False, "print a table row an epoch, with the seconds of training so far, as cifar10-airbench does"
+    )
     untimed_steps: int = _opt(0, "steps taken and undone before the clock starts: they compile, tune and record")
     gpus: int = _opt(-1, "GPUs of this machine, one process each; -1 = all for large data sets, else one; 0 = CPU")
     procs: int = _opt(0, "processes on the CPU instead of GPUs; 0 = one process")
