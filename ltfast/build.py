@@ -117,7 +117,8 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
         data.dataset, data_dir=data.data_dir, imbalance=data.imbalance, imbalance_type=data.imbalance_type,
         limit_train=data.limit_train or None, val_per_class=data.val_per_class, batch=data.batch,
         views=None if data.views == "auto" else data.views, num_views=views, sampler=data.sampler, seed=config.run.seed,
-        device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download, image_size=data.image_size,
+        device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download,
+        image_size=data.image_size,
         **(large if data.dataset in LARGE else {}),
     )  # fmt: skip
     if config.preserve.groups > source.num_classes and (
