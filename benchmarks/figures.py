@@ -48,6 +48,19 @@ def accuracy_table(bench: str) -> str:
     return "\n".join(lines)
 
 
+def peers_table() -> str:
+    """Markdown: the optimizer part of a step, counted on the CPU (benchmarks/peers.py); the newest row of each case."""
+    table: dict[str, dict[str, float]] = defaultdict(dict)
+    for line in (RESULTS / "peers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        table[row["case"]][row["metric"]] = row["value"]
+    lines = ["| optimizer | kernels | parameter-sized passes | host waits |", "|---|---|---|---|"]
+    for case, row in sorted(table.items(), key=lambda item: item[1]["kernels"]):
+        name = "/".join(case.split("/")[:2])
+        lines.append(f"| `{name}` | {row['kernels']:.0f} | {row['passes']:.0f} | {row['syncs_per_step']:.0f} |")
+    return "\n".join(lines)
+
+
 def fill(path: Path, marker: str, text: str) -> None:
     """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
@@ -101,4 +114,5 @@ if __name__ == "__main__":
     accuracy_by_count(ROOT / "docs" / "img" / "digits-lt.png", counts)
     write_baseline(ROOT / "ltfast" / "baselines.json")
     fill(ROOT / "README.md", "digits-lt", accuracy_table("digits-lt"))
+    fill(ROOT / "README.md", "peers", peers_table())
     fill(ROOT / "docs" / "findings.md", "cifar10-lt", accuracy_table("cifar10-lt"))
