@@ -341,5 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ltfast import launch
 
         return launch.report(error)
+    except KeyboardInterrupt:  # before or after training; in it, a checkpoint comes first
+        return 130
     except BrokenPipeError:
         return 0

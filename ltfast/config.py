@@ -166,7 +166,7 @@ class Run:
     )
     deterministic: bool = _opt(False, "bit-reproducible kernels")
     checkpoint_every: int = _opt(1, "epochs between checkpoints")
-    checkpoint_minutes: float = _opt(0.0, "also checkpoint after this many minutes; 0 = off")
+    checkpoint_minutes: float = _opt(15.0, "also checkpoint after this many minutes in mid-epoch; 0 = off")
     keep_checkpoints: int = _opt(2, "training states kept for --resume")
     max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off")
     max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row")
