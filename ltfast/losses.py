@@ -38,7 +38,9 @@ def balanced_softmax(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: flo
     return cross_entropy(logits + tau * log_prior.to(logits.dtype), labels)
 
 
-def balanced_supcon(z: Tensor, centers: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+def balanced_supcon(
+    z: Tensor, centers: Tensor, labels: Tensor, temperature: float = 0.1, group: Tensor | None = None
+) -> Tensor:
     """BCL's balanced contrastive loss (Zhu et al. 2022, Eq. 8), [B]: mean over the two views' anchors of each image.
 
     z [2B, P]: unit features, first all of view 2 and then all of view 3; centers [C, P]: unit class centres;
@@ -46,19 +48,28 @@ def balanced_supcon(z: Tensor, centers: Tensor, labels: Tensor, temperature: flo
     members of class y in it (class-complement: the centre makes n_y >= 1),
         l_i = log sum_{j != i} exp(s_ij) / (n_{y_j} - [y_j = y_i])  -  mean_{j != i, y_j = y_i} s_ij.
     n_{y_i} - 1 >= 1 always: the other view and the centre are there. Memory: a few [2B, 2B + C] matrices.
+    With `group` [B], centers is [K, C, P] and the anchors of image i meet the centres of row group_i: K losses, each over
+    its own images, at the price of one.
     """
     if z.ndim != 2 or z.shape[0] != 2 * labels.shape[0]:
         raise ValueError(f"z: shape {tuple(z.shape)} must be [2B, P] with B = {labels.shape[0]} labels")
-    if centers.ndim != 2 or centers.shape[1] != z.shape[1]:
-        raise ValueError(f"centers: shape {tuple(centers.shape)} must be [C, {z.shape[1]}]")
-    anchors, classes = z.shape[0], centers.shape[0]
+    dims = 2 if group is None else 3
+    if centers.ndim != dims or centers.shape[-1] != z.shape[1]:
+        rows = "" if group is None else "K, "
+        raise ValueError(f"centers: shape {tuple(centers.shape)} must be [{rows}C, {z.shape[1]}]")
+    anchors, classes = z.shape[0], centers.shape[-2]
     with torch.autocast(z.device.type, enabled=False):
         z, centers = _wide(z), _wide(centers)
         views = labels.repeat(2)
         members = torch.cat([views, torch.arange(classes, device=labels.device)])
         counts = torch.ones(classes, dtype=z.dtype, device=z.device)
         counts = counts.index_add(0, views, torch.ones_like(views, dtype=z.dtype))
-        scores = z @ torch.cat([z, centers]).T / temperature
+        if group is None:
+            scores = z @ torch.cat([z, centers]).T / temperature
+        else:
+            met = (z @ centers.flatten(0, 1).T).view(anchors, -1, classes)
+            place = group.repeat(2)[:, None, None].expand(-1, 1, classes)
+            scores = torch.cat([z @ z.T, met.gather(1, place).squeeze(1)], dim=1) / temperature
         same = views[:, None] == members[None, :]
         own = torch.eye(anchors, anchors + classes, dtype=torch.bool, device=z.device)
         averaged = scores - torch.where(same, (counts - 1).log()[views][:, None], counts.log()[members])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from ltfast.compiled import Compiler
@@ -58,16 +59,39 @@ class Objective:
         return balanced_softmax(logits, labels, self.prior, self.tau)
 
     def __call__(
-        self, model: LongTailModel, features: Tensor, z: Tensor | None, labels: Tensor, weight: Tensor | None = None
+        self,
+        model: LongTailModel,
+        features: Tensor,
+        z: Tensor | None,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        group_of_class: Tensor | None = None,
     ) -> Tensor:
-        """Loss of each sample [B] from features [V*B, D], projections z [2B, P] and an optional perturbed classifier."""
-        b = labels.numel()
+        """Loss of each sample [B] from features [V*B, D] and projections z [2B, P].
+
+        weights: a classifier [C, D] in the place of the model's own, or [K, C, D] with group_of_class [C]: a sample of
+        class c meets the one of row group_of_class[c]; what does not depend on the classifier is computed once, not K times.
+        """
+        own_features = features[: labels.numel()]
+        if group_of_class is None:
+            logits = model.logits(own_features, weights)
+        else:
+            assert weights is not None
+            every = torch.stack([model.logits(own_features, weight) for weight in weights])  # [K, B, C]
+            place = group_of_class[labels][None, :, None].expand(1, -1, every.shape[2])
+            logits = every.gather(0, place).squeeze(0)
+        loss = self.classification(logits, labels)
         if self.kind != "bcl":
-            return self.classification(model.logits(features[:b], weight), labels)
+            return loss
         assert z is not None
-        loss = self.a_ce * self.classification(model.logits(features[:b], weight), labels)
         z, everyone, own = self.agreement.contrast(z, labels)
-        return loss + self.a_scl * balanced_supcon(z, model.centers(weight), everyone, self.temperature)[own]
+        if group_of_class is None:
+            contrast = balanced_supcon(z, model.centers(weights), everyone, self.temperature)
+        else:
+            assert weights is not None
+            centers = torch.stack([model.centers(weight) for weight in weights])  # [K, C, P]
+            contrast = balanced_supcon(z, centers, everyone, self.temperature, group_of_class[everyone])
+        return self.a_ce * loss + self.a_scl * contrast[own]
 
 
 class Forward:
@@ -106,21 +130,31 @@ class Forward:
         return call
 
     def _encode(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures [V*B, ...] -> features [V*B, D] and the projections [2B, P] of views 2 and 3."""
-        features = self.model.features(x)
-        z = self.model.project(features[labels.numel() :]) if self.objective.kind == "bcl" else None
+        """Pictures [V*B, ...] -> features [V*B, D] and the projections [2B, P] of views 2 and 3.
+
+        The statistics of everything behind the encoder move here, once, and may be kept still afterwards.
+        """
+        features, z = self._features(x, labels)
+        if z is not None:
+            with torch.no_grad():
+                self.model.centers(self.model.classifier.weight.detach())
         return features, z
 
+    def _features(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = self.model.features(x)
+        return features, self.model.project(features[labels.numel() :]) if self.objective.kind == "bcl" else None
+
     def _head(
-        self, features: Tensor, z: Tensor | None, labels: Tensor, membership: Tensor, weight: Tensor | None = None
+        self, features: Tensor, z: Tensor | None, labels: Tensor, membership: Tensor, weights: Tensor, group: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Group losses [G] and batch shares [G] from `_encode`'s results; weight [C, D] replaces the classifier's."""
-        return group_losses(self.objective(self.model, features, z, labels, weight), membership[labels])
+        """Group losses [G] and batch shares [G] from `_encode`'s results with classifiers [K, C, D], row group [C] each."""
+        return group_losses(self.objective(self.model, features, z, labels, weights, group), membership[labels])
 
     def _losses(self, x: Tensor, labels: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Group losses [G], batch shares [G] and the features of view 1 [B, D] (detached); membership [C, G]."""
-        features, z = self._encode(x, labels)
-        return *self._head(features, z, labels, membership), features[: labels.numel()].detach()
+        features, z = self._features(x, labels)
+        per_sample = self.objective(self.model, features, z, labels)
+        return *group_losses(per_sample, membership[labels]), features[: labels.numel()].detach()
 
     def _first_view(self, x: Tensor, labels: Tensor, membership: Tensor) -> tuple[Tensor, Tensor]:
         """The classification term alone, from view 1 alone [B, ...]: group losses [G] and shares [G]."""

@@ -149,6 +149,7 @@ class TrainStep:
         self.membership = torch.ones(c, 1, device=device) if membership is None else membership.to(device)
         counts = self.membership.T @ objective.counts.to(device).float() if group_counts is None else group_counts
         self.group_counts = counts.to(device, torch.float32)
+        self.group_of_class = self.membership.argmax(1)  # of hard memberships
         self.backward = Backward(flat, update.scaler)
         self.engine: Engine | None = None
         if rule is not None and rule.scope == "all":
@@ -303,13 +304,12 @@ class TrainStep:
         """Perturb the classifier only: the encoder runs once, G perturbed classifiers read its features (Figure 3)."""
         features, z = self.forward.encode(x, labels)
         weight = self.model.classifier.weight
-        eps, plain, stats = self._classifier_ascent(features.detach(), None if z is None else z.detach(), labels)
-        total = torch.zeros((), device=x.device)
         with self._statistics_kept():
-            for k, eps_k in enumerate(eps):
-                losses, shares = self.forward.head(features, z, labels, self.membership, weight + eps_k.view_as(weight))
-                total = total + ((losses * shares).sum() if len(eps) == 1 else losses[k] * shares[k])
-        self._descend(total)
+            eps, plain, stats = self._classifier_ascent(features.detach(), None if z is None else z.detach(), labels)
+            weights = weight + eps.view(-1, *weight.shape)
+            group = self.group_of_class if len(eps) > 1 else torch.zeros_like(self.group_of_class)
+            losses, shares = self.forward.head(features, z, labels, self.membership, weights, group)
+        self._descend((losses * shares).sum())
         return plain, features[: labels.numel()].detach(), stats
 
     def _classifier_ascent(
@@ -318,15 +318,13 @@ class TrainStep:
         """Perturbations [G or 1, C*D] of the classifier weight, the unperturbed loss, and statistics."""
         rule = self.rule
         assert rule is not None
-        own = self.model.classifier.weight
-        weight = own.view_as(own)  # not a leaf: FLOP counters need that
-        losses, shares = self.agreement.losses(*self.forward.head(features, z, labels, self.membership, weight))
-        last = losses.numel() - 1
-        grads = [
-            torch.autograd.grad(self.backward.scaled(loss), weight, retain_graph=k < last)[0].reshape(-1)
-            for k, loss in enumerate(losses)
-        ]
-        rows, theta = self.agreement.rows(torch.stack(grads).float()), weight.detach().reshape(-1)
+        theta = self.model.classifier.weight.detach()
+        # Each group has a copy of the classifier of its own, so one backward of the sum gives every group's gradient.
+        copies = theta.expand(self.membership.shape[1], *theta.shape).contiguous().requires_grad_()
+        evaluated = self.forward.head(features, z, labels, self.membership, copies, self.group_of_class)
+        losses, shares = self.agreement.losses(*evaluated)
+        rows = torch.autograd.grad(self.backward.scaled(losses.sum()), copies)[0].flatten(1)
+        rows, theta = self.agreement.rows(rows), theta.reshape(-1)
         if self.update.scaler is not None:
             rows = rows * self.update.scaler.inverse
         coef, stats = ascent_coefficients(

@@ -105,6 +105,26 @@ def test_supcon_gradients_are_those_of_the_double_loop() -> None:
     assert fast[1].abs().min(1).values.max() > 0
 
 
+def test_supcon_with_a_set_of_centres_for_each_group() -> None:
+    """K sets of centres, each image against its group's: the K separate losses, each image's own one taken, and gradients."""
+    labels, group = torch.tensor([0, 2, 1, 0, 3, 3, 1]), torch.tensor([0, 2, 1, 0, 1, 1, 1])
+    z, centers = unit(14, 6).requires_grad_(), unit(3, 4, 6, seed=1).requires_grad_()
+    together = balanced_supcon(z, centers, labels, 0.2, group)
+    apart = torch.stack([balanced_supcon(z, c, labels, 0.2) for c in centers])[group, torch.arange(7)]
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
+    wrong = balanced_supcon(z, centers, labels, 0.2, group.roll(1))
+    assert float((together - wrong).detach().abs().max()) > 1e-2
+    weight = torch.linspace(0.5, 2, 7, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((together * weight).sum(), (z, centers)),
+        torch.autograd.grad((apart * weight).sum(), (z, centers)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    with pytest.raises(ValueError, match=r"centers: shape \(4, 6\) must be \[K, C, 6\]"):
+        balanced_supcon(z, centers[0], labels, 0.2, group)
+
+
 def test_supcon_survives_tiny_temperatures_and_autocast() -> None:
     labels = torch.tensor([0, 2, 2, 1, 0, 2])
     z, centers = unit(12, 8, dtype=torch.float32).requires_grad_(), unit(4, 8, seed=1, dtype=torch.float32)
