@@ -152,12 +152,26 @@ class FlatOptimizer(Optimizer):
 
     def _collect(self, row: int = 0) -> list[Present]:
         """Bring every gradient into row `row`; which parameters have one, for each block."""
+        self._adopt()
         presents: list[Present] = []
         for block in self.blocks:
-            block.flat.adopt()
             presents.append(block.flat.rows.collect(row))
             block.expected = [bool(here) for here in presents[-1]]
         return presents
+
+    def _adopt(self) -> None:
+        """Take over parameters whose `.data` was replaced; a model that moved to another device takes all state along."""
+        if any(block.flat.params[0].device != block.flat.device for block in self.blocks):
+            if self.climbed or any(block.anchor is not None for block in self.blocks):
+                raise RuntimeError("the model moved to another device in mid-step or with an anchor set")
+            extra, kept = export_extra(self), (self.check_finite, self._model, self._ascent)
+            self._setup()
+            self.check_finite, self._model, self._ascent = kept
+            if self._fused:
+                adopt_state(self.base_optimizer, self.blocks)
+            import_extra(self, extra)
+        for block in self.blocks:
+            block.flat.adopt()
 
     def _fresh(self) -> bool:
         return any(block.flat.rows.fresh() for block in self.blocks)

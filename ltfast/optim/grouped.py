@@ -115,8 +115,7 @@ class GroupAscent(FlatOptimizer):
         ascent, every = self.ascent, self.rule.gram_every
         exact = every == 1 or not ascent.remembers or ascent.steps % every == 0
         ascent.steps += 1
-        for block in self.blocks:
-            block.flat.adopt()
+        self._adopt()
         ascent.n_elements = sum(block.flat.numel for block in self._climbing)
         coef, rows, loss = (self._exact if exact else self._stale)(closures, scaler)
         stats = ascent.stats

@@ -133,3 +133,23 @@ def test_no_step_waits_for_the_device(every: int) -> None:
         optimizer.step(lambda: group_losses(cross_entropy(model(x), y), table[y]))
     torch.cuda.set_sync_debug_mode("default")
     assert float(optimizer.skipped) == 0
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_may_move_after_its_optimizer_was_made(steps: int) -> None:
+    """Accelerate's prepare(model, optimizer) moves it; state moves along."""
+    model, twin = support.make(), support.make()
+    optimizer, other = (FriendlySAM(m.parameters(), SGD[0], rho=0.2, **SGD[1]) for m in (model, twin))
+    for i in range(steps):
+        support.two_passes(model, optimizer, i)
+    model.cuda()
+    for i in range(steps, 4):
+        for take in (optimizer.first_step, optimizer.second_step):
+            x, y = (t.cuda() for t in support.batch(i))
+            nn.functional.cross_entropy(model(x), y).backward()
+            take(zero_grad=True)
+    for i in range(4):
+        support.two_passes(twin, other, i)
+    assert support.distance(model.cpu(), twin) < 1e-5
