@@ -149,14 +149,14 @@ def distinct(lists: dict[str, ImageList]) -> list[tuple[str, ImageList]]:
 
 
 def _check_split(split: str, images: ImageList, full: bool, workers: int) -> SplitReport:
-    def examine(start: int) -> list[Finding]:
+    def look_at(start: int) -> list[Finding]:
         stop = min(start + CHUNK, len(images))
-        return [Finding(i, *_examine(images, i, full)) for i in range(start, stop)]
+        return [Finding(i, *examine(images, i, full)) for i in range(start, stop)]
 
     bad: list[tuple[str, str]] = []
     notes: Counter[str] = Counter()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for findings in pool.map(examine, range(0, len(images), CHUNK)):
+        for findings in pool.map(look_at, range(0, len(images), CHUNK)):
             for finding in findings:
                 if finding.bad:
                     bad.append((images.paths[finding.index], finding.bad))
@@ -166,7 +166,8 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> Spl
     return SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
 
 
-def _examine(images: ImageList, index: int, full: bool) -> tuple[str, tuple[str, ...]]:
+def examine(images: ImageList, index: int, full: bool = False) -> tuple[str, tuple[str, ...]]:
+    """`inspect` for picture `index` of a list, loose or in a shard."""
     if images.loose:
         return inspect(images.file(index), full)
     try:

@@ -39,6 +39,14 @@ def dali_available() -> bool:
         return False
 
 
+def decodes_regions(views: int, device_id: int | None) -> bool:
+    """Whether only the window of a picture is decoded: on a CPU, for one view, where it takes 2.27 ms instead of 2.53.
+
+    A truncated JPEG then decodes or fails with the window that is asked for, so DaliSource looks at the bytes first.
+    """
+    return views == 1 and device_id is None
+
+
 def train_pipeline(
     source: Callable[[Any], Sequence[Any]],
     *,
@@ -64,8 +72,7 @@ def train_pipeline(
             source, num_outputs=CROP_INPUTS, batch=True, batch_info=True
         )
         raw = fn.io.file.read(content) if loose else content
-        if views == 1:
-            # Decoding only the window wins for one view (2.27 against 2.53 ms of CPU), one full decode for three.
+        if decodes_regions(views, device_id):
             shape = fn.peek_image_shape(raw, adjust_orientation=False)
             top, left, height, width = _windows(shape, across, down, place)
             start = fn.cast(fn.cat(top, left), dtype=types.INT32)

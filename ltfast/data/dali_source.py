@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ltfast.data.base import Batch
-from ltfast.data.dali_pipeline import PREFETCH, decode_pipeline, evaluation_pipeline, train_pipeline
+from ltfast.data.check import examine
+from ltfast.data.dali_pipeline import PREFETCH, decode_pipeline, decodes_regions, evaluation_pipeline, train_pipeline
 from ltfast.data.decode import BadImage, decode, look
 from ltfast.data.large_source import LargeSource, Step
 from ltfast.data.large_views import ViewDraw, draw_views
@@ -94,6 +95,21 @@ class DaliSource(LargeSource):
         super().__init__(*args, **options)
         self.device_id = (self.device.index or 0) if self.device.type == "cuda" else None
         self._kept: tuple[TrainSchedule, Any] | None = None
+        # Images whose bytes need no look before they are decoded; see dali_pipeline.decodes_regions.
+        regions = decodes_regions(len(self.views), self.device_id)
+        self._looked_at = torch.full((self.sizes["train"],), not regions)
+
+    def usable(self, index: Tensor) -> Tensor:
+        """See LargeSource.usable; where regions are decoded, every file is looked at (30 us) before its first use."""
+        while True:
+            shown = super().usable(index)
+            new = shown[~self._looked_at[shown]].tolist()
+            if not new:
+                return shown
+            self._looked_at[new] = True
+            for i in dict.fromkeys(new):
+                if reason := examine(self.lists["train"], i)[0]:
+                    self.report_bad("train", i, reason)
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:

@@ -91,7 +91,9 @@ class LargeSource:
         self.rank, self.world, self.eval_batch, self.workers = rank, world, eval_batch, workers
         self.on_bad_image = on_bad_image
         self.device = torch.device(device)
-        self.finisher = Finisher(mean, std, self.device, dtype)
+        # Half of the threads: decoding and cropping, DALI's half, cost about as much as colour on a CPU.
+        threads = max(workers // 2, 1) if self.loader == "dali" else 1
+        self.finisher = Finisher(mean, std, self.device, dtype, threads)
         self.group_of_class: Tensor | None = None
         self.bad: dict[str, str] = {}
         self._labels = {split: torch.from_numpy(lists[split].labels.astype(np.int64)) for split in SPLITS}

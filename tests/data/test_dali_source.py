@@ -275,7 +275,7 @@ def test_a_file_that_only_dali_refuses_is_found(tmp_path, monkeypatch, caplog):
     (root / lists["train"].paths[3]).write_bytes(bad_files.bad_files()["GIF"])
     for name in ("_by_header", "_by_pil"):
         monkeypatch.setattr(dali_source, name, lambda images, i: "")
-    shown = {i for batch in epoch(open_source("dali", root), 0) for i in batch.index.tolist()}
+    shown = {i for batch in epoch(open_source("dali", root, num_views=3), 0) for i in batch.index.tolist()}
     assert 3 not in shown
     assert "DALI cannot decode it" in caplog.text
 
@@ -286,7 +286,7 @@ def test_labels_follow_the_substitute_when_prefetch_ran_ahead(tmp_path):
     lists = read_lists(root)
     for position in (0, 5, 13):
         (root / lists["train"].paths[position]).write_bytes(b"")
-    source = open_source("dali", root, batch=3)
+    source = open_source("dali", root, batch=3, num_views=3)
     batches = epoch(source, 0)
     assert len(batches) == 8
     assert not {0, 5, 13} & {i for b in batches for i in b.index.tolist()}

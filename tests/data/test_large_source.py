@@ -251,11 +251,12 @@ def spoil(root: Path, target: Path, kinds: list[str]) -> tuple[dict[str, ImageLi
     return {**lists, "train": ImageList(Path("/"), table, train.labels, "spoilt.txt")}, positions
 
 
-@pytest.mark.parametrize("loader", ["torch", "dali"])
+@pytest.mark.parametrize(("loader", "num_views"), [("torch", 1), ("dali", 1), ("dali", 3)])
 @pytest.mark.parametrize("kind", list(bad_files.bad_files()))
-def test_a_bad_file_is_replaced_and_named_once(loader, kind, root, tmp_path, caplog):
+def test_a_bad_file_is_replaced_and_named_once(loader, num_views, kind, root, tmp_path, caplog):
+    """With three views DALI meets the file and dies of it; with one view its bytes are looked at before."""
     lists, (position,) = spoil(root, tmp_path, [kind])
-    source = open_source(loader, root, lists)
+    source = open_source(loader, root, lists, num_views=num_views)
     clean = source.epoch_indices(0).tolist()
     with caplog.at_level(logging.WARNING, "ltfast.data"):
         shown = ids(epoch(source, 0)) + ids(epoch(source, 1))
@@ -268,14 +269,14 @@ def test_a_bad_file_is_replaced_and_named_once(loader, kind, root, tmp_path, cap
     assert lists["train"].labels[substitute] == lists["train"].labels[position]
     assert shown[:3] == [[substitute if i == position else i for i in batch] for batch in clean]
     # A fresh source finds the same; one that starts in mid-epoch too.
-    assert ids(epoch(open_source(loader, root, lists), 0, 1)) == shown[1:3]
+    assert ids(epoch(open_source(loader, root, lists, num_views=num_views), 0, 1)) == shown[1:3]
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_several_bad_files_even_in_one_batch(loader, root, tmp_path, caplog):
     kinds = ["cut at 50 percent", "HTML page", "empty", "missing"]
     lists, positions = spoil(root, tmp_path, kinds)
-    source = open_source(loader, root, lists, batch=23)
+    source = open_source(loader, root, lists, batch=23, num_views=3)
     with caplog.at_level(logging.WARNING, "ltfast.data"):
         (batch,) = epoch(source, 0)
     assert len(caplog.records) == 4

@@ -80,6 +80,21 @@ def test_bf16_views_are_rounded_once():
     assert errors[1] > 2 * errors[0]
 
 
+def test_finishing_in_threads_changes_nothing_but_the_time():
+    from ltfast.data.finish import Finisher
+
+    x = torch.stack([pixels(picture(seed)) for seed in range(12)])
+    draw = draw_view(RECIPES["imagenet"][0], epoch_key(0, 0), torch.arange(12), 0)
+    before = torch.get_num_threads()
+    alone, pooled = (
+        Finisher(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), threads=n).view(x, draw) for n in (1, 3)
+    )
+    assert torch.equal(alone, pooled)
+    assert torch.get_num_threads() == before
+    levels = Finisher(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"))
+    assert torch.equal(levels.levels(levels.plain(x)), x.permute(0, 3, 1, 2))
+
+
 def test_workers_end_with_their_epoch(tmp_path):
     source = open_source("torch-workers", make_set(tmp_path, (9, 7)))
     running = source.train(0)
