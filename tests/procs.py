@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -50,6 +51,8 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, folder: st
     from ltfast import dist
 
     torch.set_num_threads(1)
+    stacks = open(Path(folder) / f"{rank}.txt", "w")  # noqa: SIM115
+    faulthandler.dump_traceback_later(TIMEOUT - 20, file=stacks)  # a deadlock shows where everyone waits
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
@@ -57,9 +60,11 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, folder: st
     try:
         torch.save(work(ranks, *args), Path(folder) / f"{rank}.pt")
     except BaseException:
-        (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
+        traceback.print_exc(file=stacks)
+        stacks.flush()
         os._exit(1)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         dist.stop()
 
 
@@ -70,7 +75,11 @@ def run_ranks(world: int, folder: Path, work: Callable[..., Any], *args: Any) ->
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = [start(_rank, work, rank, world, port, str(folder), args) for rank in range(world)]
-    codes = [wait(process) for process in processes]
+    for process in processes:
+        process.join(TIMEOUT)
+    codes = [-9 if process.is_alive() else process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
     errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.txt")))
     assert codes == [0] * world, f"exit codes {codes}\n{errors}"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

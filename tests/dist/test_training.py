@@ -45,7 +45,8 @@ def some_steps(ranks: Ranks, method: str, steps: int, values: dict[str, Any]) ->
     spans = len(trainer.reducer.spans) if trainer.reducer else 0
     return {
         "moved": trainer.flat.data - start, "wire": (trainer.wire.calls / steps, trainer.wire.bytes / steps), "spans": spans,
-        "size": trainer.flat.size, "numel": trainer.flat.numel, "skipped": float(trainer.update.skipped), "buffers": trainer.buffers.data.clone(),
+        "size": trainer.flat.size, "numel": trainer.flat.numel,
+        "skipped": float(trainer.update.skipped), "buffers": trainer.buffers.data.clone(),
     }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def all_methods(ranks: Ranks, values: dict[str, Any]) -> dict[str, Any]:
-    return {name: some_steps(ranks, method, 4, {**own, **values}) for name, (method, own) in METHODS.items()}
+    return {name: some_steps(ranks, method, 2, {**own, **values}) for name, (method, own) in METHODS.items()}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -79,8 +80,8 @@ def test_two_processes_are_one_where_everything_is_global(tmp_path: Path, alone:
         assert torch.equal(first[name]["moved"], second[name]["moved"]), name
         error = distance(first[name]["moved"], alone[name]["moved"])
         print(f"{name}: {error:.1e}")
-        # Observed 1e-6; 5e-4 where a ReLU sits so near its kink that rounding flips it.
-        assert error < 2e-3, name
+        # Observed 1e-6. Two steps: in longer runs a ReLU sooner or later sits so near its kink that rounding flips it.
+        assert error < 1e-4, name
         assert distance(first[name]["buffers"], alone[name]["buffers"]) < 1e-3, name
 
 
