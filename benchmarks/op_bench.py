@@ -22,7 +22,13 @@ from ltfast.kernels import counting
 
 GPU_SIZES = (25_600_000, 100_000_000)  # ResNet-50, and a model four times its size
 CPU_SIZES = (100_000,)
-WRITE_ONLY = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")  # operators that do not read what they write over
+WRITE_ONLY = (
+    "copy_",
+    "fill_",
+    "zero_",
+    "_foreach_copy_",
+    "_foreach_zero_",
+)  # operators that do not read what they write over
 LINE = "{:42s} {:>8s} {:>7s} {:>9s} {:>10s} {:>10s} {:>8s}"
 
 

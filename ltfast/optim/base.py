@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -118,7 +118,7 @@ class FlatOptimizer(Optimizer):
             raise
         self.blocks.append(block)
 
-    def bind(self, model: nn.Module, ascent: str = "local") -> FlatOptimizer:
+    def bind(self, model: nn.Module, ascent: str = "local") -> Self:
         """Tell the optimizer its model, so that `step(closure)` can do right by it; returns the optimizer.
 
         BatchNorm statistics then move in the first pass only. Under DistributedDataParallel the closure's first pass

@@ -24,6 +24,8 @@ Runs = Sequence[Entry]
 
 def draw_class_size(runs: Runs) -> Figure:
     """Accuracy of each class against its training images, with a smoothed curve."""
+    from matplotlib.patheffects import Normal, Stroke
+
     figure, (ax,) = panels(1, width=7.2, height=3.4)
     for i, name, run in runs:
         many = len(run["size"]) > 100
@@ -31,15 +33,15 @@ def draw_class_size(runs: Runs) -> Figure:
             run["size"], run["accuracy"], s=14 if many else 34, marker=marker(i), facecolor=colour(i), edgecolor="white",
             linewidth=0.5, alpha=0.6 if many else 0.95, zorder=3,
         )  # fmt: skip
-        ax.plot(
-            run["curve_x"],
-            run["curve_y"],
-            color=colour(i),
-            linestyle=line(i),
-            marker=marker(i),
-            markevery=(5, 12),
-            label=name,
-        )
+        curve: dict[str, Any] = {
+            "markevery": (5, 12),
+            "marker": marker(i),
+            "linestyle": line(i),
+            "color": colour(i),
+            "label": name,
+        }
+        (drawn,) = ax.plot(run["curve_x"], run["curve_y"], zorder=4, **curve)
+        drawn.set_path_effects([Stroke(linewidth=4, foreground="white"), Normal()] if many else [])
     ax.set(xscale="log", ylim=(-4, 104), xlabel="training images of the class", ylabel="test accuracy (%)")
     low, high = ax.get_xlim()
     for label, start, end in (
@@ -89,7 +91,7 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
         ax.grid(False)
         ax.set_yticks(range(len(found.rows)), [f"{shorten(names[c], 16)} ({counts[c]})" for c in found.rows])
         labels = [*(shorten(names[c], 12) for c in found.columns), "other"][: found.shares.shape[1]]
-        ax.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 4 else 60)
+        ax.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 4 else 90)
         for i, j in np.ndindex(found.shares.shape):
             value = found.shares[i, j]
             if value >= 0.5:
@@ -151,7 +153,7 @@ def draw_reliability(runs: Runs) -> Figure:
 def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
     """The least accurate classes of one run, a row each: what they are taken for, most confident mistakes first."""
     worst = found.worst
-    figure, axes = panels(PICTURES + 1, len(worst), width=1.05, height=1.15, width_ratios=[1.6] + [1] * PICTURES)
+    figure, axes = panels(PICTURES + 1, len(worst), width=1.05, height=1.25, width_ratios=[1.6] + [1] * PICTURES)
     for r, item in enumerate(worst):
         row = axes[r * (PICTURES + 1) : (r + 1) * (PICTURES + 1)]
         for ax in row:
@@ -161,7 +163,7 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
         row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes)
         for ax, mistake in zip(row[1:], item.mistakes, strict=False):
             ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
-            ax.set_title(f"as {shorten(names[mistake.predicted], 10)}, {100 * mistake.confidence:.0f} %", fontsize=7.5)
+            ax.set_title(f"as {shorten(names[mistake.predicted], 11)}\n{100 * mistake.confidence:.0f} %", fontsize=7.5)
             ax.set_axis_on()
             ax.set(xticks=[], yticks=[])
             ax.grid(False)

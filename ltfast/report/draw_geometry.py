@@ -93,6 +93,15 @@ def draw_spectra(runs: Sequence[Entry]) -> Figure:
             density = run.spectra[side].density(grid, width / 120).numpy()
             ax.plot(grid, np.maximum(density, 1e-12), color=colour(i), linestyle=line(i), linewidth=1.4, label=name)
         floor = 0.3 / (max(run.spectra[side].size for _, _, run in runs) * width / 120 * 2.5)
+        for i, _, run in runs:  # a probe may give the largest eigenvalue too little weight to be seen
+            ax.plot(
+                run.spectra[side].top[0],
+                1.5 * floor,
+                marker=marker(i),
+                color=colour(i),
+                markeredgecolor="white",
+                zorder=5,
+            )
         ax.set(title=f"{side}: density", xlabel="eigenvalue", yscale="log", ylim=(floor, None))
     for ax, key, title in zip(axes[2:], ("top", "trace"), ("largest eigenvalue", "trace"), strict=True):
         width = 0.8 / len(runs)

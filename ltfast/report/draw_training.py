@@ -171,43 +171,46 @@ def draw_forces(runs: Runs) -> Figure:
 
 
 def draw_groups(runs: Runs) -> Figure:
-    """Class sizes, largest first, in the colour and hatch (or marker) of their group; one panel a run."""
+    """Class sizes in the colour and hatch of their group, one panel a run; a strip a group where classes are many."""
     columns = min(2, len(runs))
     figure, axes = panels(columns, -(-len(runs) // columns), width=7.2 if columns == 1 else None)
     for ax, (_, name, run) in zip(axes, runs, strict=False):
-        order = np.argsort(-run["counts"], kind="stable")
-        for k in range(run["group"].max() + 1):
-            at = np.flatnonzero(run["group"][order] == k)
-            sizes = run["counts"][order][at]
-            label = f"group {k}"
-            if len(order) <= GROUP_BARS:
-                ax.bar(at, sizes, 0.85, color=colour(k), hatch=hatch(k), edgecolor="white", label=label)
-            else:
-                ax.scatter(at, sizes, s=12, color=colour(k), marker=marker(k), label=label)
-        ax.set(
-            title=f"{shorten(name)}: grouped before epoch {run['epoch'] + 1}",
-            yscale="log",
-            xlabel="classes, largest first",
-        )
-        if run["entries"] is not None and len(order) <= 20:
-            for x, c in enumerate(order):
-                ax.annotate(
-                    f"e{run['entries'][c]}",
-                    (x, run["counts"][c]),
-                    (0, 2),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7,
-                )
-        if len(order) <= 20:
-            names = [shorten(run["names"][c], 10) for c in order]
-            ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
-        ax.grid(axis="x", visible=False)
+        bars = len(run["counts"]) <= GROUP_BARS
+        (group_bars if bars else group_strips)(ax, run)
+        ax.set(title=f"{shorten(name)}: grouped before epoch {run['epoch'] + 1}")
+        ax.grid(axis="x" if bars else "y", visible=False)
     for ax in axes[len(runs) :]:
         ax.set_visible(False)
-    axes[0].set_ylabel("training images")
     legend_below(figure, axes, columns=8)
     return figure
+
+
+def group_bars(ax: Axes, run: dict[str, Any]) -> None:
+    """A bar a class, largest first, with the epoch of its bank entry over it."""
+    order = np.argsort(-run["counts"], kind="stable")
+    for k in range(run["group"].max() + 1):
+        at = np.flatnonzero(run["group"][order] == k)
+        bar: dict[str, Any] = {"color": colour(k), "hatch": hatch(k), "edgecolor": "white", "label": f"group {k}"}
+        ax.bar(at, run["counts"][order][at], 0.85, **bar)
+    ax.set(yscale="log", xlabel="classes, largest first", ylabel="training images")
+    if len(order) <= 20:
+        names = [shorten(run["names"][c], 10) for c in order]
+        ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
+        for x, c in enumerate(order if run["entries"] is not None else []):
+            where: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+            ax.annotate(f"e{run['entries'][c]}", (x, run["counts"][c]), **where)
+
+
+def group_strips(ax: Axes, run: dict[str, Any]) -> None:
+    """A strip a group: a mark for each class at its size, spread out evenly within the strip."""
+    for k in range(run["group"].max() + 1):
+        sizes = run["counts"][run["group"] == k]
+        spread = (np.arange(len(sizes)) * 0.618) % 1 - 0.5
+        ax.scatter(sizes, k + 0.6 * spread, s=9, color=colour(k), marker=marker(k), alpha=0.7, linewidth=0)
+    labels = [f"group {k}\n{n} classes" for k, n in enumerate(run["classes"])]
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="training images of the class")
 
 
 def draw_times(runs: Runs) -> Figure:
@@ -263,5 +266,5 @@ def draw_profile(runs: Runs) -> Figure:
     ax.invert_yaxis()
     ax.set(xlabel="milliseconds a step")
     ax.grid(axis="y", visible=False)
-    legend_below(figure, [ax], columns=6)
+    legend_below(figure, [ax], columns=4)
     return figure

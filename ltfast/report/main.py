@@ -164,7 +164,8 @@ def curvature(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     caption = (
         "Eigenvalue density of the Hessian of the classification loss on training images of head and tail, smoothed, by "
         "stochastic Lanczos quadrature with full reorthogonalisation; encoder and classifier parameters, BatchNorm on "
-        "running statistics. Whiskers: error bound of the largest eigenvalue, standard error of the trace."
+        "running statistics. Marks on the axis: the largest eigenvalue. Whiskers: its error bound, and the standard error of "
+        "the trace."
     )
     figures = [("", draw_geometry.draw_spectra(found))] if found else []
     rows: list[tuple[Any, ...]] = []

@@ -90,11 +90,11 @@ class Confusion(NamedTuple):
     columns: list[int]
 
 
-def tail_confusion(view: RunView, max_rows: int = 10, max_columns: int = 12) -> Confusion:
+def tail_confusion(view: RunView, max_rows: int = 10, max_others: int = 6, all_below: int = 13) -> Confusion:
     """Where the images of tail classes go: the least accurate tail classes against the classes they are taken for.
 
-    Rows and columns by class size, largest first. Columns are the classes that draw most of these images, or simply all
-    classes where there are no more than `max_columns`.
+    Rows and columns by class size, largest first. Columns are the same classes and the `max_others` that draw most of
+    their images, or simply all classes where there are fewer than `all_below`.
     """
     matrix = view.test.get("confusion")
     if matrix is None:
@@ -107,7 +107,8 @@ def tail_confusion(view: RunView, max_rows: int = 10, max_columns: int = 12) -> 
     if not rows:
         raise Missing("no tail class has a test image")
     drawn = (table[rows] / seen[rows, None]).sum(0)
-    columns = np.argsort(-drawn, kind="stable").tolist()[:max_columns]
+    others = [c for c in np.argsort(-drawn, kind="stable").tolist() if c not in rows]
+    columns = rows + (others if len(counts) < all_below else others[:max_others])
     by_size = lambda c: (-int(counts[c]), c)  # noqa: E731
     rows, columns = sorted(rows, key=by_size), sorted(columns, key=by_size)
     shares = 100 * table[rows][:, columns] / seen[rows, None]

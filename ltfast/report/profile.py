@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ltfast import checkpoint
+from ltfast import build, checkpoint
 from ltfast.data.base import Batch
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
@@ -39,11 +39,20 @@ def profile(live: Live, stop: Callable[[], bool], tick: Callable[[], None]) -> d
     predicted: the plan's FLOPs ratio times a plain step measured here; None for a method that descends plainly.
     Raises Missing if the run cannot be set up again, or the time runs out.
     """
-    trainer = revive(live)
+    try:
+        return profile_steps(revive(live), live.device, stop, tick)
+    finally:
+        build.build_device(live.config, Ranks())  # the run's precision set TF32 for the whole process
+
+
+def profile_steps(
+    trainer: Trainer, device: torch.device, stop: Callable[[], bool], tick: Callable[[], None]
+) -> dict[str, Any]:
+    """See `profile`."""
     batches = endless(trainer)
     measured = seconds_a_step(trainer, batches, stop, tick)
     shares = parts_of(trainer, batches)
-    if live.device.type == "cpu":  # the profiler slows the host: only its shares are true
+    if device.type == "cpu":  # the profiler slows the host: only its shares are true
         total = sum(shares.values())
         parts = {name: value / total * measured for name, value in shares.items()}
     else:
@@ -59,7 +68,7 @@ def profile(live: Live, stop: Callable[[], bool], tick: Callable[[], None]) -> d
 
 def revive(live: Live) -> Trainer:
     """A trainer in the run's last phase: its weights and groups, an anchor if it had one."""
-    config = live.config.with_(compile="off", capture="off", bank=None)
+    config = live.config.with_(compile="off", capture="off", bank=None, precision=live.precision)
     try:
         trainer = Trainer(config, None, Ranks(), Progress())
     except UserError as error:

@@ -116,6 +116,7 @@ class Live:
     """A run's last weights on the device, with its data and base loss.
 
     Attributes:
+        precision: the run's own; everything here but its step profile is float32.
         loss: (logits [B, C], labels [B]) -> base classification loss of each sample (with the log prior, if the method has it).
     """
 
@@ -125,6 +126,7 @@ class Live:
     device: torch.device
     folder: RunFolder
     config: Config
+    precision: str = "fp32"
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -170,4 +172,5 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
     model = build.build_model(config, source.input_shape, source.num_classes)
     checkpoint.load_into(model, view.folder.last)
     objective: Objective = build.build_objective(config, source.train_counts.to(where))
-    return Live(model.to(where).eval(), source, objective.classification, where, view.folder, config)
+    loss, precision = objective.classification, view.config.run.precision
+    return Live(model.to(where).eval(), source, loss, where, view.folder, config, precision)

@@ -43,7 +43,12 @@ def expected_gsa() -> nn.Module:
 
 def lightning_trainer(**options: Any) -> Any:
     lightning = pytest.importorskip("lightning")
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return lightning.Trainer(max_epochs=1, accelerator="cpu", **quiet, **options)
 
 

@@ -49,10 +49,10 @@ def test_smoothing_reproduces_a_line_and_ignores_gaps():
 def test_confusion_rows_are_the_tail_and_sum_to_100(tmp_path):
     table = [[9, 1, 0, 0, 0], [0, 10, 0, 0, 0], [0, 0, 10, 0, 0], [4, 4, 0, 2, 0], [5, 1, 1, 1, 2]]
     view = view_of(tmp_path, [DATA, {"kind": "test", "last": {"confusion": table}}])
-    found = numbers.tail_confusion(view, max_columns=2)
+    found = numbers.tail_confusion(view, max_others=1, all_below=5)
     assert found.rows == [3, 4]
-    assert found.columns == [0, 1]
-    np.testing.assert_allclose(found.shares, [[40, 40, 20], [50, 10, 40]])
+    assert found.columns == [0, 3, 4]
+    np.testing.assert_allclose(found.shares, [[40, 20, 0, 40], [50, 10, 20, 20]])
     whole = numbers.tail_confusion(view)
     assert whole.columns == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(whole.shares, np.array(table)[[3, 4]] * 10)
