@@ -123,12 +123,15 @@ class DaliSource(LargeSource):
             while (outputs := self._run(pipeline)) is None:
                 self._find_bad("train", [sent.shown for sent in schedule.sent])
                 schedule, pipeline = self._train_pipeline(epoch, step)
-            sent = schedule.sent.popleft()
-            *pictures, shown = outputs
-            assert torch.equal(shown, sent.shown), "DALI returned another step than the one awaited"
-            views = tuple(self.finisher.view(p, draw) for p, draw in zip(pictures, sent.draws, strict=True))
-            yield Batch(views, self.labels("train", sent.shown), self.on_device(sent.shown))
+            # No name here may keep this batch alive while the next one is made.
+            yield self._finished(schedule.sent.popleft(), outputs)
         self._kept = (schedule, pipeline)
+
+    def _finished(self, sent: Sent, outputs: list[Tensor]) -> Batch:
+        shown = outputs.pop()
+        assert torch.equal(shown, sent.shown), "DALI returned another step than the one awaited"
+        views = tuple(self.finisher.view(outputs.pop(0), draw) for draw in sent.draws)
+        return Batch(views, self.labels("train", shown), self.on_device(shown))
 
     def _train_pipeline(self, epoch: int, step: int) -> tuple[TrainSchedule, Any]:
         schedule = TrainSchedule(self, epoch, step)

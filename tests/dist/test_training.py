@@ -120,7 +120,7 @@ def until_the_end(ranks: Ranks, method: str, values: dict[str, Any]) -> dict[str
 def test_ranks_are_bit_identical_after_200_steps(tmp_path: Path, world: int) -> None:
     """Local ascents in mode R and a local BatchNorm: what differs between ranks must not reach the weights."""
     values = {"epochs": 20, "batch": 16}
-    first, *others = run_ranks(world, tmp_path, until_the_end, "gsa-full+gkp", values)
+    first, *others = run_ranks(world, tmp_path, until_the_end, "ce+gsa-full+gkp", values)
     assert first["steps"] >= 200
     assert first["n"] == 400
     for other in others:
