@@ -14,6 +14,7 @@ BCL's code has it (decode, transforms, ToTensor, Normalize in the workers). --ap
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -261,7 +262,7 @@ def _order_rows(case: str, a: list[np.ndarray], b: list[np.ndarray]) -> list[Row
     n = len(a[0])
     figures = {
         "correlation_list_epoch": correlation(np.arange(n), a[0]),
-        "correlation_epochs": statistics.fmean(correlation(x, y) for x, y in zip(a, a[1:], strict=False)),
+        "correlation_epochs": statistics.fmean(correlation(x, y) for x, y in itertools.pairwise(a)),
         "correlation_seeds": correlation(a[0], b[0]),
         "classes_in_first_batch_of_8": len(np.unique(a[0][:64] * 8 // n)),
     }
