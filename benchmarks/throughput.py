@@ -47,7 +47,8 @@ from ltfast.objective import Forward, Objective  # noqa: E402
 from ltfast.optim import reference  # noqa: E402
 from ltfast.optim.rules import Rule  # noqa: E402
 from ltfast.recipes import build_config, rule_of  # noqa: E402
-from ltfast.step import TrainStep, Update  # noqa: E402
+from ltfast.step import TrainStep  # noqa: E402
+from ltfast.update import Update  # noqa: E402
 from tests.syncs import Waits  # noqa: E402
 
 METHODS = ("bcl", "bcl+sam", "gsa-paper", "gsa-full", "gsa-exact", "gsa-release", "gsa-full+gkp")

@@ -1,4 +1,4 @@
-"""The command `ltfast`: train, eval, methods, datasets. A user's mistake is one line on stderr and exit code 2."""
+"""The command `ltfast` and its train, doctor, bench, methods and datasets. A user's mistake is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import ltfast
 from ltfast.cli_data import add_data_commands
+from ltfast.cli_runs import add_run_commands, print_result
 from ltfast.config import FIELDS, SECTIONS, Config, base_type, check, flatten, load_toml, nearest
 from ltfast.errors import UserError
 
@@ -98,39 +99,9 @@ def build_parser() -> Parser:
     add_config_flags(train)
     train.set_defaults(run=command_train)
 
-    evaluate = commands.add_parser("eval", help="evaluate a run on its test split")
-    evaluate.add_argument("folder", metavar="RUN", help="run folder")
-    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
-    evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which split [test]")
-    evaluate.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.set_defaults(run=command_eval)
-
+    add_run_commands(commands)
     data = commands.add_parser("data", help="check, count and look at a data set")
     add_data_commands(data)
-
-    report = commands.add_parser("report", help="one HTML page with the figures of one or several runs")
-    report.add_argument("folders", metavar="RUN", nargs="+", help="run folders")
-    report.add_argument("--out", default=None, metavar="DIR", help="where to write it [RUN/report]")
-    report.add_argument("--max-minutes", type=float, default=None, metavar="X", help="stop refining landscapes in time")
-    report.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
-    report.set_defaults(run=command_report)
-
-    export = commands.add_parser("export", help="write a run's model for use elsewhere")
-    export.add_argument("folder", metavar="RUN", help="run folder")
-    export.add_argument("--format", default="safetensors", help="safetensors, torch-export or onnx [safetensors]")
-    export.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
-    export.add_argument("--out", default=None, metavar="FILE", help="file to write [RUN/export/...]")
-    export.set_defaults(run=command_export)
-
-    predict = commands.add_parser("predict", help="classes and probabilities of pictures")
-    predict.add_argument("model", metavar="RUN", help="run folder, or file of `ltfast export --format safetensors`")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
-    predict.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights of a run [last]")
-    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print [5]")
-    predict.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
-    predict.add_argument("--json", action="store_true", help="print one JSON object a picture")
-    predict.set_defaults(run=command_predict)
 
     doctor = commands.add_parser("doctor", help="check this machine: versions, GPUs, disk, memory, kernels")
     doctor.add_argument("--dir", default=".", help="folder whose disk is measured: where runs go [.]")
@@ -208,69 +179,6 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
         return 1
     finally:
         dist.stop()
-    return 0
-
-
-def print_result(result: dict[str, Any]) -> None:
-    """The closing table of a training run."""
-    from ltfast.baselines import baseline_for
-    from ltfast.metrics import format_table
-    from ltfast.runs import RunFolder
-
-    folder = RunFolder.open(result["folder"])
-    config = folder.config
-    info = folder.metrics("data")[-1]
-    baseline = baseline_for(config)
-    kind = "best" if "best" in result else "last"
-    print(
-        f"\ntest split, last checkpoint, {config.method}"
-        + (f" beside ce (mean of {baseline['seeds']} seeds)" if baseline else "")
-    )
-    print(format_table(result["last"], info["class_names"], info["counts"], baseline, headings=(config.method, "ce")))
-    if kind == "best":
-        best = result["best"]
-        print(
-            f"\nbest on validation (epoch {best['epoch'] + 1}): top-1 {best['top1']:.2f} %; last: top-1 {result['last']['top1']:.2f} %"
-        )
-    print(f"run folder: {folder.path}")
-
-
-def command_eval(args: argparse.Namespace) -> int:
-    from ltfast.evaluate import evaluate_run
-    from ltfast.metrics import format_table
-
-    result, source = evaluate_run(args.folder, args.checkpoint, args.split, data_dir=args.data_dir)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {result['n']:,} images")
-        print(format_table(result, source.class_names, source.train_counts))
-    return 0
-
-
-def command_report(args: argparse.Namespace) -> int:
-    from ltfast.report import report
-
-    print(f"written {report(args.folders, args.out, args.max_minutes, data_dir=args.data_dir)}")
-    return 0
-
-
-def command_export(args: argparse.Namespace) -> int:
-    from ltfast.export import export
-
-    print(f"written {export(args.folder, args.format, which=args.checkpoint, out=args.out)}")
-    return 0
-
-
-def command_predict(args: argparse.Namespace) -> int:
-    from ltfast.predict import load_trained, predict
-
-    for row in predict(load_trained(args.model, args.checkpoint), args.images, top=args.top, device=args.device):
-        if args.json:
-            print(json.dumps(row))
-        else:
-            pairs = zip(row["classes"], row["probabilities"], strict=True)
-            print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))
     return 0
 
 

@@ -11,9 +11,9 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.models import LongTailModel
 from ltfast.progress import Progress
 from ltfast.runs import RunFolder
-from ltfast.step import Update
 from ltfast.store import Store
 from ltfast.survive import BadSteps, Signals, Watch
+from ltfast.update import Update
 
 if TYPE_CHECKING:
     from ltfast.train import Trainer

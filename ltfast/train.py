@@ -40,10 +40,11 @@ from ltfast.resume import part
 from ltfast.runs import RunFolder
 from ltfast.schedule import alpha_at, lr_at, scouting_epochs
 from ltfast.speedrun import warm_up
-from ltfast.step import TrainStep, Update
+from ltfast.step import TrainStep
 from ltfast.store import Store
 from ltfast.survive import Action, Signals
 from ltfast.syncbn import synchronise
+from ltfast.update import Update
 
 
 class Trainer(Durable):

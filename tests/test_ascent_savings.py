@@ -16,10 +16,12 @@ from ltfast.errors import UserError
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
+from ltfast.objective import Objective
 from ltfast.optim.rules import RULES, Rule
 from ltfast.plan import flops_ratio
 from ltfast.recipes import build_config, rule_of
-from ltfast.step import Objective, TrainStep, Update
+from ltfast.step import TrainStep
+from ltfast.update import Update
 from tests.test_step import ALPHA, COUNTS, LR, TOLERANCE, difference, flat_of, make, take_step
 
 SAM = RULES["sam"]

@@ -17,7 +17,8 @@ from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
 from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import RULES, Rule
-from ltfast.step import TrainStep, Update
+from ltfast.step import TrainStep
+from ltfast.update import Update
 from tests.test_step import COUNTS, GROUPS, difference, make
 
 STEPS = 20

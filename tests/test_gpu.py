@@ -27,7 +27,8 @@ from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import Rule
 from ltfast.recipes import build_config
 from ltfast.scaler import LossScale
-from ltfast.step import TrainStep, Update
+from ltfast.step import TrainStep
+from ltfast.update import Update
 from tests.test_graph import KINDS_RECORDED
 from tests.test_step import COUNTS, GROUPS, flat_of
 

@@ -17,7 +17,8 @@ from ltfast.graph import WARMUP, Captured
 from ltfast.losses import membership_for
 from ltfast.optim.rules import RULES, Rule
 from ltfast.scaler import LossScale
-from ltfast.step import TrainStep, Update
+from ltfast.step import TrainStep
+from ltfast.update import Update
 from tests.tape import TapeRecorder
 from tests.test_compiled import KINDS
 from tests.test_step import COUNTS, GROUPS, difference, make

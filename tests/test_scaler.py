@@ -12,7 +12,8 @@ from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
 from ltfast.objective import Forward
 from ltfast.scaler import LARGEST, LossScale
-from ltfast.step import TrainStep, Update
+from ltfast.step import TrainStep
+from ltfast.update import Update
 from tests.test_compiled import KINDS
 from tests.test_step import COUNTS, GROUPS, difference, flat_of, make
 

@@ -13,10 +13,12 @@ from ltfast.data.base import Batch
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
+from ltfast.objective import Objective
 from ltfast.optim.engine import STALE
 from ltfast.optim.rules import RULES, Rule
 from ltfast.plan import flops_ratio
-from ltfast.step import Objective, TrainStep, Update
+from ltfast.step import TrainStep
+from ltfast.update import Update
 
 COUNTS = torch.tensor([200, 90, 40, 12, 5])
 GROUPS = torch.tensor([0, 0, 1, 2, 2])

@@ -20,9 +20,10 @@ from ltfast.optim.rules import RULES, Rule
 from ltfast.progress import Progress
 from ltfast.recipes import SHARPNESS_SOURCES, build_config
 from ltfast.scaler import LossScale
-from ltfast.step import TrainStep, Update
+from ltfast.step import TrainStep
 from ltfast.survive import Signals
 from ltfast.train import Trainer
+from ltfast.update import Update
 from tests.syncs import Waits
 from tests.test_step import COUNTS, GROUPS, make
 

@@ -20,10 +20,10 @@ from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.models import LongTailModel
+from ltfast.objective import Objective
 from ltfast.observe import head_and_tail
 from ltfast.preserve import sample_indices
 from ltfast.runs import RunFolder
-from ltfast.step import Objective
 
 HELD_BYTES = 1 << 30  # of images kept on the device for curvature and landscapes
 CHUNK = 64  # images differentiated twice at once: eight times fewer than a training step's activations at batch 256
