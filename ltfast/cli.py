@@ -29,6 +29,7 @@ RESUME_OPTIONS = {
     "keep_checkpoints",
     "data_dir",
     "workers",
+    "on_bad_image",
 }
 
 

@@ -14,6 +14,7 @@ def add_run_commands(commands: Any) -> None:
     evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which split [test]")
     evaluate.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
+    evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=command_eval)
 
@@ -45,7 +46,9 @@ def command_eval(args: argparse.Namespace) -> int:
     from ltfast.evaluate import evaluate_run
     from ltfast.metrics import format_table
 
-    result, source = evaluate_run(args.folder, args.checkpoint, args.split, data_dir=args.data_dir)
+    result, source = evaluate_run(
+        args.folder, args.checkpoint, args.split, data_dir=args.data_dir, on_bad_image=args.on_bad_image
+    )
     if args.json:
         print(json.dumps(result))
     else:

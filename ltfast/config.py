@@ -49,7 +49,11 @@ class Data:
     image_size: int | None = _opt(None, "side of pictures in pixels; default 224, folder-small 32", paper="224")
     loader: str = _opt("auto", "input pipeline of large images", choices=("auto", "dali", "torch"))
     workers: int = _opt(-1, "loader threads or workers; -1 = number of cores")
-    on_bad_image: str = _opt("skip", "what an unreadable training image does", choices=("skip", "fail"))
+    on_bad_image: str = _opt(
+        "auto",
+        "an unreadable image is left out (skip) or ends the run (fail); auto = skip in training, counted, fail elsewhere",
+        choices=("auto", "skip", "fail"),
+    )
     train_list: str | None = _opt(None, "list file of training images ('<relative path> <label>' a line)")
     val_list: str | None = _opt(None, "list file of validation images")
     test_list: str | None = _opt(None, "list file of test images")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ltfast import checkpoint, resume
 from ltfast.config import Config
+from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.models import LongTailModel
@@ -25,6 +26,7 @@ class Durable:
     config: Config
     folder: RunFolder | None
     ranks: Ranks
+    source: Source
     progress: Progress
     model: LongTailModel
     flat: FlatParameters
@@ -35,6 +37,7 @@ class Durable:
     steps: int
     store: Store | None = None
     saved: tuple[int, int] | None = None  # (steps, batch) of the newest training state
+    _replaced: int = 0  # unreadable images of the epoch before
 
     def guard(self, signals: Signals) -> None:
         """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
@@ -82,6 +85,19 @@ class Durable:
                 self.progress.note(
                     f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
                 )
+
+    def replaced_images(self) -> dict[str, int]:
+        """{"replaced": unreadable training images that others stood in for in this epoch, on all ranks}; {} where the
+        source has no such thing. Every rank must call it."""
+        count = getattr(self.source, "replaced", None)
+        if count is None:
+            return {}
+        replaced = int(self.ranks.sum_(count.clone()))
+        count.zero_()
+        if replaced and replaced != self._replaced:
+            self.progress.note(f"{replaced} unreadable images were replaced by others of their class in this epoch")
+        self._replaced = replaced
+        return {"replaced": replaced}
 
     def save_weights(self, name: str) -> None:
         """Write the model's weights to checkpoints/<name>.safetensors in the background."""

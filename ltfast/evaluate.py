@@ -46,9 +46,9 @@ def evaluate(
 
 
 def evaluate_run(
-    folder: str, which: str = "last", split: str = "test", data_dir: str | None = None
+    folder: str, which: str = "last", split: str = "test", data_dir: str | None = None, on_bad_image: str = "fail"
 ) -> tuple[dict[str, Any], Source]:
-    """(figures, data source) of a finished run's `last` or `best` weights.
+    """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or its data is missing.
@@ -57,7 +57,7 @@ def evaluate_run(
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
-    config = run.config if data_dir is None else run.config.with_(data_dir=data_dir)
+    config = run.config.with_(on_bad_image=on_bad_image, **({} if data_dir is None else {"data_dir": data_dir}))
     ranks = Ranks()
     device = build.build_device(config, ranks)
     source = build.build_data(config, device, ranks)

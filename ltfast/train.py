@@ -210,6 +210,7 @@ class Trainer(Durable):
         result: dict[str, Any] = dict(zip(self.sums, means.tolist(), strict=True))
         result["seconds"] = time.perf_counter() - self.started  # the device has finished: its figures have been read
         result["skipped"] = int(self.update.skipped)  # steps without a finite loss and gradient, since the run began
+        result |= self.replaced_images()
         if self.ranks.world > 1:  # what this rank hands to collectives in a step
             result["comm"] = {k: v / self.source.steps_per_epoch for k, v in dataclasses.asdict(self.wire).items()}
             if self.epoch == 0:

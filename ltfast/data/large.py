@@ -72,7 +72,7 @@ def load_large(
     world: int = 1,
     loader: str = "auto",
     workers: int = -1,
-    on_bad_image: str = "skip",
+    on_bad_image: str = "auto",
     limit_train: int | None = None,
     val_per_class: int | None = None,
     train_list: str | Path | None = None,

@@ -2,11 +2,13 @@
 
 An epoch is sampler.epoch_order, a pure function of (seed, epoch); step s of rank r trains on row s of its
 rank_slice. A picture that cannot be decoded is replaced by the next image of its own class in list order, so shapes,
-class shares and the order of all other images stay; in evaluation it is left out.
+class shares and the order of all other images stay. In validation and test it is an error, unless on_bad_image="skip"
+leaves it out; "fail" makes it one in training too.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,7 @@ from ltfast.data.small import check_batch, check_sampler
 from ltfast.errors import UserError
 
 log = logging.getLogger("ltfast.data")
-ON_BAD_IMAGE = ("skip", "fail")
+ON_BAD_IMAGE = ("auto", "skip", "fail")
 MIN_IMAGE_SIZE = 8
 
 
@@ -65,7 +67,7 @@ class LargeSource:
         epochs_total: int | None = None,
         eval_batch: int = 256,
         workers: int = 2,
-        on_bad_image: str = "skip",
+        on_bad_image: str = "auto",
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         dtype: torch.dtype = torch.float32,
@@ -96,6 +98,7 @@ class LargeSource:
         self.finisher = Finisher(mean, std, self.device, dtype, threads)
         self.group_of_class: Tensor | None = None
         self.bad: dict[str, str] = {}
+        self.replaced = torch.zeros((), dtype=torch.int64, device=self.device)  # this rank's, in this epoch so far
         self._labels = {split: torch.from_numpy(lists[split].labels.astype(np.int64)) for split in SPLITS}
         self.substitutes = Substitutes(train.labels)
 
@@ -135,12 +138,22 @@ class LargeSource:
 
     def train(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """See Source.train."""
-        return self._train_batches(epoch, start_step)
+        wanted: list[Tensor] = []
+
+        def counted(batch: Batch, step: int) -> Batch:
+            if self.bad:
+                if not wanted:
+                    wanted.append(self.epoch_indices(epoch))
+                self.replaced += (batch.index != self.on_device(wanted[0][step])).sum()
+            return batch
+
+        # map and no loop: a name of a loop would keep a batch alive while the next one is made.
+        return map(counted, self._train_batches(epoch, start_step), itertools.count(start_step))
 
     def evaluate(self, split: str, indices: Tensor | None = None, batch: int | None = None) -> Iterator[Batch]:
         """See Source.evaluate: resize, centre crop, no augmentation; ranks take contiguous, nearly equal parts.
 
-        A file that cannot be decoded is left out (on_bad_image="skip") or a UserError ("fail").
+        A file that cannot be decoded is left out (on_bad_image="skip", and "auto" in the train split) or a UserError.
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -191,10 +204,10 @@ class LargeSource:
         )
 
     def report_bad(self, split: str, index: int, reason: str) -> None:
-        """Names a bad file once: a warning with on_bad_image="skip", a UserError with "fail"."""
+        """Names a bad file once: a warning where it is skipped, else a UserError."""
         images = self.lists[split]
         path = images.paths[index]
-        if self.on_bad_image == "fail":
+        if self.on_bad_image == "fail" or (self.on_bad_image == "auto" and split != "train"):
             raise UserError(
                 f"{images.file(index)} cannot be decoded ({reason}); replace it, take it off {images.source}, or use "
                 "--on-bad-image skip"

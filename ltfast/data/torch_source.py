@@ -169,7 +169,7 @@ class TorchSource(LargeSource):
             self.views,
             self.image_size,
             self.seed,
-            self.on_bad_image == "skip",
+            self.on_bad_image != "fail",
             self.substitutes,
         )
         for decoded in self._load(tasks, list(self.epoch_steps(epoch, start_step))):

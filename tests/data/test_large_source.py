@@ -258,12 +258,14 @@ def test_a_bad_file_is_replaced_and_named_once(loader, num_views, kind, root, tm
     lists, (position,) = spoil(root, tmp_path, [kind])
     source = open_source(loader, root, lists, num_views=num_views)
     clean = source.epoch_indices(0).tolist()
+    planned = [i for number in (0, 1) for i in source.epoch_indices(number).flatten().tolist()]
     with caplog.at_level(logging.WARNING, "ltfast.data"):
         shown = ids(epoch(source, 0)) + ids(epoch(source, 1))
     assert len(caplog.records) == 1
     assert kind.replace(" ", "_") in caplog.text
     flat = [i for batch in shown for i in batch]
     assert position not in flat
+    assert int(source.replaced) == planned.count(position) >= 2
     # Everything else is where it was, and the substitute is of the same class (the next in list order, round once).
     substitute = next(i for i in source.substitutes(position) if i != position)
     assert lists["train"].labels[substitute] == lists["train"].labels[position]
@@ -315,6 +317,13 @@ def test_evaluation_leaves_a_bad_file_out(loader, root, tmp_path, caplog):
     assert len(caplog.records) == 2
     with pytest.raises(UserError, match="cannot be decoded"):
         list(open_source(loader, root, lists, on_bad_image="fail").evaluate("train"))
+    held_out = {**lists, "val": lists["train"]}
+    with pytest.raises(UserError, match=r"cannot be decoded .*--on-bad-image skip"):
+        list(open_source(loader, root, held_out).evaluate("val"))
+    left = [
+        i for b in open_source(loader, root, held_out, on_bad_image="skip").evaluate("val") for i in b.index.tolist()
+    ]
+    assert left == shown
 
 
 def test_state_is_plain_numbers_and_a_changed_batch_is_caught(root):
