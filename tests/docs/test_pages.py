@@ -1,0 +1,56 @@
+"""Pages as a reader meets them: links lead somewhere, the README is short, figures say where they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import FENCE, PAGES, ROOT
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+README = ROOT / "README.md"
+
+
+def links(page: Path) -> list[str]:
+    return [target for target in LINK.findall(FENCE.sub("", page.read_text())) if not target.startswith("http")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Heading anchors as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks/results/REPORT.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_readme_is_short_and_says_what_no_gpu_confirmed() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) < 200
+    assert "No GPU" in text
+    assert {"docs/" + page.name for page in PAGES[1:]} <= set(re.findall(r"docs/[\w-]+\.md", text))
+
+
+def test_tables_of_the_readme_name_their_rows() -> None:
+    """A marked table is made from rows; the paragraph before it links to their file, and each line has a row."""
+    text = README.read_text()
+    marked = re.findall(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", text, re.DOTALL)
+    assert len(marked) >= 2
+    for name, table in marked:
+        before = text[: text.index(f"<!-- {name} -->")][-900:]
+        found = re.findall(r"benchmarks/results/([\w-]+)\.jsonl", before)
+        assert found, f"{name}: no link to its rows"
+        rows = [json.loads(line) for line in (ROOT / f"benchmarks/results/{found[-1]}.jsonl").read_text().splitlines()]
+        cases = " ".join({row["case"] for row in rows})
+        for case in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE):
+            assert case in cases, f"{name}: no row for {case}"
