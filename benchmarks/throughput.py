@@ -16,176 +16,35 @@ recorded steps; the mode stands in the case. The GPU part is not confirmed on a 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from harness import append_row, time_call  # noqa: E402
+from step_bench import METHODS, Bench, Case, cycle_of  # noqa: E402
 from step_profile import SECTIONS, picture, sections_of, sections_of_kernels  # noqa: E402
 
-from ltfast import build  # noqa: E402
-from ltfast.data.augment import Plain, recipe  # noqa: E402
-from ltfast.data.base import SPLITS, Batch  # noqa: E402
-from ltfast.data.pool import Splits  # noqa: E402
-from ltfast.data.small import SmallSource  # noqa: E402
-from ltfast.dist import Ranks  # noqa: E402
-from ltfast.flat import FlatBuffers, FlatParameters  # noqa: E402
-from ltfast.losses import membership_for  # noqa: E402
-from ltfast.objective import Forward, Objective  # noqa: E402
-from ltfast.optim import reference  # noqa: E402
-from ltfast.optim.rules import Rule  # noqa: E402
-from ltfast.recipes import build_config, rule_of  # noqa: E402
-from ltfast.step import TrainStep  # noqa: E402
-from ltfast.update import Update  # noqa: E402
 from tests.syncs import Waits  # noqa: E402
 
-METHODS = ("bcl", "bcl+sam", "gsa-paper", "gsa-full", "gsa-exact", "gsa-release", "gsa-full+gkp")
 MAIN = ("bcl", "gsa-paper", "gsa-full", "gsa-exact")
-GROUPS = 4
-LR = 0.01  # small: nothing may overflow in a benchmark
-
-
-@dataclass(frozen=True)
-class Case:
-    """One network and batch."""
-
-    model: str
-    shape: tuple[int, int, int]
-    batch: int
-    methods: tuple[str, ...] = METHODS
-    modes: tuple[str, ...] = ("eager",)
-    classes: int = 10
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}/{self.shape[1]}px/B={self.batch}/G={GROUPS}"
-
-
+# Shortcuts that trade exactness for speed.
+SHORTCUTS = tuple(f"gsa-full,{option}" for option in ("ascent_every=2", "ascent_views=1", "ascent_fraction=0.5"))
 CASES = {
-    "cpu": (Case("resnet8", (1, 8, 8), 64), Case("resnet20", (3, 32, 32), 16, MAIN)),
+    "cpu": (Case("resnet8", (1, 8, 8), 64, METHODS + SHORTCUTS), Case("resnet20", (3, 32, 32), 16, MAIN)),
     "cuda": (
-        Case("resnet32", (3, 32, 32), 256, METHODS, ("recorded", "compiled", "eager")),
+        Case("resnet32", (3, 32, 32), 256, METHODS + SHORTCUTS, ("recorded", "compiled", "eager")),
         Case("resnet50", (3, 224, 224), 64, MAIN[:3], ("compiled",), 1000),
     ),
 }
-
-
-class Bench:
-    """Everything for the steps of one method on one case: ours, the twin's and the bare passes."""
-
-    def __init__(self, method: str, case: Case, device: torch.device, mode: str) -> None:
-        compiled = "off" if mode == "eager" else "on"
-        flags = {"model": case.model, "batch": case.batch, "compile": compiled, "capture": "off"}
-        self.config = build_config("digits-lt" if case.shape[1] < 32 else "cifar10-lt", method, {}, flags)
-        self.method, self.case, self.device, self.mode = method, case, device, mode
-        self.rule = rule_of(self.config)
-        self.counts = torch.linspace(500, 10, case.classes).long()
-        self.make, self.batch = pictures(case, device)
-        groups = torch.arange(case.classes) * GROUPS // case.classes
-        kind = "single" if self.rule is None else build.MEMBERSHIP_KIND[self.rule.groups]
-        self.membership = membership_for(kind, self.counts, groups).to(device)
-        self.reset()
-
-    def reset(self) -> None:
-        """Fresh weights, the same every time."""
-        model = build.build_model(self.config, self.case.shape, self.case.classes).to(self.device)
-        if self.device.type == "cuda":
-            model = model.to(memory_format=torch.channels_last)
-        self.model = model.train()
-        self.objective: Objective = build.build_objective(self.config, self.counts.to(self.device))
-        self.twin_model = copy.deepcopy(self.model)
-        self.flat = FlatParameters(model.parameters())
-        self.forward: Forward = build.build_forward(self.config, model, self.objective, self.device)
-        self.step = self.make_step(self.rule)
-        if self.config.preserve.gkp:
-            self.step.update.anchor = (torch.rand_like(self.flat.data), self.flat.data.clone())
-            self.step.update.strength.fill_(0.1)
-
-    def make_step(self, rule: Rule | None) -> TrainStep:
-        """A step by `rule` on this model."""
-        update = Update(self.flat, momentum=0.9, weight_decay=5e-4)
-        update.lr.fill_(LR)
-        capture = None
-        if self.mode == "recorded":
-            capture = build.build_capture(self.config.with_(capture="on"), None, self.device, Ranks())
-        member = None if rule is None else self.membership
-        buffers = FlatBuffers(self.model)
-        return TrainStep(
-            self.model, self.objective, self.flat, buffers, update, rule, member, forward=self.forward, capture=capture
-        )
-
-    def ours(self) -> None:
-        """One step."""
-        self.step(self.batch)
-
-    def bare(self) -> None:
-        """Forward and backward of the plain loss, and nothing else."""
-        losses, shares, _ = self.forward.losses(torch.cat(self.batch.views), self.batch.labels, self.membership)
-        torch.autograd.grad((losses * shares).sum(), self.flat.params, allow_unused=True)
-
-    def twin(self) -> Callable[[], None]:
-        """The same method in plain PyTorch, one step a call."""
-        model, objective, member = self.twin_model, self.objective, self.membership
-        forward, rule, batch = Forward(model, objective, self.forward.autocast), self.rule, self.batch
-        params = list(model.parameters())
-        base = torch.optim.SGD(params, LR, momentum=0.9, weight_decay=5e-4)
-        counts = (member.T.cpu() @ self.counts.float()).tolist()
-        averages: dict[str, Any] = {}
-
-        def closure() -> tuple[Tensor, Tensor]:
-            losses, shares, _ = forward.losses(torch.cat(batch.views), batch.labels, member)
-            return losses, shares
-
-        def plain() -> Tensor:
-            losses, shares = closure()
-            return (losses * shares).sum()
-
-        def step() -> None:
-            if rule is None:
-                base.zero_grad()
-                plain().backward()
-                base.step()
-            elif rule.groups == "one":
-                reference.sam_step(base, params, plain, rule.rho or 0.05, rule.adaptive)
-            else:
-                chosen = params if rule.scope == "all" else [model.classifier.weight]
-                reference.gsa_step(
-                    base, chosen, closure, counts, averages, rule.direction, rule.objective, rule.radius_C,
-                    rule.rho_min, rule.rho_max, rule.adaptive, rule.aggregate, rule.sigma, rule.lmbda,
-                )  # fmt: skip
-
-        return step
-
-
-def pictures(case: Case, device: torch.device) -> tuple[Callable[[], Batch], Batch]:
-    """(makes the views of a batch as in training, a batch); every class, so every group, occurs in it."""
-    torch.manual_seed(0)
-    channels, side, _ = case.shape
-    labels = torch.arange(case.batch) % case.classes
-    if side > 64:
-        views = tuple(torch.randn(case.batch, *case.shape, device=device) for _ in range(3))
-        batch = Batch(views, labels.to(device), torch.arange(case.batch, device=device))
-        return lambda: batch, batch
-    images = torch.randint(0, 256, (case.batch, *case.shape), dtype=torch.uint8)
-    names = tuple(str(c) for c in range(case.classes))
-    splits = Splits({s: images for s in SPLITS}, {s: labels for s in SPLITS}, names)
-    mean, std = (0.5,) * channels, (0.25,) * channels
-    views_of = recipe("cifar" if channels == 3 else "digits", 3, mean=mean, std=std, size=side)
-    source = SmallSource(splits, views=views_of, plain=Plain(mean, std), batch=case.batch, device=device)
-    index, key = source.epoch_indices(0)[0], source.epoch_key(0)
-    return lambda: source.make_batch(index, key), source.make_batch(index, key)
 
 
 def turns(calls: Sequence[Callable[[], object]], rounds: int, cycle: int = 1) -> list[list[float]]:
@@ -218,7 +77,7 @@ def counted(bench: Bench) -> dict[str, float]:
     flops = {}
     for rule in (None, bench.rule):
         step = bench.make_step(rule)
-        cycle = 1 if rule is None else rule.gram_every
+        cycle = cycle_of(rule)
         with FlopCounterMode(display=False) as counter:
             for _ in range(cycle):
                 step(bench.batch)
@@ -234,20 +93,21 @@ def compare_on_cpu(bench: Bench, sgd: Bench, rounds: int) -> tuple[dict[str, dic
     """Rows' values by metric, and the profile."""
     figures: dict[str, dict[str, Any]] = {k: {"value": v, "n": 1} for k, v in counted(bench).items()}
     bench.reset()
-    cycle = 1 if bench.rule is None else bench.rule.gram_every
+    cycle = cycle_of(bench.rule)
     ours, plain, bare = turns((bench.ours, sgd.ours, sgd.bare), max(4, rounds // cycle), cycle)
     figures["ratio_vs_sgd"] = ratio(ours, plain)
     by_flops = [t * figures["flops_vs_sgd"]["value"] for t in bare]
     figures["share_of_bare"] = ratio(by_flops, ours)
-    ours, twin = turns((bench.ours, bench.twin()), max(5, rounds // 2))
-    figures["ratio_vs_twin"] = ratio(ours, twin)
+    if not bench.shortcut:
+        ours, twin = turns((bench.ours, bench.twin()), max(5, rounds // 2))
+        figures["ratio_vs_twin"] = ratio(ours, twin)
     return figures, sections_of(bench.step, bench.make, max(4, cycle))
 
 
 def measure_on_gpu(bench: Bench, sgd: Bench) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Absolute figures of one mode; images a second count an image once, not its views."""
     flops = counted(Bench(bench.method, bench.case, bench.device, "eager"))["flops_vs_sgd"]
-    cycle = 1 if bench.rule is None else bench.rule.gram_every
+    cycle = cycle_of(bench.rule)
     torch.cuda.reset_peak_memory_stats()
     ours = time_call(bench.ours, repetitions=64, warm_up=8 + 3 * cycle)  # every branch is recorded after 3 calls
     plain, bare = (time_call(call, repetitions=64, warm_up=16) for call in (sgd.ours, sgd.bare))
@@ -260,16 +120,15 @@ def measure_on_gpu(bench: Bench, sgd: Bench) -> tuple[dict[str, dict[str, Any]],
         "flops_vs_sgd": {"value": flops, "n": 1},
         "peak_gib": {"value": torch.cuda.max_memory_allocated() / 2**30, "n": 1},
     }
-    if bench.mode == "eager":
+    if bench.mode == "eager" and not bench.shortcut:
         figures["ratio_vs_twin"] = {"value": ours.median / time_call(bench.twin(), 10, 3).median, "n": 10}
     return figures, sections_of_kernels(bench.ours, 16)
 
 
 def refreshes(bench: Bench) -> float:
     """Mean seconds of a step over whole cycles of mode R, whose refreshes a median would not see."""
-    assert bench.rule is not None
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    steps = 8 * bench.rule.gram_every
+    steps = 8 * cycle_of(bench.rule)
     start.record()
     for _ in range(steps):
         bench.ours()
