@@ -153,7 +153,7 @@ def command_train(args: argparse.Namespace) -> int:
         return launch.launch(
             count, words, out=out, max_restarts=config.run.max_restarts, cpu=config.run.device == "cpu"
         )
-    return train_here(config, args.resume or launch.restarted_run(config), flags if args.resume else {})
+    return train_here(config, launch.restarted_run(config, args.resume), flags if args.resume else {})
 
 
 def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> int:

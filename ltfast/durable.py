@@ -9,6 +9,7 @@ from ltfast.config import Config
 from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.flat import FlatBuffers, FlatParameters
+from ltfast.launch import restart_note
 from ltfast.models import LongTailModel
 from ltfast.progress import Progress
 from ltfast.runs import RunFolder
@@ -50,6 +51,12 @@ class Durable:
         )  # fmt: skip
         path = self.folder.path if self.folder is not None else None
         self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
+        again = restart_note()
+        if self.steps:
+            epoch = min(self.epoch + 1, self.config.optim.epochs)
+            self.progress.note(f"{again}continuing after {self.steps:,} steps, in epoch {epoch}")
+        elif again:
+            self.progress.note(f"{again}there was no checkpoint yet: from the beginning")
 
     def flush(self) -> None:
         """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""

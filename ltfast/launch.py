@@ -15,10 +15,13 @@ import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltfast.config import Config
 from ltfast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # Where a worker leaves the text of a UserError: it then exits with 0, because no restart can mend a user's mistake.
 MESSAGE = "LTFAST_MESSAGE_FILE"
@@ -69,16 +72,18 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def restarted_run(config: Config) -> str | None:
-    """The run folder to continue in a worker that was started again after a failure, or None.
+def restarted_run(config: Config, resume: str | None = None) -> str | None:
+    """The run folder to continue: `resume`, or in a worker that was started again after a failure its own, or None.
 
     Raises:
         UserError: it cannot be known, because --out was not given.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return None
+        return resume
     if MESSAGE in os.environ and Path(os.environ[MESSAGE]).exists():
         raise SystemExit(0)  # another worker has met a user's mistake: restarting mends nothing
+    if resume:
+        return resume
     if config.run.out is None:
         raise UserError("restarted by torchrun after a failure, but no --out says where the run is; give --out RUN")
     return config.run.out if (Path(config.run.out) / "config.toml").exists() else None
@@ -97,7 +102,9 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
     os.environ.setdefault(
@@ -121,19 +128,32 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
         except SignalException as stop:
             code = 0 if stop.sigval in (signal.SIGTERM, signal.SIGINT) else 128 + stop.sigval
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            what = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            print(
-                f"ltfast: process {rank} ended with {what} after {max_restarts} restarts; continue with: "
-                f"ltfast train --resume {out}",
-                file=sys.stderr,
-            )
+            if not message.exists():
+                print(f"ltfast: {_failure(error, max_restarts, out)}", file=sys.stderr)
             code = 1
         finally:
             del os.environ[MESSAGE]
         if message.exists():
             raise UserError(message.read_text())
     return code
+
+
+def _failure(error: ChildFailedError, max_restarts: int, out: str) -> str:
+    """Who ended how, and how to go on."""
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode
+    what = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+    restarts = f"after {max_restarts} restarts" if max_restarts else "and --max-restarts is 0"
+    if (Path(out) / "config.toml").exists():
+        return f"process {rank} ended with {what} {restarts}; continue with: ltfast train --resume {out}"
+    return f"process {rank} ended with {what} {restarts}, before the run had begun"
+
+
+def restart_note() -> str:
+    """What to tell the user in a process that was started again after a failure; else an empty string."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
+    return f"a process has died, so all were started again (restart {count} of at most {most}); " if count else ""
 
 
 def report(error: UserError) -> int:
@@ -148,4 +168,7 @@ def report(error: UserError) -> int:
             file.write(str(error))
     except OSError:
         pass
-    return 0
+    # Where NCCL is used, ranks that did not meet the mistake hang in a collective until one fails; gloo's notice it.
+    import torch
+
+    return int(torch.cuda.is_available())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,9 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
         os.kill(victim, signal.SIGKILL)
         out = finish(process)
         assert "each step sends" in out
+        assert re.search(
+            r"a process has died, .*\(restart 1 of at most 3\); continuing after \d+ steps, in epoch \d", out
+        )
         assert out.count("top-1 %") == 1, "one process speaks"
     assert_same_run(whole, run)
 
@@ -102,7 +106,9 @@ def test_sigterm_then_torchrun(tmp_path: Path) -> None:
     with started([*TRAIN, "--procs", "2", "--epochs", "30", "--out", str(run)]) as process:
         until(lambda: list((run / "checkpoints").glob("state-*")), process)
         process.send_signal(signal.SIGTERM)
-        out = finish(process)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert err == "\nstopping after this step and a checkpoint; once more to stop at once\n", "torch says nothing"
         assert "stopped by SIGTERM" in out
         assert f"continue with: ltfast train --resume {run}" in out
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ltfast"]
@@ -165,5 +171,15 @@ def test_a_restarted_worker_finds_its_run(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert launch.restarted_run(config(out=str(tmp_path))) == str(tmp_path)
     (tmp_path / "message").write_text("no such file")
     monkeypatch.setenv(launch.MESSAGE, str(tmp_path / "message"))
-    with pytest.raises(SystemExit):
-        launch.restarted_run(config(out=str(tmp_path)))
+    for resume in (None, str(tmp_path)):
+        with pytest.raises(SystemExit):
+            launch.restarted_run(config(out=str(tmp_path)), resume)
+
+
+def test_a_mistake_that_one_rank_alone_meets_ends_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With gloo they notice that it is gone; with NCCL they would hang, so it must fail for the launcher to end them."""
+    monkeypatch.setenv(launch.MESSAGE, str(tmp_path / "message"))
+    for gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        assert launch.report(UserError("bad picture")) == int(gpu)
+    assert (tmp_path / "message").read_text() == "bad picture"
