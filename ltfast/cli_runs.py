@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
+
+from ltfast.errors import UserError
 
 
 def add_run_commands(commands: Any) -> None:
@@ -74,13 +77,20 @@ def command_export(args: argparse.Namespace) -> int:
 def command_predict(args: argparse.Namespace) -> int:
     from ltfast.predict import load_trained, predict
 
-    for row in predict(load_trained(args.model, args.checkpoint), args.images, top=args.top, device=args.device):
+    problems: list[UserError] = []
+
+    def unreadable(problem: UserError) -> None:
+        problems.append(problem)
+        print(f"ltfast: {problem}", file=sys.stderr)
+
+    trained = load_trained(args.model, args.checkpoint)
+    for row in predict(trained, args.images, top=args.top, device=args.device, unreadable=unreadable):
         if args.json:
             print(json.dumps(row))
         else:
             pairs = zip(row["classes"], row["probabilities"], strict=True)
             print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))
-    return 0
+    return 2 if problems else 0
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from ltfast.predict import Trained, load_trained
 SUFFIX = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 FORMATS = tuple(SUFFIX)
 INFO = "ltfast.json"  # the description inside a .pt2
+ONNX_BYTES = 1_900_000_000  # one ONNX file holds at most 2 GiB; larger weights go to FILE.data beside it
 EXAMPLE_BATCH = 2  # torch.export takes a size of 1 for a constant
 
 
@@ -70,13 +71,20 @@ def _torch_export(trained: Trained, path: Path) -> None:
 
 
 def _onnx(trained: Trained, path: Path) -> None:
+    size = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
+    apart = size > ONNX_BYTES
+    # Weights in a file of their own are found by its name, so only a graph that holds them may be renamed.
+    part = path if apart else path.with_name(f".{path.stem}.part{path.suffix}")
     torch.onnx.export(
         trained.model,
         (_example(trained),),
-        str(path),
+        str(part),
         input_names=["pictures"],
         output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         dynamo=True,
+        external_data=apart,
+        verbose=False,
     )
+    part.replace(path)
     path.with_suffix(".json").write_text(json.dumps(trained.describe()) + "\n")

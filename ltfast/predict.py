@@ -5,7 +5,7 @@ Nothing here reads the training data: a run notes its classes and how a picture 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,11 @@ def load_trained(where: str | Path, which: str = "last") -> Trained:
         UserError: neither of them, or incomplete.
     """
     if Path(where).is_file():
+        if Path(where).suffix in (".pt2", ".onnx"):
+            raise UserError(
+                f"{where}: for use without ltfast (torch.export.load, onnxruntime); give the run folder, or a file of "
+                "`ltfast export RUN --format safetensors`"
+            )
         tensors, meta = checkpoint.load(Path(where))
         if "classes" not in meta:
             raise UserError(f"{where}: not an exported model; make one with `ltfast export RUN --format safetensors`")
@@ -127,12 +132,20 @@ def _build(config: Config, classes: Sequence[str], preprocess: dict[str, Any]) -
 
 @torch.no_grad()
 def predict(
-    trained: Trained, paths: Iterable[str | Path], *, top: int = 5, batch: int = 64, device: torch.device | str = "cpu"
+    trained: Trained,
+    paths: Iterable[str | Path],
+    *,
+    top: int = 5,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    unreadable: Callable[[UserError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each picture {"image", "classes": the `top` likeliest, "probabilities": theirs}, in order.
 
+    unreadable: told of each picture that cannot be read, which is then left out.
+
     Raises:
-        UserError: a picture cannot be read.
+        UserError: a picture cannot be read, and nobody is to be told.
     """
     if top < 1:
         raise UserError(f"--top {top}: use 1 or more")
@@ -140,9 +153,22 @@ def predict(
         raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
     model, waiting = trained.model.to(device), list(paths)
     for start in range(0, len(waiting), batch):
-        part = waiting[start : start + batch]
-        x = torch.stack([trained.preprocess(path) for path in part]).to(device)
-        probabilities = model(x).float().softmax(1)
+        read = list(_read(trained.preprocess, waiting[start : start + batch], unreadable))
+        if not read:
+            continue
+        probabilities = model(torch.stack([x for _, x in read]).to(device)).float().softmax(1)
         best = probabilities.topk(min(top, len(trained.classes)), dim=1)
-        for path, values, index in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
-            yield {"image": str(path), "classes": [trained.classes[i] for i in index], "probabilities": values}
+        for (path, _), values, index in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
+            yield {"image": path, "classes": [trained.classes[i] for i in index], "probabilities": values}
+
+
+def _read(
+    preprocess: Preprocess, paths: Iterable[str | Path], unreadable: Callable[[UserError], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    for path in paths:
+        try:
+            yield str(path), preprocess(path)
+        except UserError as error:
+            if unreadable is None:
+                raise
+            unreadable(error)

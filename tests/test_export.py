@@ -79,6 +79,8 @@ def test_onnx(run: Path, truth: dict[str, torch.Tensor], tmp_path: Path) -> None
     import onnxruntime
 
     path = export(run, "onnx", out=tmp_path / "model.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.onnx"]
+    assert json.loads((tmp_path / "model.json").read_text())["classes"] == list("0123456789")
     session = onnxruntime.InferenceSession(str(path))
     for batch in (1, 7):
         (out,) = session.run(None, {"pictures": truth["x"][:batch].numpy()})
@@ -97,6 +99,9 @@ def test_export_errors(run: Path, tmp_path: Path) -> None:
     assert "pickle" not in FORMATS
     with pytest.raises(UserError, match="not a run folder"):
         export(tmp_path)
+    (tmp_path / "x.pt2").write_text("")
+    with pytest.raises(UserError, match="for use without ltfast"):
+        load_trained(tmp_path / "x.pt2")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         export(run, out=tmp_path / "file" / "x.safetensors")
@@ -130,8 +135,16 @@ def test_predict_names_a_bad_picture(
 ) -> None:
     path = tmp_path / "bad.png"
     path.write_bytes(content)
+    good = tmp_path / "good.png"
+    Image.new("L", (8, 8)).save(good)
     assert main(["predict", str(run), str(path)]) == 2
     assert f"{path}: cannot be read as a picture" in capsys.readouterr().err
+    assert main(["predict", str(run), str(good), str(path), str(good)]) == 2
+    text = capsys.readouterr()
+    assert text.out.count(f"{good}: ") == 2, "the others are answered"
+    assert text.err.count("\n") == 1
+    with pytest.raises(UserError, match="cannot be read"):
+        list(predict(load_trained(run), [path]))
 
 
 def test_preprocessing_of_large_pictures_is_that_of_evaluation(tmp_path: Path) -> None:
