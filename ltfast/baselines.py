@@ -15,13 +15,15 @@ SPLIT = ("dataset", "imbalance", "imbalance_type", "limit_train", "val_per_class
 
 
 def baseline_for(config: Config) -> dict[str, Any] | None:
-    """Mean test figures of `--method ce` on the same split (made by benchmarks/figures.py), or None if not measured."""
+    """Mean test figures of `--method ce` on the same split, trained as long (made by benchmarks/figures.py), or None."""
     path = Path(__file__).with_name("baselines.json")
     table = json.loads(path.read_text()) if path.exists() else {}
     found = table.get(config.data.dataset)
     if found is None:
         return None
     measured = build_config(config.data.dataset, "ce", {}, {})
+    if config.optim.epochs != measured.optim.epochs:
+        return None
     if any(getattr(config.data, name) != getattr(measured.data, name) for name in SPLIT):
         return None
     return {**dict.fromkeys(OVERALL), **found}

@@ -34,7 +34,18 @@ RESUME_OPTIONS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line; options are written out in full."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def innermost(self, args: argparse.Namespace) -> Parser:
+        """The parser of the command, and of its verb, that was given."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and getattr(args, action.dest):
+                chosen: Parser = action.choices[getattr(args, action.dest)]
+                return chosen.innermost(args)
+        return self
 
     def error(self, message: str) -> Any:
         unknown = next((word for word in message.split() if word.startswith("--")), "")
@@ -240,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
         parser = build_parser()
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.innermost(args).error(f"unrecognized arguments: {' '.join(unknown)}")
         args.words = list(sys.argv[1:] if argv is None else argv)
         if args.command is None:
             parser.print_help()

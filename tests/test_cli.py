@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ltfast.baselines import baseline_for
 from ltfast.cli import main
+from ltfast.recipes import build_config
 
 QUICK = ["--epochs", "2", "--scout", "0.5", "--fisher-budget", "32", "--no-tensorboard"]
 
@@ -86,8 +88,8 @@ BAD = [
     (["train", "--method", "gsa-papr"], "did you mean gsa-paper"),
     (["train", "--dataset", "digit-lt"], "did you mean digits-lt"),
     (["train", "--epochs", "ten"], "--epochs ten: needs a number"),
-    (["train", "--epoch-s", "3"], "unrecognized arguments"),
-    (["train", "--lerning-rate", "3"], "unrecognized arguments"),
+    (["train", "--epoch", "3"], "did you mean --epochs?); see `ltfast train --help`"),
+    (["train", "--lerning-rate", "3"], "unrecognized arguments: --lerning-rate 3"),
     (["train", "--sampler", "stratfied"], "choose from"),
     (["train", "--groups", "11"], "more groups than the 10 classes"),
     (["train", "--batch", "5000"], "5000"),
@@ -145,3 +147,9 @@ def test_import_is_light() -> None:
     code = "import sys, ltfast; print([m for m in ('torch', 'sklearn', 'matplotlib', 'nvidia', 'tensorboard') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_baseline_is_of_runs_as_long() -> None:
+    assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {})) is not None
+    assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"epochs": 3})) is None
+    assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"imbalance": 10.0})) is None
