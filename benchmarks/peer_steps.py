@@ -1,0 +1,208 @@
+"""Whole training steps beside other people's: forward, backward and update, counted on a CPU, timed on a GPU.
+
+    python benchmarks/peer_steps.py --peer release=GKP-GSA/sam.py --peer davda54=SAM/sam.py --peer timm=TIMM/train.py --write
+    python benchmarks/peer_steps.py --only ltfast/bcl ltfast/gkp-gsa
+
+One network, one batch of CIFAR-sized pictures, four groups, float32; only the step differs. Steps with plain cross-entropy see
+one view, those with balanced contrastive learning (bcl) three. Counted, a mean over one period of the method:
+    kernels         operators dispatched; ours: kernels launched on a GPU plus operators dispatched
+    gflops          of convolutions and matrix products;  flops_vs_sgd: over those of our plain step with the same loss
+    gigabytes       read and written by those operators
+    syncs_per_step  calls that hand a number to the host or carry one over
+    peak_mib        of memory taken during a step beyond what lives between steps
+Other code is given by path or used where its package is installed (see peers.py): the released train() and timm's
+train_one_epoch() are called as they are; only their surroundings are made here. On a GPU: seconds besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import op_bench
+import peers
+import torch
+import torch.nn.functional as F
+from peer_code import composer_steps, release_steps, timm_steps
+from peer_setting import GROUPS, METHODS, Setting
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ltfast.kernels import counting
+from tests.syncs import Waits
+
+WARM_UP = 2  # steps: state is made in the first
+CE, BCL = "ce", "bcl"
+
+
+@dataclass
+class Contender:
+    """One way to take a step.
+
+    Attributes:
+        name: of the row. base: loss it minimises, "ce" or "bcl". run: takes so many steps.
+        period: steps after which its cost repeats. around: run(n) does more than n steps (an epoch's bookkeeping).
+    """
+
+    name: str
+    base: str
+    run: Callable[[int], object]
+    period: int = 1
+    around: bool = False
+
+
+def repeated(step: Callable[[], object]) -> Callable[[int], None]:
+    """A step as a function that takes n of them."""
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            step()
+
+    return run
+
+
+def ours(setting: Setting) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    """Our trainer's steps, by method."""
+    for method in METHODS:
+
+        def make(method: str = method) -> Contender:
+            step, period = setting.our_step(method)
+            return Contender(f"ltfast/{method}", CE if method.startswith("ce") else BCL, repeated(step), period)
+
+        yield f"ltfast/{method}", make
+
+
+def loops(setting: Setting, paths: dict[str, Path]) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    """A plain loop with cross-entropy around each optimizer with davda54/sam's interface, ours among them."""
+    for name, make_step, _ in (*peers.ours(), *peers.peers(paths)):
+        if "gsa" in name.lower():
+            continue
+
+        def make(name: str = name, make_step: peers.Make = make_step) -> Contender:
+            model, batch = setting.model(CE), setting.batch
+
+            def loss(_: int = 0) -> torch.Tensor:
+                return F.cross_entropy(model(batch.views[0]), batch.labels)
+
+            return Contender(f"loop/{name}", CE, repeated(make_step(list(model.parameters()), loss)))  # type: ignore[arg-type]
+
+        yield f"loop/{name}", make
+
+
+def others(setting: Setting, paths: dict[str, Path]) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    """Whole steps of other code, where it is given or installed."""
+    found = (
+        ("composer/SAM", CE, composer_steps, False), ("timm/train_one_epoch", CE, timm_steps, True),
+        ("release/train", BCL, release_steps, True),
+    )  # fmt: skip
+    for name, base, steps, around in found:
+        run = steps(setting, paths)
+        if run is not None:
+            yield name, lambda name=name, base=base, run=run, around=around: Contender(name, base, run(), 1, around)
+
+
+class Total:
+    """Sums over the steps that run inside `counted`."""
+
+    def __init__(self, run: Callable[[int], object], steps: int) -> None:
+        with (
+            FlopCounterMode(display=False) as flops, counting() as own, op_bench._DispatchCounter() as other, Waits() as waits,
+        ):  # fmt: skip
+            run(steps)
+        self.values = {
+            "kernels": own.kernels + other.kernels, "gflops": flops.get_total_flops() / 1e9,
+            "gigabytes": (own.bytes + other.bytes) / 1e9, "syncs_per_step": sum(waits.found.values()),
+        }  # fmt: skip
+
+
+def counted(contender: Contender) -> dict[str, float]:
+    """Figures of one step."""
+    contender.run(WARM_UP)
+    period = contender.period
+    if contender.around:  # two steps less one
+        more, less = Total(contender.run, 2).values, Total(contender.run, 1).values
+        values = {name: more[name] - less[name] for name in more}
+    else:
+        values = {name: value / period for name, value in Total(contender.run, period).values.items()}
+    return {**values, "peak_mib": peak_bytes(contender.run, period) / 2**20}
+
+
+def peak_bytes(run: Callable[[int], object], steps: int) -> float:
+    """Most bytes taken at once beyond those at the start, as the CPU allocator reports them."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run(steps)
+    assert found.profiler is not None
+    events = [(e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for _, size in sorted(events):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def figures_of(contender: Contender, device: str) -> dict[str, Any]:
+    """Counted on any device; timed on a GPU too (not confirmed on one)."""
+    figures: dict[str, Any] = dict(counted(contender))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.run(contender.period)
+        figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        timing = harness.time_call(lambda: contender.run(contender.period), warm_up=3)
+        figures["seconds"] = harness.Timing(*(t / contender.period for t in timing[:3]), timing.n)
+    return figures
+
+
+def write(name: str, figures: dict[str, Any], config: dict[str, Any]) -> None:
+    """Append rows."""
+    case = f"step/{name}/{config['model']}/B={config['batch']}"
+    for metric, value in figures.items():
+        more: dict[str, Any] = {}
+        if isinstance(value, harness.Timing):
+            more, value = {"n": value.n, "p20": value.p20, "p80": value.p80}, value.median
+        value = value if isinstance(value, int) else round(float(value), 6)
+        harness.append_row("peers", case, metric, value, config=config, **more)
+
+
+def main() -> None:
+    """Print a line a contender, append rows with --write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PATH", help="release, davda54, fsam, composer, timm"
+    )
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--batch", type=int, help="default: 256 on a GPU, 16 elsewhere")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
+    args = parser.parse_args()
+    paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
+    batch = args.batch or (256 if args.device == "cuda" else 16)
+    setting = Setting(args.model, batch, torch.device(args.device))
+    config = {"model": args.model, "batch": batch, "groups": GROUPS, "precision": "fp32", "part": "whole step"}
+    plain: dict[str, float] = {}
+    for name, make in (*ours(setting), *loops(setting, paths), *others(setting, paths)):
+        base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
+        if args.only and name not in args.only and f"ltfast/{base}" != name:
+            continue
+        contender = make()
+        figures = figures_of(contender, args.device)
+        plain.setdefault(contender.base, figures["gflops"])  # ours come first, and of ours the plain steps
+        figures["flops_vs_sgd"] = figures["gflops"] / plain[contender.base]
+        print(
+            f"{name:34s}",
+            {k: v if isinstance(v, harness.Timing) else round(v, 3) for k, v in figures.items()},
+            flush=True,
+        )
+        if args.write:
+            write(name, figures, {**config, "base": contender.base})
+
+
+if __name__ == "__main__":
+    main()
