@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -138,50 +139,67 @@ def test_resume_of_a_run_without_a_checkpoint_starts_again(undisturbed: Path, tm
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
-def part_of_a_run(out: str, kill_at_piece: int = 0) -> None:
-    """Train or resume; with `kill_at_piece`, kill this process when that many pieces of checkpoints have been written.
+def part_of_a_run(out: str, kind: str = "", moment: float = 0, answer: str = "") -> None:
+    """Train or resume; be killed "at" a piece of the checkpoints' bytes, "after" so many seconds, or not at all.
 
-    Checkpoints follow each other without pause and are written in small, flushed pieces.
+    Checkpoints follow each other without pause and are written in small, flushed pieces. A run that ends writes how
+    many pieces and seconds it took to `answer`.
     """
     torch.set_num_threads(1)
     checkpoint.CHUNK = 1 << 16
-    if kill_at_piece:
-        real, written = checkpoint.file_content, [0]
+    real, written, started = checkpoint.file_content, [0], time.monotonic()
 
-        def deadly(*args: Any) -> Any:
-            for piece in real(*args):
-                yield piece
-                written[0] += 1
-                if written[0] >= kill_at_piece:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def pieces(*args: Any) -> Any:
+        for piece in real(*args):
+            yield piece
+            written[0] += 1
+            if kind == "at" and written[0] >= moment:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.file_content = deadly  # type: ignore[assignment]
+    checkpoint.file_content = pieces  # type: ignore[assignment]
+    if kind == "after":
+        timer = threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
     path = Path(out)
     train(config(path, checkpoint_minutes=1e-5), resume=out if (path / "config.toml").exists() else None)
+    if answer:
+        Path(answer).write_text(json.dumps([written[0], time.monotonic() - started]))
+
+
+def run_part(out: Path, *how: Any) -> int:
+    return procs.wait(procs.start(part_of_a_run, str(out), *how))
+
+
+@pytest.fixture(scope="module")
+def length(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, float]:
+    """Pieces written and seconds taken by a whole run that checkpoints all the time."""
+    folder = tmp_path_factory.mktemp("length")
+    assert run_part(folder / "run", "", 0, str(folder / "answer")) == 0
+    assert_same_run(undisturbed, folder / "run")
+    pieces, seconds = json.loads((folder / "answer").read_text())
+    return pieces, seconds
 
 
 def survive(out: Path, moments: list[tuple[str, float]]) -> list[int]:
-    """Start or resume the run once for each moment, killed there ("after" seconds or "at" a written piece), then let it
-    end. Returns the steps of the newest state after each kill."""
+    """Start or resume the run once for each moment, killed there, then let it end. Returns the steps of the newest
+    state after each kill."""
     reached = []
     for kind, moment in moments:
-        process = procs.start(part_of_a_run, str(out), int(moment) if kind == "at" else 0)
-        if kind == "after":
-            process.join(moment)
-            process.kill()
-        assert procs.wait(process) in (0, -signal.SIGKILL)
+        assert run_part(out, kind, moment) in (0, -signal.SIGKILL)
         states = sorted(path.name for path in (out / "checkpoints").glob("state-*"))
         reached.append(int(states[-1][6:15]) if states else 0)
-    assert procs.wait(procs.start(part_of_a_run, str(out))) == 0
+    assert run_part(out) == 0
     assert not list((out / "checkpoints").glob(".*")), "no unfinished file is left"
     return reached
 
 
 @pytest.mark.dist
-def test_kill_9(undisturbed: Path, tmp_path: Path) -> None:
+def test_kill_9(undisturbed: Path, length: tuple[int, float], tmp_path: Path) -> None:
     """Twice in the middle of a checkpoint's bytes, once at a random moment, all in one run."""
     chance = random.Random(time.time_ns())
-    moments = [("at", 7), ("at", chance.randint(20, 200)), ("after", chance.uniform(0.2, 2.0))]
+    pieces, seconds = length
+    moments = [("at", 7), ("at", chance.randint(20, pieces // 2)), ("after", chance.uniform(0.1, seconds / 2))]
     reached = survive(tmp_path / "run", moments)
     print("killed", moments, "steps saved then", reached)
     assert_same_run(undisturbed, tmp_path / "run")
@@ -189,15 +207,18 @@ def test_kill_9(undisturbed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_kill_9_at_twenty_moments(undisturbed: Path, tmp_path: Path) -> None:
-    """Twenty runs, each killed once or several times at random, at least half of them inside a checkpoint write."""
+def test_kill_9_at_twenty_moments(undisturbed: Path, length: tuple[int, float], tmp_path: Path) -> None:
+    """Twenty runs, each killed once or several times at moments spread over its whole length, at least half of them
+    inside a checkpoint write."""
     chance = random.Random(time.time_ns())
+    pieces, seconds = length
     for i in range(20):
+        kills = i % 3 + 1
         moments = [
-            ("at", chance.randint(1, 400))
+            ("at", chance.randint(1, pieces // kills))
             if chance.random() < 0.5 + 0.5 * (k == 0)
-            else ("after", chance.uniform(0.1, 3.0))
-            for k in range(chance.randint(1, 3))
+            else ("after", chance.uniform(0, seconds / kills))
+            for k in range(kills)
         ]
         out = tmp_path / str(i)
         reached = survive(out, moments)
