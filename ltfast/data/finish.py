@@ -43,31 +43,38 @@ class Finisher:
 
     def plain(self, pictures: Tensor) -> Tensor:
         """Normalisation only."""
-        return self._finish(pictures, None, None)
+        return self.view(pictures, None)
 
-    def view(self, pictures: Tensor, draw: ViewDraw) -> Tensor:
-        """Jitter and gray, RandAugment, normalisation; crop and flip are done."""
-        return self._finish(pictures, draw.jitter, draw.augment)
+    def view(self, pictures: Tensor, draw: ViewDraw | None, out: Tensor | None = None) -> Tensor:
+        """Jitter and gray, RandAugment (without a draw: none of them), normalisation; crop and flip are done.
+
+        out: where the view goes, float32 [n, 3, H, W] (CPU only); None: a new tensor.
+        """
+        jitter, augment = (None, None) if draw is None else (draw.jitter, draw.augment)
+        out = self.empty(len(pictures), pictures) if out is None else out
+        if self.device.type != "cpu":
+            return self._colour(out, pictures, jitter, augment).to(self.dtype, memory_format=torch.channels_last)
+        self._one_by_one(out, pictures, jitter, augment)
+        return out
+
+    def empty(self, n: int, like: Tensor) -> Tensor:
+        """Room for n views of the size of the pictures `like` [.., H, W, 3]."""
+        return torch.empty(n, 3, *like.shape[1:3], dtype=torch.float32, device=self.device)
 
     def levels(self, view: Tensor) -> Tensor:
         """Back to uint8 levels 0..255 of [n, 3, H, W], for people to look at."""
         x = view.to(self.device, torch.float32) / self._scale + self._mean
         return x.round().clamp(0, 255).to(torch.uint8)
 
-    def _finish(self, pictures: Tensor, jitter: Jitter | None, augment: Drawn | None) -> Tensor:
-        n, height, width, _ = pictures.shape
-        out = torch.empty(n, 3, height, width, dtype=torch.float32, device=self.device)
-        if self.device.type != "cpu":
-            return self._colour(out, pictures, jitter, augment).to(self.dtype, memory_format=torch.channels_last)
-
+    def _one_by_one(self, out: Tensor, pictures: Tensor, jitter: Jitter | None, augment: Drawn | None) -> None:
         def colour_one(i: int) -> None:
             one = slice(i, i + 1)
             own_jitter = None if jitter is None else Jitter(*(field[one] for field in jitter))
             own_augment = None if augment is None else Drawn(*(field[one] for field in augment))
             self._colour(out[one], pictures[one], own_jitter, own_augment)
 
-        deque(map(colour_one, range(n)) if self._pool is None else self._pool.map(colour_one, range(n)), maxlen=0)
-        return out
+        numbers = range(len(pictures))
+        deque(map(colour_one, numbers) if self._pool is None else self._pool.map(colour_one, numbers), maxlen=0)
 
     def _colour(self, out: Tensor, pictures: Tensor, jitter: Jitter | None, augment: Drawn | None) -> Tensor:
         """Fills `out` [n, 3, H, W] and returns it."""

@@ -203,11 +203,15 @@ class LargeSource:
             f"for one {images.paths[index]!r}; see `ltfast data check`"
         )
 
+    def skips(self, split: str) -> bool:
+        """Whether a run goes on when a file of this split is bad."""
+        return self.on_bad_image == "skip" or (self.on_bad_image == "auto" and split == "train")
+
     def report_bad(self, split: str, index: int, reason: str) -> None:
         """Names a bad file once: a warning where it is skipped, else a UserError."""
         images = self.lists[split]
         path = images.paths[index]
-        if self.on_bad_image == "fail" or (self.on_bad_image == "auto" and split != "train"):
+        if not self.skips(split):
             raise UserError(
                 f"{images.file(index)} cannot be decoded ({reason}); replace it, take it off {images.source}, or use "
                 "--on-bad-image skip"

@@ -32,6 +32,7 @@ from tests.data.test_large_source import epoch, ids, open_source, read_lists
 needs_dali()
 
 from ltfast.data import dali_pipeline, dali_source  # noqa: E402
+from ltfast.data.dali_schedule import part_size, spans  # noqa: E402
 from ltfast.data.dali_source import DaliSource  # noqa: E402
 
 LEVELS = torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
@@ -233,10 +234,10 @@ def test_a_dropped_source_frees_its_pipelines_without_the_garbage_collector(tmp_
         epoch(source, 0)
         running = source.train(5)
         next(running)
-        running.close()
+        del running
         assert [ref() is None for ref in alive] == [True, True, True]
         epoch(source, 1)
-        del running, source
+        del source
         assert alive[-1]() is None
     finally:
         gc.enable()
@@ -292,6 +293,46 @@ def test_labels_follow_the_substitute_when_prefetch_ran_ahead(tmp_path):
     assert not {0, 5, 13} & {i for b in batches for i in b.index.tolist()}
     for batch in batches:
         assert torch.equal(batch.labels, source.train_labels[batch.index])
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_the_parts_of_a_batch_change_nothing(tmp_path, monkeypatch, num_views):
+    """Nor does a bad file in the middle part: the step begins anew."""
+    root = make_set(tmp_path, (20, 17))
+    lists = read_lists(root)
+    lists["test"] = lists["train"]
+    found = []
+    for size in (1, 5, 18, 100):
+        monkeypatch.setattr(dali_source, "part_size", lambda device, threads, batch, size=size: min(size, batch))
+        source = open_source("dali", root, lists, batch=18, num_views=num_views, on_bad_image="skip")
+        assert source.part == min(size, 18)
+        found.append([*epoch(source, 0), *source.evaluate("test", batch=30)])
+    for batches in found[1:]:
+        for a, b in zip(batches, found[0], strict=True):
+            assert torch.equal(a.index, b.index)
+            assert torch.equal(a.labels, b.labels)
+            assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    monkeypatch.setattr(dali_source, "part_size", lambda *_: 5)
+    (root / lists["train"].paths[int(found[0][0].index[7])]).write_bytes(b"")
+    source = open_source("dali", root, lists, batch=18, num_views=num_views, on_bad_image="skip")
+    again = [*epoch(source, 0), *source.evaluate("test", batch=30)]
+    assert [len(b.index) for b in again] == [18, 18, 18, 29, 7]
+    assert (again[0].index != found[0][0].index).nonzero().flatten().tolist() == [7]
+    others = torch.arange(18) != 7
+    assert torch.equal(again[0].views[0][others], found[0][0].views[0][others])
+
+
+def test_parts_are_even_and_complete():
+    for total, size in ((1, 16), (16, 16), (17, 16), (64, 16), (65, 16), (256, 100)):
+        numbers = [list(range(total))[span] for span in spans(total, size)]
+        assert [i for part in numbers for i in part] == list(range(total))
+        lengths = [len(part) for part in numbers]
+        assert max(lengths) <= size
+        assert max(lengths) - min(lengths) <= 1
+    assert part_size("cpu", 2, 256) == 16
+    assert part_size("cpu", 12, 256) == 96
+    assert part_size("cpu", 12, 30) == 30
+    assert part_size("cuda", 2, 256) == 256
 
 
 def test_the_gpu_graph_can_be_defined():

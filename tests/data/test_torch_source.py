@@ -100,7 +100,7 @@ def test_workers_end_with_their_epoch(tmp_path):
     running = source.train(0)
     next(running)
     assert multiprocessing.active_children()
-    running.close()
+    del running
     assert not multiprocessing.active_children()
     epoch(source, 0)
     list(source.evaluate("val"))
