@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peer_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,19 +46,6 @@ def accuracy_table(bench: str) -> str:
             for name in ("top1", "many", "medium", "few", "ece")
         ]
         lines.append(f"| `{method}` | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def peers_table() -> str:
-    """Markdown: the optimizer part of a step, counted on the CPU (benchmarks/peers.py); the newest row of each case."""
-    table: dict[str, dict[str, float]] = defaultdict(dict)
-    for line in (RESULTS / "peers.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        table[row["case"]][row["metric"]] = row["value"]
-    lines = ["| optimizer | kernels | parameter-sized passes | host waits |", "|---|---|---|---|"]
-    for case, row in sorted(table.items(), key=lambda item: item[1]["kernels"]):
-        name = "/".join(case.split("/")[:2])
-        lines.append(f"| `{name}` | {row['kernels']:.0f} | {row['passes']:.0f} | {row['syncs_per_step']:.0f} |")
     return "\n".join(lines)
 
 
@@ -114,5 +102,6 @@ if __name__ == "__main__":
     accuracy_by_count(ROOT / "docs" / "img" / "digits-lt.png", counts)
     write_baseline(ROOT / "ltfast" / "baselines.json")
     fill(ROOT / "README.md", "digits-lt", accuracy_table("digits-lt"))
-    fill(ROOT / "README.md", "peers", peers_table())
+    fill(ROOT / "README.md", "peers", peer_tables.readme_parts())
+    fill(ROOT / "README.md", "steps", peer_tables.readme_steps())
     fill(ROOT / "docs" / "findings.md", "cifar10-lt", accuracy_table("cifar10-lt"))

@@ -133,6 +133,36 @@ def foreach_sam(params: list[nn.Parameter], losses: Losses) -> Step:
     return step
 
 
+def compiled_sam(params: list[nn.Parameter], losses: Losses) -> Step:
+    """SAM and momentum SGD in foreach operators, the ascent and the descent compiled."""
+    momenta = [torch.zeros_like(p) for p in params]
+
+    @torch.compile(dynamic=False)
+    def climb(theta: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        kept = torch._foreach_mul(theta, 1.0)
+        torch._foreach_add_(theta, torch._foreach_mul(grads, 0.05 / (norm + 1e-12)))
+        return kept
+
+    @torch.compile(dynamic=False)
+    def descend(theta: list[Tensor], kept: list[Tensor], grads: list[Tensor]) -> None:
+        torch._foreach_copy_(theta, kept)
+        torch._foreach_mul_(momenta, BASE["momentum"])
+        torch._foreach_add_(momenta, torch._foreach_add(grads, theta, alpha=BASE["weight_decay"]))
+        torch._foreach_add_(theta, momenta, alpha=-BASE["lr"])
+
+    def grads_of(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, params))
+
+    def step() -> None:
+        with torch.no_grad():
+            data = [p.data for p in params]
+        kept = climb(data, grads_of(losses(0)))
+        descend(data, kept, grads_of(losses(1)))
+
+    return step
+
+
 def ours() -> Iterator[tuple[str, Make, int]]:
     """(name, maker, backward passes) of our optimizers and the two one would write with torch alone."""
     sgd = torch.optim.SGD
@@ -203,17 +233,44 @@ def measure(make: Make, model: str, device: str) -> dict[str, Any]:
     return figures
 
 
+def measure_compiled(make: Make, model: str, device: str) -> dict[str, Any]:
+    """The same for a compiled step: kernels are those that the compiler made, passes and waits are not counted.
+
+    For a CPU the compiler makes at least one kernel a tensor; for a GPU it joins those of a list.
+    """
+    import torch._inductor.metrics as generated
+
+    torch.manual_seed(0)
+    params = list(create_encoder(model, 3)[0].to(device).parameters())
+    n, losses = sum(p.numel() for p in params), Losses(params)
+    before = live_bytes()
+    generated.reset()
+    step = make(params, losses)
+    for _ in range(3):
+        step()
+    figures: dict[str, Any] = {"kernels": generated.generated_kernel_count}
+    figures["extra_memory_per_parameter"] = round((live_bytes() - before) / (4 * n), 2)
+    if device == "cuda":
+        figures["seconds"] = harness.time_call(step)
+    return figures
+
+
 def main() -> None:
     """Print a line an optimizer, append rows with --write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="davda54, fsam or release")
     parser.add_argument("--model", default="resnet32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also a compiled step (compiling takes a minute or two)"
+    )
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
     args = parser.parse_args()
     paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
-    for name, make, backwards in (*ours(), *peers(paths)):
-        figures = {**measure(make, args.model, args.device), "backwards": round(backwards, 2)}
+    compiled = (("torch.compile/foreach-sam", compiled_sam, 2),) if args.compiled else ()
+    for name, make, backwards in (*ours(), *peers(paths), *compiled):
+        count = measure_compiled if make is compiled_sam else measure
+        figures = {**count(make, args.model, args.device), "backwards": round(backwards, 2)}
         print(f"{name:30s}", figures, flush=True)
         for metric, value in figures.items() if args.write else ():
             more = {"n": value.n, "p20": value.p20, "p80": value.p80} if isinstance(value, harness.Timing) else {}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import ablation
 import figures
+import peer_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,7 +42,6 @@ SECTIONS = (
         "same size in the same run.",
     ),
     Section("Optimizer steps", "optimizers", "Whole optimizer parts: counted on the CPU, timed on a GPU."),
-    Section("Other code", "peers", "Other implementations, by path or package, counted on the same parameters."),
     Section("Training steps", "step", "One step of the trainer."),
     Section("Throughput", "throughput", "Images a second of the trainer."),
     Section("Input", "data", "Input pipelines."),
@@ -202,6 +202,19 @@ def draw_ablations(path: Path) -> bool:
     return True
 
 
+def other_code() -> str:
+    """Other people's code beside ours: optimizer parts, whole steps, pipelines."""
+    if not read("peers"):
+        return NOT_MEASURED
+    return "\n\n".join([
+        "Other implementations by path or package, only adapted here (`benchmarks/peers.py`, `peer_steps.py`, `peer_pipeline.py`). "
+        "Rows: [peers.jsonl](peers.jsonl)",
+        f"### Optimizer part of a step\n\nGradients that cost nothing; gathering them included.\n\n{peer_tables.optimizer_part()}",
+        f"### Whole steps\n\nForward, backward and update. `loop/`: a plain loop around that optimizer.\n\n{peer_tables.whole_steps()}",
+        f"### Input of CIFAR-sized pictures\n\nThree views a picture, one process, one thread.\n\n{peer_tables.pipelines()}",
+    ])  # fmt: skip
+
+
 def report() -> str:
     """The whole page."""
     head = (
@@ -218,6 +231,7 @@ def report() -> str:
         f"## Accuracy, CIFAR-10-LT\n\n{smoke}\n\n{accuracy('cifar10-lt')}",
         f"## Ablations\n\n{PAIRED}\n\n{picture}{ablations()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
+        f"## Other code\n\n{other_code()}",
         *(section(part) for part in SECTIONS),
     ]) + "\n"  # fmt: skip
 
@@ -226,7 +240,7 @@ def fill_findings(path: Path) -> None:
     """Regenerate the marked tables of docs/findings.md."""
     made = {name: lambda name=name: figures.accuracy_table(name) for name in ("digits-lt", "cifar10-lt")}
     made |= {f"ablation-{s}": lambda s=s: ablation.table(s, RESULTS / "ablation.jsonl") for s in ablation.SWEEPS}
-    made |= {"precision": precision, "peers": lambda: pivot(read("peers")) or NOT_MEASURED}
+    made |= {"precision": precision, "peers": peer_tables.optimizer_part, "steps": peer_tables.whole_steps}
     made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
     for name in re.findall(r"<!-- ([a-z0-9-]+) -->", path.read_text()):
         if name in made:
@@ -236,10 +250,11 @@ def fill_findings(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "REPORT.md")
+    parser.add_argument("--no-findings", action="store_true", help="leave docs/findings.md as it is")
     args = parser.parse_args()
     args.out.write_text(report())
     findings = ROOT / "docs" / "findings.md"
-    if findings.exists():
+    if findings.exists() and not args.no_findings:
         fill_findings(findings)
     print(f"wrote {args.out}")
 

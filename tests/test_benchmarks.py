@@ -17,7 +17,6 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import ablation  # noqa: E402
 import harness  # noqa: E402
-import peers  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -32,7 +31,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for module in (harness, report):
         monkeypatch.setattr(module, "RESULTS", folder)
-    monkeypatch.setattr(report.figures, "RESULTS", folder)
+    for module in (report.figures, report.peer_tables):
+        monkeypatch.setattr(module, "RESULTS", folder)
     return folder
 
 
@@ -161,7 +161,7 @@ def test_a_cell_is_trained_and_not_trained_again(results: Path, capsys: pytest.C
     assert "spent" in capsys.readouterr().out
 
 
-# -- precision.py, peers.py --------------------------------------------------------------------------------------------------
+# -- precision.py -------------------------------------------------------------------------------------------------------------
 
 
 def test_roundings_against_float64() -> None:
@@ -176,41 +176,6 @@ def test_roundings_against_float64() -> None:
     kept = precision.ROUNDINGS["bf16 autocast"](x, weights)
     assert torch.equal(kept[::2], x[::2])
     assert not torch.equal(kept[1::2], x[1::2])
-
-
-def test_stand_in_gradients_are_the_given_ones() -> None:
-    params = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(5))]
-    losses = peers.Losses(params)
-    (losses.groups()[0] * torch.tensor([1.0, 2.0, 0.0, -1.0])).sum().backward()
-    for i, param in enumerate(params):
-        want = losses.grads[0][i] + 2 * losses.grads[1][i] - losses.grads[3][i]
-        torch.testing.assert_close(param.grad, want)
-
-
-def test_our_sam_and_foreach_sam_take_the_same_step() -> None:
-    def stepped(make: peers.Make) -> torch.Tensor:
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(7, 3)), torch.nn.Parameter(torch.randn(11))]
-        start = torch.cat([p.detach().flatten().clone() for p in params])
-        step = make(params, peers.Losses(params))
-        step()
-        step()
-        after = torch.cat([p.detach().flatten() for p in params])
-        assert not torch.equal(start, after)
-        return after
-
-    makers = {name: make for name, make, _ in peers.ours()}
-    torch.testing.assert_close(
-        stepped(makers["ltfast/sam"]), stepped(makers["torch/foreach-sam"]), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_a_peer_class_is_taken_out_of_a_file_that_does_not_import(tmp_path: Path) -> None:
-    path = tmp_path / "other.py"
-    path.write_text("import not_installed\nclass SAM:\n    rho = torch.tensor(0.05).item()\n")
-    assert peers.class_of(path, "SAM").rho == pytest.approx(0.05)
-    with pytest.raises(SystemExit, match="defines no class GSA"):
-        peers.class_of(path, "GSA")
 
 
 # -- report.py ---------------------------------------------------------------------------------------------------------------

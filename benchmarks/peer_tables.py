@@ -1,0 +1,132 @@
+"""Tables of benchmarks/results/peers.jsonl: the optimizer part of a step, whole steps, pipelines; the newest row counts."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NOT_MEASURED = "not measured"
+Figures = dict[str, dict[str, Any]]  # metric -> row
+
+PART = ("kernels", "passes", "syncs_per_step", "extra_memory_per_parameter", "backwards")
+PART_HEADS = ("kernels", "parameter-sized passes", "host waits", "memory, in parameters", "backward passes")
+STEP = ("kernels", "gflops", "flops_vs_sgd", "gigabytes", "syncs_per_step", "peak_mib")
+STEP_HEADS = ("kernels", "GFLOP", "FLOPs / plain step", "GB moved", "host waits", "peak MiB")
+
+
+def cases(device: str = "cpu") -> dict[str, Figures]:
+    """Case -> metric -> newest row of one kind of device: "cpu", or "cuda" for any GPU."""
+    path, table = RESULTS / "peers.jsonl", defaultdict[str, Figures](dict)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        if (row["cuda"] is None) == (device == "cpu"):
+            table[row["case"]][row["metric"]] = row
+    return dict(table)
+
+
+def is_part(case: str) -> bool:
+    """True for an optimizer part, false for a whole step or a pipeline."""
+    return not case.startswith(("step/", "pipeline/"))
+
+
+def value(found: Figures, metric: str) -> str:
+    """A cell."""
+    if metric not in found:
+        return "not counted"
+    number = float(found[metric]["value"])
+    return f"{number:,.0f}" if number.is_integer() or number >= 100 else f"{number:.3g}"
+
+
+def table(
+    chosen: dict[str, Figures], label: Callable[[str], str], metrics: Sequence[str], heads: Sequence[str], first: str
+) -> str:
+    """Markdown: one line a case; seconds on a GPU in the last column."""
+    timed = cases("cuda")
+    lines = [f"| {first} | " + " | ".join(heads) + " | ms on a GPU |", "|---" * (len(heads) + 2) + "|"]
+    for case, found in chosen.items():
+        seconds = timed.get(case, {}).get("seconds")
+        last = f"{1e3 * seconds['value']:.2f} ({seconds['device']})" if seconds else NOT_MEASURED
+        lines.append(f"| `{label(case)}` | " + " | ".join(value(found, m) for m in metrics) + f" | {last} |")
+    return "\n".join(lines)
+
+
+def optimizer_part() -> str:
+    """Everything of a step but forward and backward, fewest kernels first."""
+    found = {case: figures for case, figures in cases().items() if is_part(case)}
+    order = dict(sorted(found.items(), key=lambda item: item[1]["kernels"]["value"]))
+    return (
+        table(order, lambda case: "/".join(case.split("/")[:2]), PART, PART_HEADS, "optimizer")
+        if order
+        else NOT_MEASURED
+    )
+
+
+def whole_steps() -> str:
+    """Whole steps, by base loss."""
+    found = {case: figures for case, figures in cases().items() if case.startswith("step/")}
+    if not found:
+        return NOT_MEASURED
+    parts = []
+    for base, what in (("ce", "Plain cross-entropy, one view"), ("bcl", "Balanced contrastive learning, three views")):
+        rows = {case: f for case, f in found.items() if f["kernels"]["config"]["base"] == base}
+        if not rows:
+            continue
+        config = next(iter(rows.values()))["kernels"]["config"]
+        rows = dict(
+            sorted(rows.items(), key=lambda item: (item[1]["flops_vs_sgd"]["value"] > 1.5, item[1]["kernels"]["value"]))
+        )
+        text = f"{what}; {config['model']}, batch {config['batch']}, {config['groups']} groups, {config['precision']}:"
+        parts.append(f"{text}\n\n{table(rows, step_name, STEP, STEP_HEADS, 'step')}")
+    return "\n\n".join(parts)
+
+
+def step_name(case: str) -> str:
+    """step/<name>/<model>/B=<batch> -> name."""
+    return case.split("/", 1)[1].rsplit("/", 2)[0]
+
+
+def pipelines() -> str:
+    """Images a second of the small pipelines."""
+    lines = ["| pipeline | images a processor second | images/s on a GPU machine |", "|---|---|---|"]
+    timed = cases("cuda")
+    found = {case: figures for case, figures in cases().items() if case.startswith("pipeline/")}
+    for case, figures in found.items():
+        gpu = timed.get(case, {}).get("images_per_s")
+        cell = f"{gpu['value']:,.0f} ({gpu['device']})" if gpu else NOT_MEASURED
+        lines.append(f"| `{case.split('/', 1)[1]}` | {value(figures, 'images_per_cpu_s')} | {cell} |")
+    return "\n".join(lines) if found else NOT_MEASURED
+
+
+README_STEPS = (
+    "ltfast/ce", "timm/train_one_epoch", "loop/ltfast/sam", "loop/davda54/SAM", "loop/pytorch_optimizer/SAM", "composer/SAM",
+    "ltfast/bcl", "ltfast/gsa-paper", "ltfast/gkp-gsa", "release/train",
+)  # fmt: skip
+
+
+def readme_steps() -> str:
+    """The most telling whole steps, in a fixed order."""
+    found = {step_name(case): figures for case, figures in cases().items() if case.startswith("step/")}
+    lines = [
+        "| whole step | views | kernels | FLOPs / plain step | host waits | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in README_STEPS:
+        if name in found:
+            views = 3 if found[name]["kernels"]["config"]["base"] == "bcl" else 1
+            cells = [value(found[name], m) for m in ("kernels", "flops_vs_sgd", "syncs_per_step", "peak_mib")]
+            lines.append(f"| `{name}` | {views} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def readme_parts() -> str:
+    """The optimizer part in three columns."""
+    lines = ["| optimizer | kernels | parameter-sized passes | host waits |", "|---|---|---|---|"]
+    found = [(case, figures) for case, figures in cases().items() if is_part(case) and "passes" in figures]
+    for case, figures in sorted(found, key=lambda item: item[1]["kernels"]["value"]):
+        cells = [f"{figures[m]['value']:.0f}" for m in ("kernels", "passes", "syncs_per_step")]
+        lines.append(f"| `{'/'.join(case.split('/')[:2])}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Other people's code beside ours: stand-in gradients, counted whole steps, adapters, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import peer_code  # noqa: E402
+import peer_setting  # noqa: E402
+import peer_steps  # noqa: E402
+import peer_tables  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty results folder."""
+    for module in (report, report.figures, peer_tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_stand_in_gradients_are_the_given_ones() -> None:
+    params = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(5))]
+    losses = peers.Losses(params)
+    (losses.groups()[0] * torch.tensor([1.0, 2.0, 0.0, -1.0])).sum().backward()
+    for i, param in enumerate(params):
+        want = losses.grads[0][i] + 2 * losses.grads[1][i] - losses.grads[3][i]
+        torch.testing.assert_close(param.grad, want)
+
+
+def test_our_sam_and_foreach_sam_take_the_same_step() -> None:
+    def stepped(make: peers.Make) -> torch.Tensor:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(7, 3)), torch.nn.Parameter(torch.randn(11))]
+        start = torch.cat([p.detach().flatten().clone() for p in params])
+        step = make(params, peers.Losses(params))
+        step()
+        step()
+        after = torch.cat([p.detach().flatten() for p in params])
+        assert not torch.equal(start, after)
+        return after
+
+    makers = {name: make for name, make, _ in peers.ours()}
+    torch.testing.assert_close(
+        stepped(makers["ltfast/sam"]), stepped(makers["torch/foreach-sam"]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_compiled_sam_takes_the_same_step_as_foreach_sam(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda dynamic: lambda function: function)  # the arithmetic, not the compiler
+    makers = {name: make for name, make, _ in peers.ours()}
+    results = []
+    for make in (makers["torch/foreach-sam"], peers.compiled_sam):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(7, 3)), torch.nn.Parameter(torch.randn(11))]
+        step = make(params, peers.Losses(params))
+        step()
+        step()
+        results.append(torch.cat([p.detach().flatten() for p in params]))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+class Setting:
+    """Whole steps on a small network, made once."""
+
+    made: peer_setting.Setting | None = None
+
+    @classmethod
+    def get(cls) -> peer_setting.Setting:
+        cls.made = cls.made or peer_setting.Setting("resnet8", 12, torch.device("cpu"))
+        return cls.made
+
+
+def test_whole_steps_of_ours_are_counted_over_their_period() -> None:
+    makers = dict(peer_steps.ours(Setting.get()))
+    plain, sam = (peer_steps.counted(makers[name]()) for name in ("ltfast/ce", "ltfast/ce+sam"))
+    assert sam["gflops"] / plain["gflops"] == pytest.approx(2, rel=0.01)
+    assert plain["syncs_per_step"] == sam["syncs_per_step"] == 0
+    assert 0 < plain["peak_mib"] < 200
+    assert makers["ltfast/gkp-gsa"]().period == 16
+
+
+def test_a_peak_of_memory_is_found() -> None:
+    def run_steps(n: int) -> None:
+        for _ in range(n):
+            first = torch.zeros(1 << 20)  # 4 MiB
+            second = torch.zeros(1 << 21)  # 8 MiB: 12 at once
+            del first, second
+            torch.zeros(1 << 20)
+
+    assert peer_steps.peak_bytes(run_steps, 2) / 2**20 == pytest.approx(12, abs=0.1)
+
+
+def test_a_released_training_loop_runs_as_it_is(tmp_path: Path) -> None:
+    """A stand-in with the release's names: moves to CUDA unasked, reads values on the host, does more than its steps."""
+    (tmp_path / "sam.py").write_text("")
+    (tmp_path / "cifar_OneBackward.py").write_text(STAND_IN)
+    make = peer_code.release_steps(Setting.get(), {"release": tmp_path / "sam.py"})
+    assert make is not None
+    found = peer_steps.counted(peer_steps.Contender("x", "bcl", make(), around=True))
+    assert found["syncs_per_step"] == 2  # .cpu() and .item() of a step; the epoch's own .item() is not a step's
+    assert found["gflops"] > 0
+    assert peer_code.release_steps(Setting.get(), {}) is None
+
+
+STAND_IN = """
+import torch
+from torch import nn
+from tensorboardX import SummaryWriter
+def ResNet32Model(classes, use_norm, classifier): return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
+class LogitAdjust(nn.Module):
+    def __init__(self, counts): super().__init__(); self.m = torch.cuda.FloatTensor(counts).log().cuda()
+    def forward(self, x, y): return nn.functional.cross_entropy(x + self.m, y)
+class BalSCL(nn.Module):
+    def __init__(self, counts, temp): super().__init__()
+class GSA:
+    def __init__(self, params, base, adaptive, rho_scale_C): self.base = base
+def train(loader, model, ce, scl, optimizer, epoch, args, writer, anchors, gammas, alpha):
+    total = 0.0
+    for views, targets in loader:
+        targets.cpu().numpy()
+        optimizer.base.zero_grad()
+        loss = ce(model(views[0].cuda(args.gpu)), targets)
+        loss.backward()
+        optimizer.base.step()
+        total += loss.item()
+    writer.add_scalar("loss", torch.tensor(total).item(), epoch)
+"""
+
+
+def test_tables_of_other_code_say_what_was_not_measured(results: Path) -> None:
+    config = {"base": "ce", "model": "m", "batch": 4, "groups": 4, "precision": "fp32"}
+    figures = {"kernels": 5, "flops_vs_sgd": 2.0, "peak_mib": 1.25}
+    rows = [
+        {"case": "step/loop/a/SAM/m/B=4", "metric": k, "value": v, "cuda": None, "config": config}
+        for k, v in figures.items()
+    ]
+    rows.append({"case": "a/SAM/m", "metric": "kernels", "value": 900, "cuda": None, "config": {}})
+    rows.append({"case": "pipeline/x/y", "metric": "images_per_cpu_s", "value": 10.5, "cuda": None, "config": {}})
+    (results / "peers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.other_code()
+    assert "| `loop/a/SAM` | 5 | not counted | 2 | not counted | not counted | 1.25 | not measured |" in text
+    assert "| `a/SAM` | 900 |" in text
+    assert "| `x/y` | 10.5 | not measured |" in text
+
+
+def test_a_peer_class_is_taken_out_of_a_file_that_does_not_import(tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
+    path.write_text("import not_installed\nclass SAM:\n    rho = torch.tensor(0.05).item()\n")
+    assert peers.class_of(path, "SAM").rho == pytest.approx(0.05)
+    with pytest.raises(SystemExit, match="defines no class GSA"):
+        peers.class_of(path, "GSA")
