@@ -11,7 +11,8 @@ one view, those with balanced contrastive learning (bcl) three. Counted, a mean 
     syncs_per_step  calls that hand a number to the host or carry one over
     peak_mib        of memory taken during a step beyond what lives between steps
 Other code is given by path or used where its package is installed (see peers.py): the released train() and timm's
-train_one_epoch() are called as they are; only their surroundings are made here. On a GPU: seconds besides.
+train_one_epoch() are called as they are; only their surroundings are made here. On a GPU: seconds besides. With --write,
+what this commit has rows of already is not counted again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import harness
 import op_bench
+import peer_tables
 import peers
 import torch
 import torch.nn.functional as F
@@ -170,6 +172,16 @@ def write(name: str, figures: dict[str, Any], config: dict[str, Any]) -> None:
         harness.append_row("peers", case, metric, value, config=config, **more)
 
 
+def known(config: dict[str, Any], device: str) -> dict[str, dict[str, float]]:
+    """Name -> figures of the rows that this commit wrote on this kind of device with this config."""
+    commit, found = harness.facts()["commit"], {}
+    for case, rows in peer_tables.cases(device).items():
+        row = rows.get("flops_vs_sgd")
+        if case.startswith("step/") and row and row["commit"] == commit and config.items() <= row["config"].items():
+            found[peer_tables.step_name(case)] = {metric: r["value"] for metric, r in rows.items()}
+    return found
+
+
 def main() -> None:
     """Print a line a contender, append rows with --write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -186,10 +198,14 @@ def main() -> None:
     batch = args.batch or (256 if args.device == "cuda" else 16)
     setting = Setting(args.model, batch, torch.device(args.device))
     config = {"model": args.model, "batch": batch, "groups": GROUPS, "precision": "fp32", "part": "whole step"}
-    plain: dict[str, float] = {}
+    done = known(config, args.device) if args.write else {}
+    plain = {base: done[f"ltfast/{base}"]["gflops"] for base in (CE, BCL) if f"ltfast/{base}" in done}
     for name, make in (*ours(setting), *loops(setting, paths), *others(setting, paths)):
         base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
         if args.only and name not in args.only and f"ltfast/{base}" != name:
+            continue
+        if name in done:
+            print(f"{name:34s} done before")
             continue
         contender = make()
         figures = figures_of(contender, args.device)

@@ -1,7 +1,7 @@
 """Everything that fits into a time budget, most telling first; continues where the last call stopped.
 
     python benchmarks/run.py --budget 1800                                     # on a GPU machine: fills the GPU cells
-    python benchmarks/run.py --budget 1800 --data CIFAR --peer release=PATH    # and what needs pictures or other code
+    python benchmarks/run.py --budget 1800 --data CIFAR --pictures JPEGS --peer release=PATH    # and what needs more
     python benchmarks/run.py --budget 600 --device cpu
     python benchmarks/run.py --budget 0                                        # only prints the plan and writes REPORT.md
 
@@ -37,7 +37,7 @@ class Stage:
 
     Attributes:
         name: what the plan and the state call it.
-        command: words after the interpreter; {budget}, {data}, {peers} and {device} are filled in.
+        command: words after the interpreter; {budget}, {data}, {pictures}, {peers} and {device} are filled in.
         seconds: most that it may take, {budget} included.
         least: seconds below which it is not worth starting.
         resumable: a later call continues it, so it may be stopped at any time and is complete only if it had time left.
@@ -72,21 +72,29 @@ CIFAR = Stage(
 )  # fmt: skip
 DIGITS = Stage("digits-lt", ("benchmarks/accuracy.py", "--budget", "{budget}"), 3600, 60, True)
 ABLATION = Stage("ablation", ("benchmarks/ablation.py", "--budget", "{budget}"), 6 * 3600, 60, True)
-PEERS = Stage("peers", ("benchmarks/peers.py", "--device", "{device}", "--write", "{peers}"), 180)
-OPTIMIZERS = Stage("optimizers", ("benchmarks/optimizers.py",), 240)
+PEERS = Stage("peers", ("benchmarks/peers.py", "--device", "{device}", "--compiled", "--write", "{peers}"), 600)
+PEER_STEPS = Stage(
+    "peer-steps", ("benchmarks/peer_steps.py", "--device", "{device}", "--write", "{peers}"), 1200, 30, True
+)
+PEER_PIPELINE = Stage("peer-pipeline", ("benchmarks/peer_pipeline.py", "--device", "{device}", "--write"), 120)
+OPTIMIZERS = Stage("optimizers", ("benchmarks/optimizers.py", "counted", "--write", "{peers}"), 240)
+MODE_R = Stage("mode-r", ("benchmarks/optimizers.py", "sweep", "--data", "{data}", "--write"), 1800, 120)
+SPEEDRUN = Stage("speedrun", ("benchmarks/speedrun.py", "--data-dir", "{data}"), 3600, 120)
 VIEWS = Stage("small-views", ("-m", "benchmarks.small_views", "--device", "{device}", "--write"), 120)
-DATA = Stage("data", ("benchmarks/data.py",), 240)
-STEP = Stage("throughput", ("benchmarks/throughput.py",), 600)
+INPUT = Stage("input", ("benchmarks/data.py", "throughput", "--pictures", "{pictures}", "--append"), 600, 60)
+INPUT_GPU = Stage("input-gpu", ("benchmarks/data.py", "gpu", "--pictures", "{pictures}", "--append"), 600, 60)
+ORDER = Stage("order", ("benchmarks/data.py", "order", "--append"), 120)
+STEP = Stage("throughput", ("benchmarks/throughput.py",), 900)
 STAGES: dict[str, tuple[Stage, ...]] = {
     "cuda": (
         Stage("tests-gpu", ("-m", "pytest", "-q", "-m", "gpu", "tests"), 240),
-        *KERNELS, OPTIMIZERS, STEP, PEERS, CIFAR, DATA, VIEWS,
+        *KERNELS, STEP, PEER_STEPS, PEERS, OPTIMIZERS, INPUT_GPU, PEER_PIPELINE, SPEEDRUN, CIFAR, INPUT, VIEWS, MODE_R,
     ),
     "cpu": (
-        *KERNELS, OPTIMIZERS, PEERS,
+        PEERS, *KERNELS, OPTIMIZERS, PEER_PIPELINE, PEER_STEPS,
         Stage("precision", ("benchmarks/precision.py",), 300),
         Stage("scale", ("benchmarks/scale.py", "--snapshots", "20", "--append", "benchmarks/results/scale.jsonl"), 300),
-        STEP, DIGITS, DATA, VIEWS, ABLATION,
+        STEP, DIGITS, ORDER, INPUT, VIEWS, ABLATION,
     ),
 }  # fmt: skip
 
@@ -161,8 +169,9 @@ def why_not(stage: Stage, values: dict[str, Any]) -> str:
     """Why a stage cannot run here, or an empty string."""
     if stage.script is not None and not stage.script.exists():
         return f"{stage.command[0]} does not exist: not measured"
-    if stage.needs("data") and not values["data"]:
-        return "needs --data PATH (a CIFAR folder or pack): not measured"
+    for option, what in (("data", "a CIFAR-10 folder or pack"), ("pictures", "a tar or folder of JPEGs")):
+        if stage.needs(option) and not values[option]:
+            return f"needs --{option} PATH ({what}): not measured"
     return ""
 
 
@@ -210,7 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, required=True, help="seconds, REPORT.md included")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    parser.add_argument("--data", help="CIFAR-10 folder or .npz pack for the accuracy stage")
+    parser.add_argument("--data", help="CIFAR-10 folder or .npz pack, for accuracy")
+    parser.add_argument("--pictures", help="tar or folder of JPEGs, for input pipelines")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="other code to compare with")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages")
     args = parser.parse_args()
@@ -228,7 +238,7 @@ def main() -> None:
             f"--only {' '.join(sorted(unknown))}: choose from {', '.join(s.name for s in STAGES[args.device])}"
         )
     peers = [word for peer in args.peer for word in ("--peer", peer)]
-    values = {"data": args.data, "peers": peers, "device": args.device}
+    values = {"data": args.data, "pictures": args.pictures, "peers": peers, "device": args.device}
     state = State(STATE / "state.json", device_and_commit(args.device))
     say(f"{state.key}: {args.budget:.0f} s for " + ", ".join(s.name for s in stages))
     run(stages, args.budget - REPORT_SECONDS - (time.monotonic() - started), values, state, STATE)

@@ -21,7 +21,9 @@ import precision  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 
-PLAIN = {"data": None, "peers": [], "device": "cpu"}
+from tests.docs import parsing  # noqa: E402
+
+PLAIN = {"data": None, "pictures": None, "peers": [], "device": "cpu"}
 
 
 @pytest.fixture
@@ -104,11 +106,21 @@ def test_a_resumable_stage_that_used_its_time_is_not_done(tmp_path: Path, monkey
     assert run.run_stage(slow, run.fill(slow, PLAIN), 0.5, tmp_path / "log")[0] == "stopped"
 
 
-def test_every_stage_has_a_script_or_says_so() -> None:
+ALL_STAGES = {stage.name: stage for stages in run.STAGES.values() for stage in stages}
+
+
+@pytest.mark.parametrize("stage", ALL_STAGES.values(), ids=list(ALL_STAGES))
+def test_every_stage_is_understood_by_its_script(stage: run.Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {**PLAIN, "data": "x", "pictures": "x", "budget": "5", "peers": ["--peer", "release=x"]}
+    assert not run.why_not(stage, values)
+    words = run.fill(stage, values)[1:]
+    if words[:2] != ["-m", "pytest"]:
+        parsing.check_script(words, monkeypatch)
+
+
+def test_stage_names_are_unique() -> None:
     for stages in run.STAGES.values():
         assert len({s.name for s in stages}) == len(stages)
-        for stage in stages:
-            assert not run.why_not(stage, {**PLAIN, "data": "x"}) or not stage.script.exists()  # type: ignore[union-attr]
 
 
 # -- ablation.py -------------------------------------------------------------------------------------------------------------
