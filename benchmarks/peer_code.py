@@ -1,5 +1,5 @@
 """Surroundings in which other people's training code runs as it is. Each function returns None where the code is not there,
-else a maker of `run(n)`, which takes n steps.
+else a maker of `run(n)`, which takes n steps. SGD is foreach, as torch chooses on CUDA, also where it is counted on a CPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def composer_steps(setting: Setting, paths: dict[str, Path]) -> Callable[[], Run
 
     def make() -> Run:
         model, batch = setting.model("ce"), setting.batch
-        optimizer = kind(torch.optim.SGD(model.parameters(), **BASE), rho=0.05)
+        optimizer = kind(torch.optim.SGD(model.parameters(), **BASE, foreach=True), rho=0.05)
 
         def closure(**_: Any) -> Tensor:
             optimizer.zero_grad()
@@ -89,7 +89,7 @@ def timm_steps(setting: Setting, paths: dict[str, Path]) -> Callable[[], Run] | 
     def make() -> Run:
         model, batch, device = setting.model("ce"), setting.batch, setting.device
         task = timm.task.ClassificationTask(model, criterion=nn.CrossEntropyLoss(), device=device, verbose=False)
-        optimizer = timm.optim.create_optimizer_v2(model, opt="momentum", **BASE)
+        optimizer = timm.optim.create_optimizer_v2(model, opt="momentum", **BASE, foreach=True)
         pair = (batch.views[0], batch.labels)
         return lambda n: epoch(0, model, [pair] * n, optimizer, args, task=task, device=device)
 
@@ -128,7 +128,7 @@ def release_steps(setting: Setting, paths: dict[str, Path]) -> Callable[[], Run]
         with around():
             model = code.ResNet32Model(CLASSES, use_norm=True, classifier=True).to(setting.device)
             ce, scl = code.LogitAdjust(COUNTS.tolist()), code.BalSCL(COUNTS.tolist(), 0.1)
-        sgd = torch.optim.SGD(model.parameters(), **BASE)
+        sgd = torch.optim.SGD(model.parameters(), **BASE, foreach=True)
         optimizer = code.GSA(model.parameters(), sgd, adaptive=True, rho_scale_C=0.1)
         groups = [torch.nonzero(setting.groups == k).flatten().tolist() for k in range(GROUPS)]
         args = SimpleNamespace(

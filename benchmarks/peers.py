@@ -34,6 +34,7 @@ from ltfast.optim import GSA, SAM, FriendlySAM
 GROUPS = 4
 COUNTS = [1000, 300, 100, 30]
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+ON_CUDA: dict[str, Any] = {**BASE, "foreach": True}  # what torch chooses on CUDA, also where steps are counted on a CPU
 # item and what it hides in; shapes that depend on values; a number of the host on its way to the device.
 WAITS = (
     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::lift_fresh",
@@ -195,15 +196,19 @@ def peers(paths: dict[str, Path]) -> Iterator[tuple[str, Make, int]]:
     for name, wanted in (("davda54", "SAM"), ("fsam", "FriendlySAM")):
         if name in paths:
             kind = class_of(paths[name], wanted)
-            yield f"{name}/{wanted}", lambda p, losses, kind=kind: two_steps(kind(p, sgd, rho=0.05, **BASE), losses), 2
+            yield (
+                f"{name}/{wanted}",
+                lambda p, losses, kind=kind: two_steps(kind(p, sgd, rho=0.05, **ON_CUDA), losses),
+                2,
+            )
     if "release" in paths:
         kind = class_of(paths["release"], "GSA")
-        yield "release/GSA", lambda p, losses: release_step(kind(p, sgd(p, **BASE)), losses), GROUPS + 1
+        yield "release/GSA", lambda p, losses: release_step(kind(p, sgd(p, **ON_CUDA)), losses), GROUPS + 1
     if importlib.util.find_spec("pytorch_optimizer"):
         import pytorch_optimizer
 
         other = pytorch_optimizer.SAM
-        yield "pytorch_optimizer/SAM", lambda p, losses: two_steps(other(p, sgd, rho=0.05, **BASE), losses), 2
+        yield "pytorch_optimizer/SAM", lambda p, losses: two_steps(other(p, sgd, rho=0.05, **ON_CUDA), losses), 2
 
 
 def live_bytes() -> int:
