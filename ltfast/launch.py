@@ -21,6 +21,7 @@ from ltfast.config import Config
 from ltfast.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # Where a worker leaves the text of a UserError: it then exits with 0, because no restart can mend a user's mistake.
@@ -126,7 +127,7 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
         try:
             elastic_launch(config, sys.executable)("-m", "ltfast", *arguments)
         except SignalException as stop:
-            code = 0 if stop.sigval in (signal.SIGTERM, signal.SIGINT) else 128 + stop.sigval
+            code = _stopped(stop, isinstance(stop.__context__, SignalException), out)
         except ChildFailedError as error:
             if not message.exists():
                 print(f"ltfast: {_failure(error, max_restarts, out)}", file=sys.stderr)
@@ -136,6 +137,17 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
         if message.exists():
             raise UserError(message.read_text())
     return code
+
+
+def _stopped(stop: SignalException, again: bool, out: str) -> int:
+    """The exit code after a signal; `again`: a second one came before the workers had ended."""
+    began = (Path(out) / "config.toml").exists()
+    if again or not began:
+        when = "at once" if began else "before the run had begun"
+        how = f"; continue from the last checkpoint with: ltfast train --resume {out}" if began else ""
+        print(f"ltfast: stopped by {stop.sigval.name} {when}{how}", file=sys.stderr)
+        return 128 + stop.sigval
+    return 0 if stop.sigval in (signal.SIGTERM, signal.SIGINT) else 128 + stop.sigval
 
 
 def _failure(error: ChildFailedError, max_restarts: int, out: str) -> str:

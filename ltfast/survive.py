@@ -24,21 +24,27 @@ from torch import Tensor
 
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
+from ltfast.launch import launched as is_launched
 
 # Seconds between the ranks' votes: the answer to a signal takes up to two of them. One tiny message on the host each.
 VOTE_SECONDS = 0.5
 VOTE_STEPS_MAX = 64
+# A scheduler signals workers and launcher alike, and the launcher hands it on: what comes that soon is the same signal.
+SAME_SIGNAL_SECONDS = 3.0
 
 
 class Signals:
     """While active, the first SIGTERM or SIGINT is remembered in `received`, and the second ends the process at once.
 
-    A context manager; outside the main thread (where Python installs no handlers) it does nothing.
+    A context manager; outside the main thread (where Python installs no handlers) it does nothing. In a process that a
+    launcher has started (default: as `launched` finds), signals within SAME_SIGNAL_SECONDS are one.
     """
 
-    def __init__(self, main: bool = True) -> None:
+    def __init__(self, main: bool = True, launched: bool | None = None) -> None:
         self.received = 0
         self._main = main
+        self._same = SAME_SIGNAL_SECONDS if (is_launched() if launched is None else launched) else 0.0
+        self._first = 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -55,9 +61,11 @@ class Signals:
         self._old.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and time.monotonic() - self._first < self._same:
+            return
         if self.received:
             os._exit(128 + number)
-        self.received = number
+        self.received, self._first = number, time.monotonic()
         if self._main:  # os.write: print is not safe here
             os.write(2, b"\nstopping after this step and a checkpoint; once more to stop at once\n")
 

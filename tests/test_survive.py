@@ -76,6 +76,20 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "still here"
 
 
+def test_a_signal_that_the_launcher_hands_on_is_not_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm signals torchrun and its workers, and torchrun passes the signal on."""
+    ends: list[int] = []
+    monkeypatch.setattr("ltfast.survive.os._exit", ends.append)
+    with Signals(main=False, launched=True) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert ends == []
+        signals._first -= 5
+        signal.raise_signal(signal.SIGTERM)
+    assert ends == [128 + signal.SIGTERM]
+
+
 class Clock:
     now = 0.0
 
