@@ -17,107 +17,19 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
 import torch
+from ablation_cells import SWEEPS, Cell, same
 
 FIGURES = ("top1", "medium", "few", "ece")
-RHO = (2e-3, 3e-3)  # the paper's clip of Eq. 13
 BASELINE = "bcl"
 FIXED = {"device": "cpu", "compile": "off", "tensorboard": False, "checkpoint_every": 10**6}
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 LEVEL = 0.95
-
-
-class Cell(NamedTuple):
-    """One configuration: a method and the settings that it overrides."""
-
-    method: str
-    settings: dict[str, Any]
-
-
-def radius(factor: float) -> dict[str, Any]:
-    """Both clips of Eq. 13 times `factor`; almost every radius lies on one of them."""
-    return {"rho_min": RHO[0] * factor, "rho_max": RHO[1] * factor}
-
-
-def settings_of(method: str, name: str, values: Iterable[Any]) -> dict[str, Cell]:
-    """A cell for each value of one setting."""
-    return {f"{method},{name}={value}": Cell(method, {name: value}) for value in values}
-
-
-def directions(factor: float) -> dict[str, Cell]:
-    """Directions of a shared perturbation of all parameters, all exact: friendly cannot reuse a Gram matrix."""
-    return {
-        f"gsa-exact,direction={name},radius=x{factor:g}": Cell("gsa-exact", {"direction": name, **radius(factor)})
-        for name in ("orthogonal", "friendly", "none", "projected", "joint")
-    }
-
-
-def scopes(factor: float) -> dict[str, Cell]:
-    """Scope and objective at one radius."""
-    return {
-        f"gsa-exact,scope={scope},objective={objective},radius=x{factor:g}": Cell(
-            "gsa-exact", {"scope": scope, "objective": objective, **radius(factor)}
-        )
-        for scope in ("classifier", "all")
-        for objective in ("shared", "per_group")
-    }
-
-
-# Sweeps, most telling first; every sweep is compared with the same BCL runs. Cells that are one configuration under two
-# names (`same`) are run once.
-SWEEPS: dict[str, dict[str, Cell]] = {
-    "baseline": {"bcl": Cell("bcl", {})},
-    "sam": settings_of("bcl+sam", "rho", (0.02, 0.05, 0.1, 0.2)),
-    "radius-full": {f"gsa-full,radius=x{k}": Cell("gsa-full", radius(k)) for k in (1, 3, 10, 30)},
-    "radius-paper": {f"gsa-paper,radius=x{k}": Cell("gsa-paper", radius(k)) for k in (1, 3, 10, 30)},
-    "gkp": {f"gsa-full+gkp,radius=x{k}": Cell("gsa-full+gkp", radius(k)) for k in (1, 3)},
-    "direction": {
-        **{
-            f"gsa-full,direction={name},radius=x3": Cell("gsa-full", {"direction": name, **radius(3)})
-            for name in ("orthogonal", "joint", "none", "projected")
-        },
-        **directions(1),
-        **directions(3),
-    },
-    "lambda": {f"gkp,gkp_lambda={k}": Cell("gkp", {"gkp_lambda": float(k)}) for k in (1, 10, 100)},
-    "scope": {**scopes(1), **scopes(3)},
-    "gram": settings_of("gsa-full", "gram_every", (1, 4, 16, 64)),
-    "groups": settings_of("gsa-full", "groups", (2, 4, 8)),
-    "scout": settings_of("gkp", "scout", (0.2, 0.4, 0.6)),
-    "regroup": settings_of("gkp", "regroup", (0, 6, 12)),
-    "alpha": {
-        f"gkp,alpha={a}->{b}": Cell("gkp", {"alpha_start": a, "alpha_end": b})
-        for a, b in ((0.9, 0.8), (0.99, 0.99), (0.5, 0.5))
-    },
-    "ascent": {
-        name: Cell("gsa-full", settings)
-        for name, settings in {
-            "gsa-full,ascent_every=2": {"ascent_every": 2},
-            "gsa-full,ascent_views=1": {"ascent_views": 1},
-            "gsa-full,ascent_fraction=0.5": {"ascent_fraction": 0.5},
-        }.items()
-    },
-}
-
-
-@cache
-def same(name: str) -> str:
-    """The first cell of all sweeps with the same resolved configuration as cell `name`."""
-    cells = {n: cell for sweep in SWEEPS.values() for n, cell in sweep.items()}
-    return next(n for n, cell in cells.items() if resolved(cell) == resolved(cells[name]))
-
-
-def resolved(cell: Cell) -> dict[str, Any]:
-    """What a cell comes to: its configuration without its name, and its sharpness rule with the overrides in it."""
-    from ltfast.recipes import build_config, rule_of
-
-    config = build_config("digits-lt", cell.method, {}, cell.settings)
-    return {**config.to_dict(), "method": None, "sharpness": rule_of(config)}
 
 
 class Scouted(Exception):
@@ -288,7 +200,7 @@ def run_sweeps(
     path, started, longest = harness.RESULTS / "ablation.jsonl", time.monotonic(), 0.0
     cells = {name: (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items() if same(name) == name}
     if only:
-        cells = {name: cells[name] for name in only}
+        cells = {name: cell for name, cell in cells.items() if name in {same(each) for each in only}}
     for seed in seeds:
         for name, (sweep, cell) in cells.items():
             if (name, seed) in rows(path):
