@@ -7,14 +7,16 @@
     python benchmarks/data.py gpu --pictures imagenet_sample_256.tar            # share of a ResNet-50 step (needs a GPU)
 
 throughput runs every case in a process of its own, in turns, so that each ratio compares neighbours; a CPU second counts all
-threads and worker processes, and is the figure to trust on a busy machine. `pil` is the baseline: a torchvision DataLoader as
-BCL's code has it (decode, transforms, ToTensor, Normalize in the workers). --append writes the rows to results/data.jsonl.
+threads and worker processes, and is the figure to trust on a busy machine. Memory is read with a batch in hand and again
+after a pause in which every queue has filled, as during a training step: proportional set size of all processes, and batches
+that wait in shared memory, mapped or not; memory_beyond_import leaves out what one process holds after the imports.
+`pil` is the baseline: a torchvision DataLoader as BCL's code has it (decode, transforms, ToTensor, Normalize in the workers).
+--append writes the rows to results/data.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -34,9 +36,11 @@ import torch
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.data_lists import Row, million_lines, orders
+
 BATCH, WORKERS, SIZE = 64, 2, 224
+MEMORY_BATCHES, PAUSE = 3, 4.0  # seconds in which both workers fill their queues
 CASES = ("pil", "torch", "dali")
-Row = tuple[str, str, float, int, dict[str, Any]]  # case, metric, value, n, further fields
 
 
 def unpack(pictures: str, folder: Path) -> Path:
@@ -140,26 +144,47 @@ def cpu_seconds() -> float:
 
 
 def memory_mib() -> float:
-    """Proportional set size of the family: shared pages counted once."""
-    lines = [line for pid in family() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    """Memory of the family: private and shared pages counted once, shared-memory files whether mapped or not.
+
+    A batch that a worker has handed over and nobody has fetched is mapped nowhere: only an open file keeps it.
+    """
+    kib, shared = 0, dict[tuple[int, int], int]()
+    for pid in family():
+        fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+        kib += int(fields["Pss"].split()[0]) - int(fields["Pss_Shmem"].split()[0])
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                if os.readlink(entry).startswith("/dev/shm/"):
+                    file = entry.stat()
+                    shared[file.st_dev, file.st_ino] = file.st_blocks * 512
+            except OSError:
+                continue
+    return kib / 1024 + sum(shared.values()) / 2**20
 
 
 def measure(case: str, views: int, folder: Path, images: int) -> dict[str, float]:
     """One timed pass over `images` pictures, after four batches of warm-up, in this process."""
+    import torchvision.transforms.functional  # noqa: F401  every case holds it, or what it imports
+
     torch.set_num_threads(1)
+    imported = memory_mib()
     # One long epoch: the cost of starting workers is not in the figure of any case.
-    stream = batches(case, views, lists_of(folder, images + 16 * BATCH))
+    stream = batches(case, views, lists_of(folder, images + 32 * BATCH))
     for _ in range(4):
-        next(stream)
+        batch = next(stream)
     cpu, wall, peak = cpu_seconds(), time.perf_counter(), 0.0
-    for step in range(images // BATCH):
-        next(stream)
-        if step % 4 == 3:
-            peak = max(peak, memory_mib())
+    for _ in range(images // BATCH):
+        batch = next(stream)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    for _ in range(MEMORY_BATCHES):
+        batch = next(stream)
+        peak = max(peak, memory_mib())
+        time.sleep(PAUSE)
+        peak = max(peak, memory_mib())
+    del batch
     done = images // BATCH * BATCH
-    return {"images_per_s": done / wall, "images_per_cpu_s": done / cpu, "memory_mib": peak}
+    figures = {"images_per_s": done / wall, "images_per_cpu_s": done / cpu}
+    return {**figures, "memory_mib": peak, "memory_beyond_import_mib": peak - imported}
 
 
 def throughput(folder: Path, rounds: int, images: int) -> list[Row]:
@@ -192,32 +217,6 @@ def throughput(folder: Path, rounds: int, images: int) -> list[Row]:
     return rows
 
 
-def million_lines(lines: int = 1_000_000) -> list[Row]:
-    """Seconds and peak memory to parse a list, validate it and check that every file exists."""
-    from ltfast.data.lists import read_list, validate_lists
-
-    with tempfile.TemporaryDirectory() as name:
-        root, text = Path(name), []
-        for label in range(1000):
-            (root / f"train/n{label:08d}").mkdir(parents=True)
-            for i in range(lines // 1000):
-                path = f"train/n{label:08d}/n{label:08d}_{i}.JPEG"
-                os.close(os.open(root / path, os.O_CREAT))
-                text.append(f"{path} {label}\n")
-        order = np.random.default_rng(0).permutation(len(text))
-        (root / "list.txt").write_text("".join(text[i] for i in order))
-        del text
-        start = time.perf_counter()
-        images = read_list(root / "list.txt", root)
-        parsed = time.perf_counter()
-        validate_lists({"train": images})
-        end = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    case = f"list/{lines}-lines"
-    figures = {"parse_s": parsed - start, "validate_and_exist_s": end - parsed, "peak_memory_mib": peak}
-    return [(case, metric, value, 1, {}) for metric, value in figures.items()]
-
-
 def check_speed(folder: Path, images: int) -> list[Row]:
     """Microseconds a file of `data check`, headers and full decode, one thread."""
     from ltfast.data.check import check_dataset
@@ -229,80 +228,6 @@ def check_speed(folder: Path, images: int) -> list[Row]:
         check_dataset(train, full=depth == "full", workers=1)
         rows.append((f"check/{depth}", "us_per_file", (time.perf_counter() - start) / images * 1e6, 1, {}))
     return rows
-
-
-def orders(n: int = 20_000, shards: int = 8, epochs: int = 3) -> list[Row]:
-    """Correlation of a picture's place with the list, between epochs and between seeds: 0 for a uniform permutation."""
-    from ltfast.data.sampler import epoch_order
-
-    def ours(seed: int) -> list[np.ndarray]:
-        labels = torch.zeros(n, dtype=torch.int64)
-        return [epoch_order("instance", labels, batch=50, seed=seed, epoch=e)[:n].numpy() for e in range(epochs)]
-
-    rows = _order_rows("order/ltfast", ours(0), ours(1))
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        return rows
-    with tempfile.TemporaryDirectory() as name:
-        files = _numbered_shards(Path(name), n, shards)
-        for label, options in (
-            ("window-1024", {"random_shuffle": True}),
-            ("window-1024+shuffle_after_epoch", {"random_shuffle": True, "shuffle_after_epoch": True}),
-        ):
-            a, b = (_reader_order(files, n, epochs, seed=seed, **options) for seed in (0, 1))
-            rows += _order_rows(f"order/dali-webdataset/{label}", a, b)
-    return rows
-
-
-def _order_rows(case: str, a: list[np.ndarray], b: list[np.ndarray]) -> list[Row]:
-    def correlation(x: np.ndarray, y: np.ndarray) -> float:
-        return float(np.corrcoef(np.argsort(x), np.argsort(y))[0, 1])
-
-    n = len(a[0])
-    figures = {
-        "correlation_list_epoch": correlation(np.arange(n), a[0]),
-        "correlation_epochs": statistics.fmean(correlation(x, y) for x, y in itertools.pairwise(a)),
-        "correlation_seeds": correlation(a[0], b[0]),
-        "classes_in_first_batch_of_8": len(np.unique(a[0][:64] * 8 // n)),
-    }
-    return [(case, metric, value, 1, {"config": {"images": n}}) for metric, value in figures.items()]
-
-
-def _numbered_shards(folder: Path, n: int, shards: int) -> list[Path]:
-    import io
-
-    from ltfast.data.webdataset import shard_index
-
-    files = [folder / f"s-{shard}.tar" for shard in range(shards)]
-    for file, part in zip(files, np.array_split(np.arange(n), shards), strict=True):
-        with tarfile.open(file, "w") as tar:
-            for number in part.tolist():
-                for extension in ("jpg", "cls"):
-                    info = tarfile.TarInfo(f"{number:06d}.{extension}")
-                    info.size = 6
-                    tar.addfile(info, io.BytesIO(f"{number:06d}".encode()))
-        shard_index(file)
-    return files
-
-
-def _reader_order(files: list[Path], n: int, epochs: int, **options: Any) -> list[np.ndarray]:
-    from nvidia.dali import Pipeline, fn
-
-    pipeline = Pipeline(batch_size=50, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    with pipeline:
-        paths, indexes = [str(f) for f in files], [f"{f}.idx" for f in files]
-        _, number = fn.readers.webdataset(paths=paths, index_paths=indexes, ext=["jpg", "cls"], **options)
-        pipeline.set_outputs(number)
-    pipeline.build()
-    found = []
-    for _ in range(epochs):
-        numbers: list[int] = []
-        while len(numbers) < n:
-            (batch,) = pipeline.run()
-            numbers += [int(bytes(np.array(batch[i]))) for i in range(len(batch))]
-        found.append(np.array(numbers[:n]))
-    return found
 
 
 def gpu_share(folder: Path, steps: int = 60) -> list[Row]:
