@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import peer_tables
 
+from ltfast.recipes import ALIASES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Okabe-Ito colours with distinct markers: readable in grey print and to colour-blind eyes.
@@ -20,12 +22,16 @@ STYLES = {"ce": ("#D55E00", "s", "--"), "gkp-gsa": ("#0072B2", "o", "-")}
 
 
 def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """method -> seed -> metric -> value, the last row of each case winning (rows are append-only)."""
+    """method -> seed -> metric -> value, the last row of each case winning (rows are append-only).
+
+    A method that a short name stands for (gsa-full+gkp) counts as rows of the short name (gkp-gsa).
+    """
+    short = {method: name for name, method in ALIASES.items() if "+" in method}
     table: dict[str, dict[int, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for line in (RESULTS / f"{bench}.jsonl").read_text().splitlines():
         row = json.loads(line)
         method, _, seed = row["case"].split("/")
-        table[method][int(seed.removeprefix("seed="))][row["metric"]] = row["value"]
+        table[short.get(method, method)][int(seed.removeprefix("seed="))][row["metric"]] = row["value"]
     return table
 
 
