@@ -16,7 +16,9 @@ Shapes: M [R, R] or partials [P, R, R]; shares, counts [G]; coefficients [R] or 
 Accumulation: float64 throughout. Mutates nothing. One program: the partials are some tens of kilobytes, the rest is
 in registers; nothing of size N is touched.
 Edge cases: |uh_k|^2 <= 1e-6 M_kk (or G = 1, where Eq. 12 removes everything) falls back to u_k; a group with w_k = 0
-contributes nothing whatever its row holds; a zero or non-finite gradient gives coefficients 0 and ok = 0.
+contributes nothing whatever its row holds; a zero or non-finite gradient gives coefficients 0 and ok = 0. A shared sum that
+cancels, |sum_k a_k r_k uh_k|^2 <= 1e-6 (sum_k a_k r_k |uh_k|)^2, is rounding and no direction: coefficients 0, length 0, ok
+= 1, so the step is a plain one. Two groups of one radius always cancel under Eq. 12: uh_1 and uh_2 are exactly opposite.
 Source: arXiv 2603.21217, Eq. 12-15; the radius rule is CC-SAM's.
 """
 
@@ -33,7 +35,7 @@ DIRECTIONS = ("joint", "none", "orthogonal", "projected", "friendly")
 AGGREGATES = ("uniform", "share")
 OBJECTIVES = ("shared", "per_group")
 
-# A direction that keeps less than this share of its squared norm has lost its digits to cancellation (method, section 4).
+# A direction, or a sum of them, that keeps less than this share of its squared norm has lost its digits to cancellation.
 FALLBACK = 1e-6
 
 
@@ -121,6 +123,9 @@ def ascent_coefficients_reference(
             a = w / w.sum() if aggregate == "share" else present.double() / present.sum()
         coef = torch.where(present.any(), a, 0.0) @ coef
         length_sq = (coef @ gram @ coef).expand_as(r)
+        if direction != "joint":
+            vanishes = length_sq[0] <= FALLBACK * (a * torch.where(valid, intended, 0.0)).sum() ** 2
+            coef, length_sq = torch.where(vanishes, 0.0, coef), torch.where(vanishes, 0.0, length_sq)
     else:
         length_sq = r * r * norm_sq
     coef = coef.float()

@@ -162,12 +162,19 @@ def _coefficients_kernel(
         if DIRECTION != "joint":
             weight = one if UNIFORM else w
             weight = tl.where(present, weight, 0.0)
-            a = tl.where(valid, r * weight / tl.sum(weight, axis=0), 0.0)
+            weight = weight / tl.sum(weight, axis=0)
+            a = tl.where(valid, r * weight, 0.0)
         c = a * alpha + w * tl.sum(a * beta, axis=0)
         c_moments = a * gamma
         length_sq = zero + _bilinear(gram, c, c)
         if DIRECTION == "friendly":
             length_sq += 2.0 * _bilinear(cross, c, c_moments) + _bilinear(moments, c_moments, c_moments)
+        if DIRECTION != "joint":
+            reach = tl.sum(tl.where(valid, intended * weight, 0.0), axis=0)
+            vanishes = length_sq <= FALLBACK * reach * reach
+            c = tl.where(vanishes, 0.0, c)
+            c_moments = tl.where(vanishes, 0.0, c_moments)
+            length_sq = tl.where(vanishes, 0.0, length_sq)
         c = c.to(tl.float32)
         c_moments = c_moments.to(tl.float32)
         finite = size + tl.sum(tl.abs(c) + tl.abs(c_moments), axis=0) < float("inf")

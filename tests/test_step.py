@@ -252,7 +252,7 @@ def test_mode_r_refresh_is_exact_and_reuse_keeps_the_intended_norm() -> None:
     engine = step.engine
     assert engine is not None
     losses, shares, _ = step.losses(torch.cat(batch.views), batch.labels)
-    coef, intended = engine.stale_coefficients(shares)
+    coef, intended, _ = engine.stale_coefficients(shares)
     engine.ascend(losses, shares, STALE)
     s = engine.kept.abs()
     moved = ((engine.flat.data - engine.kept) / s.clamp_min(1e-12))[s > 1e-6].double().norm()

@@ -6,7 +6,7 @@ the coefficients of every other step from it. Everything is a few numbers on the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,28 @@ from torch import Tensor
 from ltfast.kernels import ascent_coefficients
 from ltfast.optim.rules import Rule
 
-# Mode R: below this ratio of |sum_j c_j u_j|^2 to (sum_j |c_j| |u_j|)^2 the groups' terms nearly cancel and a stale Gram
-# matrix no longer tells where their sum points: the step then takes the plain SAM direction at the intended norm.
-CANCELLATION = 1e-2
+# Mode R: where the groups' directions nearly cancel, a remembered Gram matrix no longer tells where their sum points. Below
+# this ratio of |sum_k a_k eps_k|^2 to (sum_k a_k |eps_k|)^2 the step is a plain one. On pictures it is .04 to .11.
+CANCELLATION = 1e-4
+# With a fresh classifier the remembered part may come out far longer than expected (a batch with an odd picture); it is
+# damped to the length expected, by at most this factor.
+LEAST_DAMPING = 1e-3
+
+
+class Stale(NamedTuple):
+    """Mode R's coefficients [G] and the norms |s^-1 eps| they intend, float64 0-dim: of all, and of the remembered part
+    (None without a fresh classifier)."""
+
+    coef: Tensor
+    norm: Tensor
+    rest: Tensor | None
+
+    def damping(self, rest_sq: Tensor) -> Tensor:
+        """What the remembered part is multiplied by where its squared norm came out as `rest_sq`."""
+        if self.rest is None:
+            return torch.ones_like(rest_sq)
+        damping = (self.rest / rest_sq.clamp_min(1e-300).sqrt()).clamp(LEAST_DAMPING, 1.0)
+        return torch.where(torch.isfinite(rest_sq), damping, 1.0)
 
 
 class Ascent:
@@ -24,7 +43,9 @@ class Ascent:
 
     Attributes:
         stats: device tensors describing the last ascent, for logging.
-        memory: [G, G] Gram matrix of mode R, valid once `remembers`; theta_sq: |theta|^2 that goes with it.
+        memory: [G, G] Gram matrix of mode R, valid once `remembers`; theta_sq: |theta|^2 that goes with it. Of all
+            parameters, or (`fresh` given everywhere) of all but the classifier's.
+        holds_rest: the memory leaves the classifier out.
         seen: [G] 1 where the group's moving average has begun ("friendly").
         refresh: cosines between the remembered and the exact direction at refreshes: sum, count, smallest.
     """
@@ -43,7 +64,7 @@ class Ascent:
         # Changed in place only, here and below: a CUDA graph finds it where it was.
         self.memory = torch.zeros(self.n_groups, self.n_groups, dtype=torch.float64, device=device)
         self.theta_sq = torch.zeros((), dtype=torch.float64, device=device)
-        self.remembers = False
+        self.remembers, self.holds_rest = False, False
         self.seen = torch.zeros(self.n_groups, device=device)
         self.tail = torch.arange(self.n_groups, device=device).clamp_max(1).float()  # what a split rule perturbs
         self.steps = 0
@@ -76,52 +97,95 @@ class Ascent:
 
     # -- mode R ----------------------------------------------------------------------------------------------------------
 
-    def refreshed(self, matrix: Tensor, theta_sq: Tensor, shares: Tensor) -> Tensor:
-        """Exact coefficients at a refresh: mix the matrix into the memory, log how far off the memory's were."""
+    def refreshed(self, matrix: Tensor, theta_sq: Tensor, shares: Tensor, fresh: Tensor | None = None) -> Tensor:
+        """Exact coefficients at a refresh: mix the matrix into the memory, log how far off the memory's were.
+
+        fresh: [G, G] the classifier's part of the matrix, if every step knows it; the memory then holds the rest.
+        """
         self.theta_sq.copy_(theta_sq)
-        stale = self.stale_coefficients(shares)[0] if self.remembers else None
-        self._remember(matrix, shares)
+        if self.remembers and self.holds_rest != (fresh is not None):
+            self.memory.zero_()
+            self.remembers = False
+        self.holds_rest = fresh is not None
+        stale = self.stale_coefficients(shares, fresh) if self.remembers else None
+        self._remember(matrix if fresh is None else matrix - fresh, shares)
         coef = self.coefficients(matrix, self.theta_sq, shares)
         if stale is not None:
-            self._compare(stale.double(), coef.double(), matrix.double())
+            self._log(self.cosine(stale, coef.double(), matrix, fresh))
         return coef
 
     def _remember(self, matrix: Tensor, shares: Tensor) -> None:
-        present = (shares > 0) & torch.isfinite(matrix).all()  # a batch that overflowed leaves no trace
-        both = present[:, None] & present[None, :]
-        ema = self.rule.gram_ema
-        known = self.memory.diagonal() > 0
-        mixed = torch.where(known[:, None] & known[None, :], ema * self.memory + (1 - ema) * matrix, matrix)
-        self.memory.copy_(torch.where(both, mixed, self.memory))
+        """Average norms in the logarithm and correlations as they are: one batch with an odd picture, whose gradient is
+        four times as long, would otherwise rule the memory for many refreshes."""
+        norms, held = (m.diagonal().clamp_min(0).sqrt() for m in (matrix, self.memory))
+        # A batch that overflowed, or a group that is absent or without a gradient, leaves no trace.
+        present = (shares > 0) & (norms > 0) & torch.isfinite(matrix).all()
+        both, known = torch.outer(present, present), held > 0
+        ema = torch.where(torch.outer(known, known), self.rule.gram_ema, 0.0)
+        mixed = torch.where(known, held, 1.0).log() * ema.diagonal()
+        mixed = (mixed + torch.where(present, norms, 1.0).log() * (1 - ema.diagonal())).exp()
+        cosines = ema * _correlation(self.memory, held) + (1 - ema) * _correlation(matrix, norms)
+        self.memory.copy_(torch.where(both, cosines * torch.outer(mixed, mixed), self.memory))
         self.remembers = True
 
-    def _compare(self, stale: Tensor, exact: Tensor, matrix: Tensor) -> None:
-        """Log the cosine between the direction of the remembered Gram matrix and the exact one."""
-        lengths = (stale @ matrix @ stale) * (exact @ matrix @ exact)
-        cosine = torch.where(lengths > 0, (stale @ matrix @ exact) / lengths.clamp_min(1e-300).sqrt(), 1.0)
-        self.refresh.copy_(
-            torch.stack([self.refresh[0] + cosine, self.refresh[1] + 1, self.refresh[2].minimum(cosine)])
-        )
+    @staticmethod
+    def cosine(stale: Stale, exact: Tensor, matrix: Tensor, fresh: Tensor | None = None) -> Tensor:
+        """Cosine between the direction that `stale` would have taken in this batch and the exact one; NaN if neither moves.
 
-    def stale_coefficients(self, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients [G] from the remembered Gram matrix and the norm |s^-1 eps| they intend (0-dim)."""
-        memory = self.memory
-        coef = self.coefficients(memory, self.theta_sq, shares)
+        matrix, fresh: [G, G] the batch's own Gram matrix and the classifier's part of it.
+        """
+        c, known = stale.coef.double(), torch.zeros_like(matrix) if fresh is None else fresh
+        rest = matrix - known
+        damping = stale.damping(c @ rest @ c)
+        along = c @ known @ exact + damping * (c @ rest @ exact)
+        lengths = (c @ known @ c + damping**2 * (c @ rest @ c)) * (exact @ matrix @ exact)
+        moves = (c != 0).any() | (exact != 0).any()
+        return torch.where(moves, torch.where(lengths > 0, along / lengths.clamp_min(1e-300).sqrt(), 0.0), torch.nan)
+
+    def _log(self, cosine: Tensor) -> None:
+        known = torch.isfinite(cosine)
+        cosine = torch.where(known, cosine, 0.0)
+        least = torch.where(known, self.refresh[2].minimum(cosine), self.refresh[2])
+        self.refresh.copy_(torch.stack([self.refresh[0] + cosine, self.refresh[1] + known.double(), least]))
+
+    def stale_coefficients(self, shares: Tensor, fresh: Tensor | None = None) -> Stale:
+        """Coefficients from the remembered Gram matrix, to which this batch's classifier part `fresh` [G, G] is added."""
+        matrix = self.memory if fresh is None else self.memory + fresh
+        coef = self.coefficients(matrix, self.theta_sq, shares)
+        reach = self._reach(shares)
+        length_sq = self.stats["length_sq"].double().reshape(-1)[0]
+        coef = torch.where(length_sq <= CANCELLATION * reach * reach, 0.0, coef)
         c = coef.double()
-        square = c @ memory @ c
-        reach = (c.abs() * memory.diagonal().clamp_min(0).sqrt()).sum()
-        cancels = square <= CANCELLATION * reach * reach
-        plain = torch.where(cancels, shares, coef)
-        return plain, torch.where(cancels, CANCELLATION**0.5 * reach, square.clamp_min(0).sqrt())
+        rest = None if fresh is None else (c @ self.memory @ c).clamp_min(0).sqrt()
+        return Stale(coef, (c @ matrix @ c).clamp_min(0).sqrt(), rest)
 
-    def rescaled(self, partials: Tensor, theta_sq: Tensor, intended: Tensor) -> Tensor:
-        """[1] factor that gives the gradient of sum_j c_j L_j, whose Gram partials these are, the intended norm."""
+    def _reach(self, shares: Tensor) -> Tensor:
+        """sum_k a_k |eps_k / s|, float64, of the ascent whose statistics are in `stats`."""
+        rule, radius = self.rule, self.stats["radius"].double()
+        if rule.rho is None:
+            radius = self.n_elements**0.5 * radius.clamp(rule.rho_min, rule.rho_max)
+        if radius.numel() == 1:
+            return radius.sum()
+        weights = shares.double() if rule.aggregate == "share" else (shares > 0).double()
+        return (weights * radius).sum() / weights.sum().clamp_min(1e-30)
+
+    def rescaled(
+        self, partials: Tensor, theta_sq: Tensor, stale: Stale, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Factors that give the gradient of sum_j c_j L_j, whose Gram partials these are, the intended norm: [1] for all
+        of it, and 0-dim one more for the classifier's part, whose squared norm is `known` (no such part: 1)."""
         self.theta_sq.copy_(theta_sq.sum())
         actual = partials.sum()
         finite = torch.isfinite(actual).float()
         self.stats |= {"ok": self.stats["ok"] * finite, "bad": 1 - finite}
-        scale = (intended / actual.clamp_min(1e-30).sqrt()).float()
-        return torch.where(torch.isfinite(scale), scale, 0.0).reshape(1)
+        part = torch.ones_like(actual)
+        if known is not None:
+            rest = (actual - known).clamp_min(0)
+            part = 1 / stale.damping(rest)
+            actual = rest + part * part * known
+        scale = stale.norm / actual.clamp_min(1e-30).sqrt()
+        scale, part = (torch.where(torch.isfinite(scale * part), x, y) for x, y in ((scale, 0.0), (part, 1.0)))
+        return scale.float().reshape(1), part.float()
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -130,6 +194,7 @@ class Ascent:
         state = {"steps": torch.tensor(self.steps), "seen": self.seen}
         if self.remembers:
             state |= {"memory": self.memory, "theta_sq": self.theta_sq, "refresh": self.refresh}
+            state |= {"holds_rest": torch.tensor(self.holds_rest)}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -138,6 +203,13 @@ class Ascent:
         self.seen.copy_(state["seen"])
         self.remembers = "memory" in state
         if self.remembers:
+            self.holds_rest = bool(state.get("holds_rest", False))
             self.memory.copy_(state["memory"])
             self.theta_sq.copy_(state["theta_sq"])
             self.refresh.copy_(state["refresh"])
+
+
+def _correlation(matrix: Tensor, norms: Tensor) -> Tensor:
+    """Cosines of a Gram matrix with these norms, 0 where one is 0."""
+    lengths = torch.outer(norms, norms)
+    return torch.where(lengths > 0, matrix / torch.where(lengths > 0, lengths, 1.0), 0.0)

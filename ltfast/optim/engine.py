@@ -12,13 +12,16 @@ coefficients come from a Gram matrix refreshed every few steps; the result is re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltfast.backward import Backward
 from ltfast.flat import FlatParameters
 from ltfast.kernels import gram, gram_partials, perturb
 from ltfast.optim.ascent import Ascent
+from ltfast.optim.fresh import FreshGradients
 from ltfast.optim.rules import Rule
 from ltfast.reduce import Agreement
 
@@ -35,6 +38,7 @@ class Engine(Ascent):
         counts: [G] training images of each group (Eq. 13).
         agreement: what of the ascent is taken over all ranks.
         backward: gathers gradients into the rows of `flat`.
+        classifier: parameters, neighbours in `flat`, whose group gradients mode R computes in every step (ltfast.optim.fresh).
 
     Attributes:
         kept: [N] theta as it was before the climb, bit-exact; meaningful while `climbed` is true.
@@ -48,6 +52,7 @@ class Engine(Ascent):
         counts: Tensor,
         agreement: Agreement | None = None,
         backward: Backward | None = None,
+        classifier: Sequence[nn.Parameter] = (),
     ) -> None:
         self.flat, self.agreement = flat, agreement or Agreement()
         self.backward = backward or Backward(flat)
@@ -55,6 +60,7 @@ class Engine(Ascent):
         self.eps = torch.zeros_like(flat.data) if rule.ascent_every > 1 else None
         self.held: dict[str, Tensor] = {}
         self.climbed = False
+        self.classifier = classifier if rule.gram_every > 1 and rule.scope == "all" else ()
         super().__init__(rule, counts, flat.numel, flat.device)
 
     def start(self, counts: Tensor) -> None:
@@ -62,6 +68,7 @@ class Engine(Ascent):
         super().start(counts)
         self._pending: Tensor | None = None  # weights of the moving averages' next update
         self.flat.resize_rows(self.n_rows + (self.rule.objective == "per_group"))
+        self.last = FreshGradients(self.flat, self.classifier, self.n_groups) if self.classifier else None
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -71,7 +78,8 @@ class Engine(Ascent):
         self.steps += 1
         if between:
             return REPEAT
-        return EXACT if ascent % self.rule.gram_every == 0 or not self.remembers else STALE
+        again = not self.remembers or self.holds_rest != (self.last is not None)
+        return EXACT if ascent % self.rule.gram_every == 0 or again else STALE
 
     def ascend(self, losses: Tensor, shares: Tensor, branch: str = EXACT) -> Tensor:
         """First pass: from group losses [G] and batch shares [G] at theta to coefficients; leaves theta + eps in place.
@@ -137,7 +145,8 @@ class Engine(Ascent):
         rule = self.rule
         if rule.gram_every > 1:
             matrix, theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
-            return self.refreshed(self.agreement.gram(matrix, shares), theta_sq, self.agreement.shares(shares))
+            fresh = None if self.last is None else self.agreement.gram(self.last.gram(self.rows, rule.adaptive), shares)
+            return self.refreshed(self.agreement.gram(matrix, shares), theta_sq, self.agreement.shares(shares), fresh)
         partials, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
         coef = self.coefficients(partials, theta_sq, shares)
         if rule.direction == "friendly":
@@ -157,11 +166,21 @@ class Engine(Ascent):
     # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
 
     def _stale(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        coef, intended = self.stale_coefficients(self.agreement.shares(shares))
-        row = self.backward((coef * losses).sum(), 0)
+        last, fresh = self.last, None
+        if last is not None:
+            scaler = self.backward.scaler
+            fresh = last.gram(
+                self.agreement.rows(last.put(losses, None if scaler is None else scaler.scale)), self.rule.adaptive
+            )
+        stale = self.stale_coefficients(self.agreement.shares(shares), fresh)
+        row = self.backward((stale.coef * losses).sum(), 0)
         self.agreement.rows(row)
         partials, theta_sq = gram_partials(row[None], self.flat.data, self.rule.adaptive)
-        return self.rescaled(partials, theta_sq, intended), row[None]
+        known = None if last is None else last.gram(row[None], self.rule.adaptive).sum()
+        scale, more = self.rescaled(partials, theta_sq, stale, known)
+        if last is not None:
+            row[last.span] *= more
+        return scale, row[None]
 
     # -- state -----------------------------------------------------------------------------------------------------------
 

@@ -19,15 +19,17 @@ from torch.amp import GradScaler
 
 from ltfast.flat import GradientRows
 from ltfast.kernels import gram_partials, perturb
-from ltfast.optim.ascent import Ascent
+from ltfast.optim.ascent import Ascent, Stale
 from ltfast.optim.base import FlatOptimizer, several
+from ltfast.optim.fresh import FreshGradients
 from ltfast.optim.inner import Block
 from ltfast.optim.rules import Rule
 from ltfast.optim.state import averages_by_index, load_averages
 
 Losses = tuple[Tensor, Tensor]
 Closure = Callable[[], Losses]
-MARK = "classifier"  # key of a param group that scope="classifier" perturbs
+# Key of a param group: what scope="classifier" perturbs, and whose group gradients mode R computes in every step.
+MARK = "classifier"
 
 
 class GroupAscent(FlatOptimizer):
@@ -63,6 +65,8 @@ class GroupAscent(FlatOptimizer):
     def _setup(self) -> None:
         super()._setup()
         self._pending: Tensor | None = None
+        self._last: list[FreshGradients | None] = []
+        self._last_layers()
         self.ascent = Ascent(self.rule, self._counts, 1, self.blocks[0].flat.device)
 
     # -- what is perturbed -----------------------------------------------------------------------------------------------
@@ -100,9 +104,21 @@ class GroupAscent(FlatOptimizer):
     def _climbing(self) -> list[Block]:
         return [block for block in self.blocks if self._climbs(block)]
 
+    def _last_layers(self) -> list[FreshGradients | None]:
+        """The marked parameters of each climbing block in mode R (None: it has none)."""
+        blocks = self._climbing
+        if len(self._last) != len(blocks):
+            self._last = [None] * len(blocks)
+            for i, block in enumerate(blocks if self.rule.gram_every > 1 and self.rule.scope == "all" else []):
+                groups = zip(block.flat.params, block.group_of, strict=True)
+                marked = [p for p, k in groups if self.param_groups[k].get(MARK)]
+                if marked:
+                    self._last[i] = FreshGradients(block.flat, marked, self._counts.numel())
+        return self._last
+
     def set_groups(self, counts: Any) -> None:
         """Start afresh with groups of `counts` [G] training images (after regrouping)."""
-        self._counts = _as_counts(counts)
+        self._counts, self._last = _as_counts(counts), []
         self.restore()
         for block in self.blocks:
             block.flat.resize_rows(self._rows_of(block))
@@ -113,7 +129,8 @@ class GroupAscent(FlatOptimizer):
     def _first(self, closures: list[Closure], scaler: GradScaler | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Coefficients, the gradient rows they combine (for each climbing block), and the loss at theta."""
         ascent, every = self.ascent, self.rule.gram_every
-        exact = every == 1 or not ascent.remembers or ascent.steps % every == 0
+        other = ascent.holds_rest != any(self._last_layers())
+        exact = every == 1 or not ascent.remembers or other or ascent.steps % every == 0
         ascent.steps += 1
         self._adopt()
         ascent.n_elements = sum(block.flat.numel for block in self._climbing)
@@ -169,7 +186,7 @@ class GroupAscent(FlatOptimizer):
         ascent = self.ascent
         matrix, theta_sq = self._gram(rows)
         if self.rule.gram_every > 1:
-            return ascent.refreshed(matrix.sum(0), theta_sq.sum(), shares)
+            return ascent.refreshed(matrix.sum(0), theta_sq.sum(), shares, self._fresh_gram(rows))
         coef = ascent.coefficients(matrix, theta_sq, shares)
         if self.rule.direction == "friendly":
             self._pending = ascent.average_weights(shares)
@@ -189,28 +206,57 @@ class GroupAscent(FlatOptimizer):
     def _stale(self, closures: list[Closure], scaler: GradScaler | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Mode R: one backward of sum_j c_j L_j with coefficients from the remembered Gram matrix.
 
-        With several micro-batches each takes the coefficients of its own shares.
+        With several micro-batches each takes the coefficients of its own shares (and of its own classifier gradients).
         """
         holders, world = [b.flat.rows for b in self._climbing], self._world()
-        loss = torch.zeros((), device=self.ascent.device)
-        intended = loss
+        loss, parts = torch.zeros((), device=self.ascent.device), []
         for m, closure in enumerate(closures):
             with self._unreduced():
                 losses, shares = self._evaluate(closure)
             loss = loss + (losses.detach() * shares).sum() / len(closures)
             total = shares / world
             self._add_up(total)
-            coef, norm = self.ascent.stale_coefficients(total)
-            factor = coef / len(closures)
+            stale = self.ascent.stale_coefficients(total, self._fresh_of(losses, shares, total, scaler))
+            # An overflow must show in the gradient, where the scaler looks for it.
+            factor = torch.where(self.ascent.stats["bad"] > 0, torch.nan, stale.coef) / len(closures)
             if world > 1:
                 factor = factor * torch.where(total > 0, shares / (world * total.clamp_min(1e-30)), 0.0)
-            intended = intended + norm / len(closures)
+            parts.append(stale)
             self._fill(holders, 0, (factor * losses).sum(), None, scaler, add=m > 0, retain=False)
         rows = [holder.data[:1] for holder in holders]
         if scaler is not None:
             self._unscale(rows, scaler)
         self._add_up(*rows)
-        return self.ascent.rescaled(*self._gram(rows), intended), rows, loss
+        norm = torch.stack([part.norm for part in parts]).mean()
+        rest = None if parts[0].rest is None else torch.stack([p.rest for p in parts if p.rest is not None]).mean()
+        fresh = self._fresh_gram(rows)
+        scale, more = self.ascent.rescaled(
+            *self._gram(rows), Stale(stale.coef, norm, rest), None if fresh is None else fresh.sum()
+        )
+        for last, r in zip(self._last_layers(), rows, strict=True):
+            if last is not None:
+                r[:, last.span] *= more
+        return scale, rows, loss
+
+    def _fresh_gram(self, rows: list[Tensor]) -> Tensor | None:
+        """Gram matrix of the rows' classifier part; None if no classifier is marked."""
+        pairs = zip(self._last_layers(), rows, strict=True)
+        found = [last.gram(r, self.rule.adaptive) for last, r in pairs if last is not None]
+        return torch.stack(found).sum(0) if found else None
+
+    def _fresh_of(self, losses: Tensor, shares: Tensor, total: Tensor, scaler: GradScaler | None) -> Tensor | None:
+        """Gram matrix [G, G] of the classifier's group gradients in this batch, of all processes if the ascent is global."""
+        found, world = [], self._world()
+        for last in self._last_layers():
+            if last is None:
+                continue
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=self.ascent.device))
+            rows = last.put(losses if world == 1 else losses * (shares / world), scale)
+            if world > 1:
+                self._add_up(rows)
+                rows *= torch.where(total > 0, 1 / total.clamp_min(1e-30), 0.0)[:, None]
+            found.append(last.gram(rows, self.rule.adaptive))
+        return torch.stack(found).sum(0) if found else None
 
     def _fill(
         self, holders: list[GradientRows], row: int, loss: Tensor, factor: Tensor | None, scaler: GradScaler | None,

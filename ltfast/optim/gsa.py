@@ -162,9 +162,12 @@ class GSA(GroupedOptimizer):
 
     Args:
         params: parameters or param groups. With scope="classifier" the group of the classifier's parameters must hold
-            {"classifier": True}.
+            {"classifier": True}; with gram_every > 1 it may, and then each step computes the classifier's own group
+            gradients (a backward that stops there) and remembers the other parameters' Gram matrix only: a better
+            direction for next to no FLOPs. Do not mark it if classifier and encoder are one compiled graph.
         base_optimizer: torch.optim.SGD or AdamW (fused) or any other optimizer class.
-        counts: [G] training images of each group, G <= 64 (32 with direction "friendly").
+        counts: [G] training images of each group, G <= 64 (32 with direction "friendly"). Two groups of one radius cancel
+            in a shared orthogonal perturbation (a plain step results): use objective="per_group" or more groups.
         direction: "orthogonal" (Eq. 12), "friendly" (the released code), "projected", "none" or "joint".
         objective: "shared": one perturbation; "per_group": each group's own, G more forward and backward passes.
         scope: "all" parameters or the "classifier".

@@ -181,12 +181,26 @@ def gsa_step(
     base.step()
 
 
+def gsa_remember(memory: list[list[float]] | None, matrix: list[list[float]], ema: float) -> list[list[float]]:
+    """Mode R's memory after a renewal: norms averaged in the logarithm, cosines as they are (all groups present)."""
+    if memory is None:
+        return matrix
+    g, halves = range(len(matrix)), (memory, matrix)
+    old, new = ([math.sqrt(m[k][k]) for k in g] for m in halves)
+    norms = [old[k] ** ema * new[k] ** (1 - ema) for k in g]
+    return [
+        [norms[i] * norms[j] * (ema * memory[i][j] / (old[i] * old[j]) + (1 - ema) * matrix[i][j] / (new[i] * new[j]))
+         for j in g]
+        for i in g
+    ]  # fmt: skip
+
+
 def gsa_stale_coefficients(
-    memory: Tensor, theta: float, shares: Sequence[float], counts: Sequence[float], d: int, C: float = 0.1,
+    memory: list[list[float]], theta: float, shares: Sequence[float], counts: Sequence[float], d: int, C: float = 0.1,
     rho_min: float = 2e-3, rho_max: float = 3e-3,
 ) -> tuple[list[float], float]:  # fmt: skip
     """Mode R, orthogonal and shared: c_j of a remembered Gram matrix (all groups present) and the norm they intend."""
-    M, g = memory.tolist(), range(len(shares))
+    M, g = memory, range(len(shares))
     Mw = [sum(M[i][j] * shares[j] for j in g) for i in g]
     wMw = sum(shares[i] * Mw[i] for i in g)
     p = [Mw[k] / wMw for k in g]
@@ -199,12 +213,20 @@ def gsa_stale_coefficients(
 
 def gsa_stale_step(
     base: Optimizer, params: Sequence[Tensor], closure: Closure, coefficients: Sequence[float], intended: float,
-    adaptive: bool = True,
+    adaptive: bool = True, fresh: Sequence[Tensor] = (), rest: float = 0.0,
 ) -> None:  # fmt: skip
-    """Mode R between refreshes: ONE gradient, of sum_j c_j L_j, stretched to the intended norm."""
+    """Mode R between refreshes: ONE gradient, of sum_j c_j L_j, stretched to the intended norm.
+
+    fresh: parameters whose part of the Gram matrix was this batch's own; the others' part of the gradient is first damped
+    to the norm `rest` that was expected of it, if it is longer."""
     losses, _ = closure()
     s = scale_of(params, adaptive)
     u = times(s, gradient(sum(c * loss for c, loss in zip(coefficients, losses, strict=True)), params))
+    if fresh:
+        own = [any(p is q for q in fresh) for p in params]
+        remembered = [x for x, known in zip(u, own, strict=True) if not known]
+        damping = min(1.0, rest / math.sqrt(dot(remembered, remembered)))
+        u = [x if known else damping * x for x, known in zip(u, own, strict=True)]
     eps = [intended / math.sqrt(dot(u, u)) * x for x in times(s, u)]
     base.zero_grad()
     with Climb(params, eps):

@@ -159,6 +159,31 @@ def test_orthogonal_and_share_cancel(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_a_shared_sum_that_cancels_is_no_direction(place):
+    """Two groups of one radius are exactly opposite under Eq. 12; so are two equal and opposite gradients."""
+    rows, theta, w, counts, shares, counts_t = problem(2, 300, "orthogonal", place)
+    opposite = torch.stack((rows[0], -rows[0]))
+    for own, options in (
+        (rows, {"rho": 0.1}),
+        (rows, {"rho_min": 2e-3, "rho_max": 2e-3}),
+        (opposite, {"rho": 0.1, "direction": "none"}),
+        (torch.cat((rows, rows + opposite)), {"rho": 0.1, "direction": "friendly"}),
+    ):
+        (coef, stats), *_ = ascend(own, theta, shares, counts_t, 300, place, False, **options)
+        assert (coef == 0).all()
+        assert stats.length_sq == 0
+        assert (stats.norm_sq > 0).all()
+        assert stats.ok == 1
+    # Radii that differ leave a direction.
+    (coef, stats), rows_t, _ = ascend(rows, theta, shares, counts_t, 300, place, False, rho_min=1e-4, rho_max=1.0)
+    eps = naive_eps(rows, theta, w, counts, 300, "orthogonal", False, None, [1.0] * 2, rule=(C, 1e-4, 1.0))
+    expected = combine(eps, w, "uniform")
+    assert expected.norm() > 0
+    moved = rows_t.double().T @ coef.double()
+    check(moved, expected, "elementwise", [1.01 * expected])
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("direction", ["orthogonal", "projected"])
 def test_parallel_gradients_and_a_single_group_fall_back_to_sam(place, direction):
     base, theta = normal(50, seed=4), normal(50, seed=5)
@@ -238,8 +263,11 @@ def test_device_scalars_finished_gram_and_default_shares(place):
     numbers = {k: torch.tensor(v, device=place) for k, v in {"C": 0.2, "rho_min": 1e-3, "rho_max": 5.0}.items()}
     other, _ = ascent_coefficients(partials.sum(0), theta_sq.sum(0), None, counts, 90, **numbers)
     check(other, plain, "coefficients", [plain.flip(0)])
-    fixed, _ = ascent_coefficients(partials, None, half, None, 90, rho=torch.tensor(0.05, device=place))
-    check(fixed, ascent_coefficients(partials, None, None, None, 90, rho=0.05)[0], "coefficients", [1.01 * fixed])
+    own = {"direction": "none"}
+    fixed, _ = ascent_coefficients(partials, None, half, None, 90, rho=torch.tensor(0.05, device=place), **own)
+    check(
+        fixed, ascent_coefficients(partials, None, None, None, 90, rho=0.05, **own)[0], "coefficients", [1.01 * fixed]
+    )
     sam, stats = ascent_coefficients(gram_partials(rows[:1])[0], None, None, None, 90, direction="joint", rho=0.05)
     check(sam, 0.05 / rows[:1].double().norm(dim=1), "coefficients")
     check(stats.length_sq, torch.tensor(0.05**2), "coefficients")

@@ -143,6 +143,10 @@ def test_overflow_in_either_pass_skips_the_step(recipe: Callable[..., None], whe
 GROUPED: dict[str, tuple[Callable[..., Any], str]] = {
     "gsa": (lambda m: GSA(m.parameters(), SGD[0], GROUP_COUNTS, **SGD[1]), "groups"),
     "gsa-r": (lambda m: GSA(m.parameters(), SGD[0], GROUP_COUNTS, gram_every=2, **SGD[1]), "groups"),
+    "gsa-r marked": (
+        lambda m: GSA(support.classifier_groups(m), SGD[0], GROUP_COUNTS, gram_every=2, **SGD[1]),
+        "groups",
+    ),
     "gsa-friendly": (lambda m: GSA(m.parameters(), ADAMW[0], GROUP_COUNTS, direction="friendly", **ADAMW[1]), "groups"),
     "gsa-per-group": (lambda m: GSA(m.parameters(), SGD[0], GROUP_COUNTS, objective="per_group", **SGD[1]), "groups"),
     "imbsam": (lambda m: ImbSAM(m.parameters(), SGD[0], rho=0.3, **SGD[1]), "head-tail"),

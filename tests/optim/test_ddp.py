@@ -22,7 +22,7 @@ pytestmark = pytest.mark.dist
 STEPS = 100
 GROUPED_STEPS = 40
 HOW, ASCENTS = ("calls", "closure", "batchnorm"), ("local", "global")
-GROUPED = [("shared", 1), ("shared", 4), ("per_group", 1), ("imbsam", 1)]
+GROUPED = [("shared", 1), ("shared", 4), ("marked", 4), ("per_group", 1), ("imbsam", 1)]
 Runs = list[dict[str, Any]]
 # Radii inside the bounds, so that a wrong gradient norm shows.
 RADIUS = {"C": 3.0, "rho_min": 5e-3, "rho_max": 4e-2}
@@ -140,7 +140,10 @@ def build(kind: str, model: nn.Module, every: int) -> tuple[Any, str]:
     if kind == "imbsam":
         return ImbSAM(model.parameters(), SGD[0], rho=0.3, **SGD[1]), "head-tail"
     objective = "per_group" if kind == "per_group" else "shared"
-    optimizer = GSA(model.parameters(), SGD[0], GROUP_COUNTS, objective=objective, gram_every=every, **RADIUS, **SGD[1])
+    params: Any = model.parameters()
+    if kind == "marked":
+        params = support.classifier_groups(getattr(model, "module", model))
+    optimizer = GSA(params, SGD[0], GROUP_COUNTS, objective=objective, gram_every=every, **RADIUS, **SGD[1])
     return optimizer, "groups"
 
 

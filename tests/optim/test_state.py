@@ -32,6 +32,10 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], Take]] = {
     "cc-sam": (lambda m, b, o: CCSAM(support.classifier_groups(m), b, COUNTS, **o), grouped("classes")),
     "gsa": (lambda m, b, o: GSA(m.parameters(), b, GROUP_COUNTS, **o), grouped("groups")),
     "gsa-r": (lambda m, b, o: GSA(m.parameters(), b, GROUP_COUNTS, gram_every=3, **o), grouped("groups")),
+    "gsa-r-marked": (
+        lambda m, b, o: GSA(support.classifier_groups(m), b, GROUP_COUNTS, gram_every=3, **o),
+        grouped("groups"),
+    ),
     "gsa-friendly": (
         lambda m, b, o: GSA(m.parameters(), b, GROUP_COUNTS, direction="friendly", objective="per_group", **o),
         grouped("groups"),
