@@ -211,7 +211,15 @@ def device_and_commit(device: str) -> str:
     code = f"import harness; f = harness.facts(); print(f['commit'], f['device'] if {device == 'cuda'} else 'cpu')"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), str(ROOT)))}
     found = subprocess.run([PYTHON, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-    return found.stdout.strip()
+    commit, _, name = found.stdout.strip().partition(" ")
+    return f"{commit.rstrip('+')}{'+' if code_changed(ROOT) else ''} {name}"
+
+
+def code_changed(root: Path) -> bool:
+    """True if tracked files differ from the commit, other than what a stage itself writes: rows, tables and pictures."""
+    written = [f":!{name}" for name in ("benchmarks/results", "docs", "README.md")]
+    command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *written]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -104,6 +105,21 @@ def test_a_resumable_stage_that_used_its_time_is_not_done(tmp_path: Path, monkey
     assert run.run_stage(slow, run.fill(slow, PLAIN), 60, tmp_path / "log")[0] == "done"
     monkeypatch.setattr(run, "GRACE", -60.0)  # so that it may run past a limit that is too short for it
     assert run.run_stage(slow, run.fill(slow, PLAIN), 0.5, tmp_path / "log")[0] == "stopped"
+
+
+def test_rows_do_not_make_another_commit_of_it(tmp_path: Path) -> None:
+    """A second call must find what the first one did, though the first has changed the results."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    for name in ("code.py", "benchmarks/results/rows.jsonl"):
+        (tmp_path / name).write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    assert not run.code_changed(tmp_path)
+    (tmp_path / "benchmarks/results/rows.jsonl").write_text("2")
+    assert not run.code_changed(tmp_path)
+    (tmp_path / "code.py").write_text("2")
+    assert run.code_changed(tmp_path)
 
 
 ALL_STAGES = {stage.name: stage for stages in run.STAGES.values() for stage in stages}
