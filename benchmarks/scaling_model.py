@@ -8,8 +8,7 @@
     transfer  = ring all-reduce, 2 (P - 1) / P * bytes / link; across machines: inside, between, inside
     overlap   = the final backward but for its first bucket: 2/3 of one pass
 Single-GPU pieces come from benchmarks/results/throughput.jsonl where a GPU row is there, else from ASSUMED (and the row says
-so: device "simulated"). Nothing here was timed on several GPUs. The simulations at the end are exact arithmetic or small
-experiments on this CPU: sketched snapshots and shard-wise sampling.
+so: device "simulated"). Nothing here was timed on several GPUs. The plan's own experiments are in scaling_plan.py.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -32,14 +28,11 @@ from harness import RESULTS, append_row  # noqa: E402
 
 from ltfast.optim.rules import RULES  # noqa: E402
 from ltfast.plan import flops_ratio, gradient_rows  # noqa: E402
-from ltfast.preserve import MemoryBank, group_classes  # noqa: E402
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 GROUPS = 4
 GIB = 1 << 30
 FLOAT64_FLOPS = 50e12  # of the distances between class centres; an H200's tensor cores promise 67e12
-# What one rank holds for each training image of a list: measured sizes of the arrays in ltfast/data.
-HOST_BYTES = {"path": 40, "offset": 8, "labels": 8 + 4, "order": 8, "substitutes": 16}
 
 
 @dataclass(frozen=True)
@@ -167,81 +160,6 @@ def first_to_break(capacity_gib: float = 141.0) -> int:
     return low
 
 
-def snapshots_like_training(count: int, size: int, seed: int) -> Tensor:
-    """[S, D] a walk that slows down from a common start, as weights do under a falling learning rate."""
-    g = torch.Generator().manual_seed(seed)
-    theta, rows = torch.randn(size, generator=g) * 0.05, []
-    for s in range(count):
-        theta = theta + torch.randn(size, generator=g) * 0.02 / (1 + s / 4)
-        rows.append(theta.clone())
-    return torch.stack(rows)
-
-
-def sketch(rows: Tensor, width: int, seed: int = 0) -> Tensor:
-    """Count sketch [S, width]: every element goes to one random place with a random sign; O(D), keeps inner products."""
-    g = torch.Generator().manual_seed(seed)
-    place = torch.randint(width, (rows.shape[1],), generator=g)
-    sign = torch.randint(0, 2, (rows.shape[1],), generator=g).float() * 2 - 1
-    return torch.zeros(len(rows), width).index_add_(1, place, rows * sign)
-
-
-def groups_of(rows: Tensor, classes: int = 200) -> Tensor:
-    bank = MemoryBank(classes, rows.shape[1], origin=torch.zeros(rows.shape[1]))
-    for s, row in enumerate(rows):
-        quality = torch.full((classes,), -torch.inf, dtype=torch.float64)
-        quality[s * classes // len(rows) : (s + 1) * classes // len(rows)] = 1.0
-        bank.update(quality, row, s)
-    return group_classes(bank, torch.arange(classes, 0, -1), GROUPS)
-
-
-def sketched_bank(width: int, seeds: int = 3, count: int = 40, size: int = 1_000_000) -> dict[str, float]:
-    """What clustering from sketches instead of whole snapshots changes."""
-    worst, same = 0.0, []
-    for seed in range(seeds):
-        rows = snapshots_like_training(count, size, seed)
-        small = sketch(rows, width, seed)
-        cosine, sketched = (
-            torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(x, dim=1).T for x in (rows, small)
-        )
-        worst = max(worst, float((cosine - sketched).abs().max()))
-        a, b = groups_of(rows), groups_of(small)
-        pairs = (a[:, None] == a) == (b[:, None] == b)
-        same.append(float(pairs.float().mean()))
-    return {"cosine_error": worst, "pairs_agreeing": sum(same) / seeds, "bytes_a_snapshot": 4.0 * width}
-
-
-def shard_order(shards: int, size: int, window: int, seed: int = 0) -> Tensor:
-    """An epoch as shard readers see it: shards in random order, a shuffle buffer of `window` of them; [n] image numbers."""
-    g = torch.Generator().manual_seed(seed)
-    order = torch.randperm(shards, generator=g)
-    out = []
-    for part in order.split(window):
-        images = (part[:, None] * size + torch.arange(size)).flatten()
-        out.append(images[torch.randperm(len(images), generator=g)])
-    return torch.cat(out)
-
-
-def shard_sampling(
-    window: int, shards: int = 256, size: int = 4096, classes: int = 1000, batch: int = 1024
-) -> dict[str, float]:
-    """How far batches of shard-wise order are from those of a full permutation, for data written class by class (worst
-    case) and written shuffled: mean share of a batch's images that come from classes over-represented by chance."""
-    n = shards * size
-    labels_sorted = torch.arange(n) * classes // n
-    labels_mixed = labels_sorted[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
-    full = torch.randperm(n, generator=torch.Generator().manual_seed(2))
-    order = shard_order(shards, size, window)
-
-    def distance(labels: Tensor) -> float:
-        batches = labels.view(-1, batch)[:64]
-        counts = torch.stack([torch.bincount(row, minlength=classes) for row in batches]).double() / batch
-        return float(0.5 * (counts - 1 / classes).abs().sum(1).mean())
-
-    return {
-        "by_class": distance(labels_sorted[order]), "shuffled": distance(labels_mixed[order]), "permutation": distance(labels_sorted[full]),
-    }  # fmt: skip
-
-
 # -- output --------------------------------------------------------------------------------------------------------------
 
 
@@ -281,14 +199,6 @@ def main() -> None:
         row(f"model/weak/bcl/local/resnet50/C=1000000/P={p}", "seconds", cost["seconds"], batch_a_gpu=128)
         row(f"model/weak/bcl/local/resnet50/C=1000000/P={p}", "exposed_share", cost["exposed_share"], batch_a_gpu=128)
     row("model/quality/C=1000000/D=2048", "gpu_seconds", 1e12 * RESNET50.features / FLOAT64_FLOPS)
-    row("model/host/a rank", "bytes_an_image", sum(HOST_BYTES.values()), **HOST_BYTES)
-    row("model/host/256 GiB, 8 ranks", "images_until_full", 256 * GIB / 8 / sum(HOST_BYTES.values()))
-    for width in (1 << 10, 1 << 12, 1 << 14, 1 << 16):
-        for metric, value in sketched_bank(width).items():
-            row(f"model/sketched bank/D=1e6/width={width}", metric, value)
-    for window in (1, 4, 16, 64, 256):
-        for metric, value in shard_sampling(window).items():
-            row(f"model/shards/256x4096/window={window}", f"distance_{metric}", value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""The model on paper: its tables are those of docs/scaling.md, and what it says where the answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import scaling_model as model  # noqa: E402
+import scaling_plan as plan  # noqa: E402
+
+FREE = dataclasses.replace(model.ASSUMED, inside=1e30, between=1e30, latency_inside=0, latency_between=0, jitter=0)
+
+
+def test_free_communication_scales_perfectly_and_slow_does_not() -> None:
+    alone = model.step_seconds("gsa-full", 1, 128, 8142, FREE)["seconds"]
+    for world in model.WORLDS:
+        assert model.step_seconds("gsa-full", world, 128, 8142, FREE)["seconds"] == pytest.approx(alone)
+    slow = dataclasses.replace(FREE, between=1e8)
+    assert model.step_seconds("gsa-full", 8, 128, 8142, slow)["seconds"] == pytest.approx(alone)
+    assert model.step_seconds("gsa-full", 16, 128, 8142, slow)["seconds"] > 1.5 * alone
+
+
+def test_all_reduce_by_hand() -> None:
+    m = dataclasses.replace(model.ASSUMED, latency_inside=1.0, latency_between=100.0)
+    assert model.all_reduce(300e9, 1, m) == 0
+    assert model.all_reduce(300e9, 2, m) == pytest.approx(1.0 + 2)  # half of it there and back, two hops
+    # Seven eighths twice inside; then an eighth of it over two machines' wires.
+    assert model.all_reduce(300e9, 16, m) == pytest.approx(1.75 + 14 + 300e9 / 8 / 40e9 + 200)
+
+
+def test_the_docs_tables_are_the_models() -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    for head, table in (("128 images a GPU", model.weak_scaling), ("global batch 1,024", model.strong_scaling)):
+        lines = text[text.index(f"| {head} |") :].split("\n\n")[0].splitlines()
+        found = [[float(cell) for cell in line.split("|")[2:-1]] for line in lines if "ms a step" in line]
+        costs: dict[str, list[float]] = {}
+        for name, _, cost in table(model.ASSUMED):
+            costs.setdefault(name, []).append(1e3 * cost["seconds"])
+        wanted = [row for name, row in costs.items() if not name.startswith("gsa-paper")]  # in the docs with bcl
+        assert len(found) == len(wanted)
+        for row, values in zip(found, wanted, strict=True):
+            assert row == pytest.approx(values, rel=0.012)
+    assert model.weak_scaling(model.ASSUMED)[7][2]["seconds"] == model.weak_scaling(model.ASSUMED)[0][2]["seconds"]
+
+
+def test_figures_of_the_plan_are_committed_rows() -> None:
+    rows = {}
+    for line in (ROOT / "benchmarks" / "results" / "scale.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows[row["case"], row["metric"]] = row["value"]
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    sharded = "model/sharded/bcl/local/resnet50/C=1000000/P=64"
+    measured = rows["host/a rank/torch loader/n=2000000", "bytes_an_image_all"]
+    assert f"of a list: {measured:.0f} bytes an image in every rank, measured" in text
+    assert f"what is left of {rows[sharded, 'gib_a_gpu']:.1f} GiB" in text
+    assert rows[sharded, "seconds"] == pytest.approx(plan.sharded_step(plan.MILLION, 64, model.ASSUMED)["seconds"])
+    assert re.search(rf"\| 146, 248 \| 93, {1e3 * rows[sharded, 'seconds']:.0f} \|", text)
+
+
+@pytest.mark.parametrize("world", [3, 8])
+def test_a_sharded_softmax_is_the_whole_one(world: int) -> None:
+    errors = plan.sharded_softmax(world, classes=5_000, width=16, batch=33)
+    assert errors["loss_error"] < 1e-6  # observed 6e-8
+    assert errors["feature_gradient_error"] < 1e-5  # observed 3e-7
+    assert errors["gram_error"] < 1e-4  # observed 1e-6
+
+
+def test_memory_that_sharding_cannot_share() -> None:
+    assert plan.sharded_memory(plan.MILLION, 1) == pytest.approx(130.4, rel=0.01)
+    assert 7 < plan.sharded_memory(plan.MILLION, 10**6) < 9
