@@ -14,7 +14,19 @@ from ltfast.data.base import FEW_BELOW, MANY_ABOVE
 from ltfast.report.numbers import Confusion
 from ltfast.report.page import Entry
 from ltfast.report.predictions import PICTURES, Predictions
-from ltfast.report.style import FAINT, INK, PAGE_WIDTH, colour, hatch, legend_below, line, marker, panels, shorten
+from ltfast.report.style import (
+    FAINT,
+    INK,
+    PAGE_WIDTH,
+    colour,
+    hatch,
+    legend_below,
+    line,
+    log_ticks,
+    marker,
+    panels,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +65,7 @@ def draw_class_size(runs: Runs) -> Figure:
         if right > 1.2 * left:
             ax.text((left * right) ** 0.5, 1, label, fontsize=7.5, color="#555555", ha="center")
             ax.axvline(right, color="#888888", linewidth=0.8 if right < high else 0, linestyle=":")
-    ax.xaxis.set_major_formatter("{x:g}")
+    log_ticks(ax.xaxis)
     legend_below(figure, [ax])
     return figure
 
@@ -159,8 +171,9 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
         for ax in row:
             ax.set_axis_off()
         images = f"{item.images} training image{'s' if item.images != 1 else ''}"
-        text = f"{shorten(names[item.label], 18)}\n{item.accuracy:.0f} % right\n{images}"
-        row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes)
+        where: dict[str, Any] = {"transform": row[0].transAxes, "fontsize": 9}
+        row[0].text(0, 0.62, shorten(names[item.label], 18), va="bottom", weight="bold", **where)
+        row[0].text(0, 0.58, f"{item.accuracy:.0f} % right\n{images}", va="top", **where)
         for ax, mistake in zip(row[1:], item.mistakes, strict=False):
             ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
             ax.set_title(f"as {shorten(names[mistake.predicted], 11)}\n{100 * mistake.confidence:.0f} %", fontsize=7.5)

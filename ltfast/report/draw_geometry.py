@@ -108,11 +108,13 @@ def draw_spectra(runs: Sequence[Entry]) -> Figure:
         for r, (i, name, run) in enumerate(runs):
             pairs = [getattr(run.spectra[side], key) for side in SIDES]
             x = np.arange(2) + (r - (len(runs) - 1) / 2) * width
-            ax.bar(
+            bars = ax.bar(
                 x, [p[0] for p in pairs], 0.9 * width, yerr=[p[1] if p[1] == p[1] else 0.0 for p in pairs], capsize=3,
                 color=colour(i), hatch=hatch(i), edgecolor="white", ecolor=INK, label=name,
             )  # fmt: skip
+            ax.bar_label(bars, fmt="%.2g", padding=2, fontsize=7.5)
         ax.set_xticks(range(2), SIDES)
+        ax.margins(y=0.12)
         ax.set(title=title)
         ax.grid(axis="x", visible=False)
     legend_below(figure, axes[:2])

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ltfast.report.page import Entry
-from ltfast.report.style import FAINT, INK, MAP, colour, every, hatch, legend_below, line, marker, panels, shorten
+from ltfast.report.style import (
+    FAINT,
+    INK,
+    MAP,
+    colour,
+    every,
+    hatch,
+    legend_below,
+    line,
+    log_ticks,
+    marker,
+    panels,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,21 +150,29 @@ def draw_ascent(runs: Runs) -> Figure:
         if run["bounds"] is not None:
             radius.axhspan(*run["bounds"], color=FAINT, zorder=0)
             radius.set_yscale("log")
-            radius.yaxis.set_minor_formatter("")
+            log_ticks(radius.yaxis, "{x:g}")
         norm.set_yscale("log")
         radius.set(title=f"{shorten(name)}: radius rho_k", xlabel="epoch")
         clipped.set(title="radii clipped (%)", xlabel="epoch", ylim=(-4, 104))
         norm.set(title="|direction| before scaling", xlabel="epoch")
         if np.isfinite(run["refresh_cos"]).any():
-            plot(last, run["epoch"], run["refresh_cos"], 0, "_mean")
-            plot(last, run["epoch"], run["refresh_min"], 1, "_smallest")
-            last.set(title="cosine at Gram refreshes", xlabel="epoch", ylim=(-1.05, 1.05))
+            refreshes(last, run)
         else:
             for i, k in enumerate(shown):
                 plot(last, run["epoch"], run["length"][:, k], i, run["labels"][k])
             last.set(title="norm of the perturbation", xlabel="epoch", ylim=(0, 1.3 * last.get_ylim()[1]))
     legend_below(figure, axes, columns=8)
     return figure
+
+
+def refreshes(ax: Axes, run: dict[str, Any]) -> None:
+    """Cosine of the old matrix's direction to the exact one: mean of each epoch, and a line down to its smallest."""
+    known = np.isfinite(run["refresh_cos"])
+    epoch, mean, low = run["epoch"][known], run["refresh_cos"][known], run["refresh_min"][known]
+    ax.vlines(epoch, low, mean, color="#999999", linewidth=1.2)
+    ax.plot(epoch, mean, "o", color=INK, markersize=3.6)
+    ax.axhline(0, color=INK, linewidth=0.8)
+    ax.set(title="cosine at Gram refreshes", xlabel="epoch", ylim=(-1.05, 1.05))
 
 
 def draw_forces(runs: Runs) -> Figure:
@@ -193,6 +214,8 @@ def group_bars(ax: Axes, run: dict[str, Any]) -> None:
         bar: dict[str, Any] = {"color": colour(k), "hatch": hatch(k), "edgecolor": "white", "label": f"group {k}"}
         ax.bar(at, run["counts"][order][at], 0.85, **bar)
     ax.set(yscale="log", xlabel="classes, largest first", ylabel="training images")
+    ax.set_ylim(min(1.0, 0.6 * run["counts"].min()), 2 * run["counts"].max())
+    log_ticks(ax.yaxis)
     if len(order) <= 20:
         names = [shorten(run["names"][c], 10) for c in order]
         ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
@@ -211,6 +234,7 @@ def group_strips(ax: Axes, run: dict[str, Any]) -> None:
     ax.set_yticks(range(len(labels)), labels)
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="training images of the class")
+    log_ticks(ax.xaxis)
 
 
 def draw_times(runs: Runs) -> Figure:

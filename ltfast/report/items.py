@@ -107,7 +107,7 @@ def quality(views: Sequence[RunView]) -> Item:
 def groups(views: Sequence[RunView]) -> Item:
     caption = (
         "Classes by size, in the colour and hatch of their group. Groups are numbered by decreasing mean class size; they "
-        "come from which epoch's weights served each class best (over each bar), not from the sizes."
+        "come from which epoch's weights served each class best (e21: epoch 21), not from the sizes."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def ascent(views: Sequence[RunView]) -> Item:
         "Means over sampled steps of each epoch. Radius: Eq. 13 before clipping, with its bounds as a band; a radius "
         "outside them is set to the bound. Direction: the norm of what is left of a group's gradient (Eq. 12). Perturbation: "
         "its norm in units of |theta| for adaptive rules. At a refresh of the Gram matrix, the direction that the old matrix "
-        "gives is compared with the exact one (dashed: the smallest cosine of the epoch)."
+        "gives is compared with the exact one (a point: mean of the epoch; the line below it: down to the smallest)."
     )
 
     def compute(view: RunView) -> dict[str, Any]:

@@ -84,6 +84,15 @@ def panels(
     return figure, list(axes.flat)
 
 
+def log_ticks(axis: Any, text: str = "{x:,.0f}") -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., written as numbers; the default suits counts."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axis.set_major_formatter(text)
+    axis.set_minor_formatter(NullFormatter())
+
+
 def every(n_points: int, shown: int = 8) -> int:
     """`markevery` so that about `shown` markers stand on a line."""
     return max(1, n_points // shown)
