@@ -54,3 +54,17 @@ def test_tables_of_the_readme_name_their_rows() -> None:
         cases = " ".join({row["case"] for row in rows})
         for case in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE):
             assert case in cases, f"{name}: no row for {case}"
+
+
+def test_every_method_has_a_card_that_says_when_it_does_not_help() -> None:
+    from ltfast.recipes import ALIASES, BASES, SHARPNESS_SOURCES
+
+    text = (ROOT / "docs/methods.md").read_text()
+    cards = {head: body for head, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)}
+    named = {name for head in cards for name in re.findall(r"[\w-]+", head)}
+    assert {*BASES, *SHARPNESS_SOURCES, *ALIASES, "gkp"} <= named
+    for head, body in cards.items():
+        assert "Does not help:**" in body, head
+        assert (
+            re.search(r"[Cc]ost", body) or head == "gkp-gsa" or "No extra FLOPs" in body or "three forward" in body
+        ), head
