@@ -47,7 +47,11 @@ class Data:
         "auto", "augmentation recipe; auto = the dataset's", choices=("auto", "digits", "cifar", "imagenet", "plain")
     )
     image_size: int | None = _opt(None, "side of pictures in pixels; default 224, folder-small 32", paper="224")
-    loader: str = _opt("auto", "input pipeline of large images", choices=("auto", "dali", "torch"))
+    loader: str = _opt(
+        "auto",
+        "input pipeline of large images; synthetic = generated pictures in their place, no file is read",
+        choices=("auto", "dali", "torch", "synthetic"),
+    )
     workers: int = _opt(-1, "loader threads or workers; -1 = number of cores")
     on_bad_image: str = _opt(
         "auto",

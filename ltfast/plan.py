@@ -8,6 +8,10 @@ import torch
 
 from ltfast import build
 from ltfast.config import Config
+from ltfast.data.large_source import LargeSource
+from ltfast.data.paths import missing_indices
+from ltfast.data.registry import LARGE
+from ltfast.data.small import check_batch
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.optim.rules import Rule
@@ -56,14 +60,26 @@ class Plan:
     groups: int
     flops_vs_sgd: float
     state_bytes: int
+    """Of one process: weights, gradient rows, optimizer state, copies."""
     bank_bytes_max: int
+    processes: int
+    images_a_process: int
+    """Images of a step in each process."""
+    missing: str
+    """The first training picture that is not there, or ''."""
 
 
 def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
-    """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing."""
+    """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing.
+
+    Pictures of a large set need not be there yet.
+    """
     ranks = ranks or Ranks()
     rule = rule_of(config)
-    source = build.build_data(config, torch.device("cpu"), ranks)
+    large = config.data.dataset in LARGE
+    source = build.build_data(config.with_(loader="synthetic") if large else config, torch.device("cpu"), ranks)
+    processes = max(config.run.gpus, config.run.procs, 1)
+    check_batch(config.data.batch, source.sizes["train"], processes, config.data.dataset)
     model = build.build_model(config, source.input_shape, source.num_classes)
     flat = FlatParameters(model.parameters())
     needs_groups = config.preserve.gkp or (rule is not None and rule.groups == "bank")
@@ -88,7 +104,17 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         flops_vs_sgd=flops_ratio(rule, groups, 3 if config.loss.loss == "bcl" else 1),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
         bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if needs_groups else 0,
+        processes=processes,
+        images_a_process=config.data.batch // processes,
+        missing=first_missing(source) if isinstance(source, LargeSource) else "",
     )
+
+
+def first_missing(source: LargeSource) -> str:
+    """The first training picture of a large set that is not below its folder, or ''."""
+    train = source.lists["train"]
+    found = missing_indices(train.root, train.paths, limit=1) if train.loose else []
+    return train.file(found[0]) if found else ""
 
 
 def print_plan(config: Config) -> None:
@@ -100,12 +126,16 @@ def print_plan(config: Config) -> None:
         "data": f"{config.data.dataset}, {plan.train_images:,} training images, {plan.classes:,} classes",
         "steps": f"{optim.epochs} epochs x {plan.steps_per_epoch:,} steps of {config.data.batch} images = {plan.steps:,}"
         + (f"; the first {plan.scouting_epochs} epochs scout" if plan.scouting_epochs else ""),
+        "processes": f"{plan.processes}, each {plan.images_a_process} images a step",
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": str(plan.groups),
         "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch (after scouting)",
-        "memory": f"{plan.state_bytes / GIB:.3f} GiB for weights, gradients, optimizer state and anchor (without activations)",
+        "memory": f"{plan.state_bytes / GIB:.3f} GiB a process for weights, gradients, optimizer state and anchor "
+        "(without activations)",
         "memory bank": f"at most {plan.bank_bytes_max / GIB:.3f} GiB of host memory",
     }
+    if plan.missing:
+        lines["pictures"] = f"not all there: {plan.missing} is missing; see `ltfast data check`"
     width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:{width}}  {text}")
