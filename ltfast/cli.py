@@ -169,7 +169,7 @@ def command_train(args: argparse.Namespace) -> int:
 
 def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> int:
     """Train in this process, alone or as one of several."""
-    from ltfast import dist
+    from ltfast import dist, launch
     from ltfast.progress import ConsoleProgress, Progress
     from ltfast.speedrun import TableProgress
     from ltfast.train import train
@@ -187,7 +187,8 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
     except RuntimeError as error:
         if ranks.world == 1 or not dist.lost_peer(error):
             raise
-        print(f"ltfast: process {ranks.rank} ends because another one is gone", file=sys.stderr)
+        if not launch.message_left():
+            print(f"ltfast: process {ranks.rank} ends because another one is gone", file=sys.stderr)
         return 1
     finally:
         dist.stop()

@@ -14,7 +14,7 @@ from ltfast.models import LongTailModel
 from ltfast.progress import Progress
 from ltfast.runs import RunFolder
 from ltfast.store import Store
-from ltfast.survive import BadSteps, Signals, Watch
+from ltfast.survive import BadSteps, Signals, Watch, check_limits
 from ltfast.update import Update
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Durable:
     def guard(self, signals: Signals) -> None:
         """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
         run = self.config.run
+        check_limits(run)
         if self.store is None and self.folder is not None:
             self.store = Store(self.folder.checkpoints, keep=run.keep_checkpoints, note=self.progress.note)
         self.watch = Watch(
@@ -102,7 +103,7 @@ class Durable:
         replaced = int(self.ranks.sum_(count.clone()))
         count.zero_()
         if replaced and replaced != self._replaced:
-            self.progress.note(f"{replaced} unreadable images were replaced by others of their class in this epoch")
+            self.progress.note(f"unreadable images replaced by others of their class in this epoch: {replaced}")
         self._replaced = replaced
         return {"replaced": replaced}
 

@@ -81,7 +81,7 @@ def restarted_run(config: Config, resume: str | None = None) -> str | None:
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return resume
-    if MESSAGE in os.environ and Path(os.environ[MESSAGE]).exists():
+    if message_left():
         raise SystemExit(0)  # another worker has met a user's mistake: restarting mends nothing
     if resume:
         return resume
@@ -103,9 +103,6 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
-        if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
     os.environ.setdefault(
@@ -116,6 +113,7 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
     with tempfile.TemporaryDirectory(prefix="ltfast-") as folder:
         message = Path(folder) / "message"
         os.environ[MESSAGE] = str(message)
+        _quiet(message)
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
             rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.2,
@@ -139,6 +137,17 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
     return code
 
 
+def _quiet(message: Path) -> None:
+    """Of torch's launcher only errors are shown, and none once a worker has left a message for the user."""
+
+    def worth_showing(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR and not message.exists()
+
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).addFilter(worth_showing)
+
+
 def _stopped(stop: SignalException, again: bool, out: str) -> int:
     """The exit code after a signal; `again`: a second one came before the workers had ended."""
     began = (Path(out) / "config.toml").exists()
@@ -159,6 +168,11 @@ def _failure(error: ChildFailedError, max_restarts: int, out: str) -> str:
     if (Path(out) / "config.toml").exists():
         return f"process {rank} ended with {what} {restarts}; continue with: ltfast train --resume {out}"
     return f"process {rank} ended with {what} {restarts}, before the run had begun"
+
+
+def message_left() -> bool:
+    """True if some process of this run has met a user's mistake, which the launcher will tell."""
+    return MESSAGE in os.environ and Path(os.environ[MESSAGE]).exists()
 
 
 def restart_note() -> str:

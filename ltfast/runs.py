@@ -87,10 +87,13 @@ class RunFolder:
         """Make the folder named by --out (or a fresh default one) and write config.toml and env.json.
 
         Raises:
-            UserError: the folder exists and is not empty, or cannot be written.
+            UserError: the folder exists and is not empty, or cannot be written; a limit of --max-... makes no sense.
         """
         import tomli_w
 
+        from ltfast.survive import check_limits
+
+        check_limits(config.run)
         path = Path(config.run.out) if config.run.out else fresh_name(config)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"--out {path}: already exists; choose another folder or continue it with --resume {path}")
