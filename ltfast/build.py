@@ -144,10 +144,9 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     channels, side = input_shape[0], input_shape[-1]
     cfg = config.model
     # CIFAR ResNets keep their own stem at any size: on 8x8 digits it is 3 to 4 points better than a full-resolution one.
-    stem = "small" if side <= 40 and not is_cifar_encoder(cfg.model) else "default"
-    encoder, dim = create_encoder(
-        cfg.model, channels, stem=stem, image_size=side if cfg.model.startswith("vit") else None
-    )
+    imagenet_resnet = cfg.model.startswith(("resnet", "resnext", "wide_resnet")) and not is_cifar_encoder(cfg.model)
+    stem = "small" if side <= 40 and imagenet_resnet else "default"
+    encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side)
     projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None
     model = LongTailModel(encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier)
     if cfg.weights:
