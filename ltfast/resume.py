@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ltfast.train import Trainer
 
 # Never written to once made, so stored once whatever the number of training states that refer to them.
-SHARED = ("bank.snapshot.", "bank.origin", "anchor.weight", "anchor.target")
+HELD = ("bank.snapshot.", "bank.origin")  # by rank 0 alone
+SHARED = (*HELD, "anchor.weight", "anchor.target")
 
 
 def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:

@@ -32,6 +32,7 @@ from ltfast.memory import out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.predict import Preprocess
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
+from ltfast.preserve.bank import weights_in
 from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
 from ltfast.recipes import rule_of
@@ -79,9 +80,9 @@ class Trainer(Durable):
         self.quality = QualityStats(self.source.num_classes, self.model.feature_dim, self.device)
         theta = self.flat.data[self.encoder]
         origin = theta if config.preserve.center else None
-        self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin)
+        self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin, holds=ranks.main)
         if config.preserve.bank:
-            self.bank.load_state_dict(ranks.tensors(ranks.on_main(partial(load_bank, Path(config.preserve.bank)))))
+            self.share_bank(ranks.on_main(partial(load_bank, Path(config.preserve.bank))))
         self.needs_groups = config.preserve.gkp or (self.rule is not None and self.rule.groups == "bank")
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
@@ -133,14 +134,15 @@ class Trainer(Durable):
         cfg = self.config.preserve
         started = time.perf_counter()
         counts = self.source.train_counts
-        groups = group_classes(self.bank, counts, cfg.groups, center=cfg.center, seed=self.config.run.seed)
-        self.groups = self.ranks.broadcast_(groups)  # k-means may break ties by the processor's rounding
+        seed = self.config.run.seed
+        groups = self.ranks.on_main(lambda: group_classes(self.bank, counts, cfg.groups, center=cfg.center, seed=seed))
+        self.groups = self.ranks.broadcast_(torch.zeros_like(counts) if groups is None else groups)
         self.source.set_groups(self.groups)
         if cfg.gkp:
             sizes = group_sizes(self.groups, counts, cfg.groups, cfg.gkp_normalise)
             anchor = collapse_knowledge(
                 self.model, self.flat, self.source, self.bank, self.groups, sizes, self.objective.classification,
-                strength=cfg.gkp_lambda, fisher=cfg.fisher, budget=cfg.fisher_budget, seed=self.config.run.seed,
+                strength=cfg.gkp_lambda, fisher=cfg.fisher, budget=cfg.fisher_budget, seed=seed,
                 ranks=self.ranks,
             )  # fmt: skip
             self.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
@@ -148,6 +150,11 @@ class Trainer(Durable):
         members = [(self.groups == k).sum().item() for k in range(cfg.groups)]
         self.progress.note(f"grouped {len(self.bank)} snapshots into {cfg.groups} groups of {members} classes")
         self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
+
+    def share_bank(self, state: dict[str, Tensor] | None) -> None:
+        """Fill every rank's bank from rank 0's `state`, whose snapshots stay on rank 0."""
+        held = {name: state.pop(name) for name in weights_in(state)} if state is not None else {}
+        self.bank.load_state_dict({**self.ranks.tensors(state), **held})
 
     def stable(self, anchor: Anchor) -> Anchor:
         """Cap A where the descent would overshoot the anchor: lr * (1 - alpha) * lambda * A <= 1.

@@ -36,22 +36,34 @@ class MemoryBank:
     fewest classes (the oldest of equals) is dropped and its classes take over the survivor nearest in epoch, keeping
     their best quality: neighbouring epochs of one run are the closest weights there are.
 
+    holds: False on a rank that leaves the weights to rank 0. It follows the table (entries, best quality, epochs) with
+    empty snapshots, so that a machine with eight ranks keeps each snapshot once.
+
     From CUDA the copy goes through ONE pinned buffer of D elements without stopping the host, and moves on to pageable
     memory when it is next needed. Snapshots are not pinned themselves: PyTorch's pinned allocator rounds to powers of
     two and never gives memory back, which would break the bound above.
     """
 
     def __init__(
-        self, num_classes: int, dimension: int, *, origin: Tensor | None = None, max_snapshots: int | None = None
+        self,
+        num_classes: int,
+        dimension: int,
+        *,
+        origin: Tensor | None = None,
+        max_snapshots: int | None = None,
+        holds: bool = True,
     ) -> None:
         if num_classes < 1 or dimension < 1:
             raise ValueError(f"num_classes and dimension must be positive, got {num_classes} and {dimension}")
         if max_snapshots is not None and max_snapshots < 2:
             raise UserError(f"max_snapshots must be at least 2, got {max_snapshots}; leave it out for no bound")
         self.num_classes, self.dimension, self.max_snapshots = num_classes, dimension, max_snapshots
+        self.holds = holds
         self.entry = torch.full((num_classes,), NO_SNAPSHOT, dtype=torch.int64)
         self.best = torch.full((num_classes,), -torch.inf, dtype=torch.float64)
-        self.origin = None if origin is None else self._checked(origin).detach().to("cpu", torch.float32, copy=True)
+        self.origin = (
+            None if origin is None or not holds else self._checked(origin).detach().to("cpu", torch.float32, copy=True)
+        )
         self.epochs: dict[int, int] = {}  # of each live snapshot
         self._snapshots: dict[int, Tensor] = {}  # ids count up and are never used twice: they are ordered by age
         self._next = 0
@@ -90,6 +102,7 @@ class MemoryBank:
 
     def snapshot(self, snapshot_id: int) -> Tensor:
         """The weights [D] of one snapshot, float32 on the host; do not write to it."""
+        assert self.holds, "this rank leaves the weights to rank 0"
         self._settle()
         return self._snapshots[snapshot_id]
 
@@ -101,6 +114,7 @@ class MemoryBank:
 
     def blocks(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
         """Column blocks of all snapshots in `lumps()` order, as views: (columns, S tensors of up to `size`)."""
+        assert self.holds, "this rank leaves the weights to rank 0"
         self._settle()
         rows = [self._snapshots[i] for i in sorted(self._snapshots)]
         for start in range(0, self.dimension, size):
@@ -127,25 +141,28 @@ class MemoryBank:
         return means
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole bank as plain host tensors (for safetensors); snapshots share memory with the bank."""
+        """The whole bank as plain host tensors (for safetensors); snapshots share memory with the bank. Without
+        snapshots and origin where another rank holds them."""
         self._settle()
         ages = torch.tensor([(i, self.epochs[i]) for i in sorted(self._snapshots)], dtype=torch.int64).view(-1, 2)
         state = {"entry": self.entry, "best": self.best, "epochs": ages, "next": torch.tensor(self._next)}
         if self.origin is not None:
             state["origin"] = self.origin
-        return state | {f"snapshot.{i}": t for i, t in sorted(self._snapshots.items())}
+        return state | ({f"snapshot.{i}": t for i, t in sorted(self._snapshots.items())} if self.holds else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a `state_dict()`, keeping its tensors where they are already float32 on the host.
 
         Raises UserError, and changes nothing, if it belongs to another model or number of classes or is damaged.
         """
-        check_state(state, self.num_classes, self.dimension)
+        check_state(state, self.num_classes, self.dimension, self.holds)
         self._settle()
         self.entry, self.best = state["entry"].to("cpu", copy=True), state["best"].to("cpu", torch.float64, copy=True)
-        self.origin = state["origin"].cpu() if "origin" in state else None
         self.epochs, self._next = dict(state["epochs"].tolist()), int(state["next"])
-        self._snapshots = {i: state[f"snapshot.{i}"].to("cpu", torch.float32) for i in self.epochs}
+        self._snapshots = {i: torch.empty(0) for i in self.epochs}
+        if self.holds:
+            self.origin = state["origin"].cpu() if "origin" in state else None
+            self._snapshots = {i: state[f"snapshot.{i}"].to("cpu", torch.float32) for i in self.epochs}
 
     def _checked(self, theta: Tensor) -> Tensor:
         if theta.shape != (self.dimension,):
@@ -178,6 +195,9 @@ class MemoryBank:
     def _store(self, theta: Tensor, epoch: int) -> None:
         key, self._next = self._next, self._next + 1
         self.epochs[key] = epoch
+        if not self.holds:
+            self._snapshots[key] = torch.empty(0)
+            return
         if not theta.is_cuda:
             self._snapshots[key] = theta.to("cpu", torch.float32, copy=True)
             return
@@ -207,8 +227,13 @@ def stack_into(buffer: Tensor, rows: list[Tensor]) -> Tensor:
     return buffer[:, :width]
 
 
-def check_state(state: Mapping[str, Tensor], num_classes: int, dimension: int) -> None:
-    """Raise UserError unless the tensors form a bank of this shape."""
+def weights_in(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the large tensors of a `state_dict()`: snapshots and the origin."""
+    return [name for name in state if name == "origin" or name.startswith("snapshot.")]
+
+
+def check_state(state: Mapping[str, Tensor], num_classes: int, dimension: int, holds: bool = True) -> None:
+    """Raise UserError unless the tensors form a bank of this shape; `holds`: with its snapshots."""
     absent = [name for name in ("entry", "best", "epochs", "next") if name not in state]
     if absent:
         raise UserError(f"not a memory bank: {' and '.join(absent)} missing (found {sorted(state)[:5]})")
@@ -220,6 +245,6 @@ def check_state(state: Mapping[str, Tensor], num_classes: int, dimension: int) -
                 f"needs {expected.get(name, (dimension,))}; give the bank of a run with the same model and dataset"
             )
     needed = set(state["entry"].tolist()) - {NO_SNAPSHOT} | {i for i, _ in state["epochs"].tolist()}
-    missing = sorted(i for i in needed if f"snapshot.{i}" not in state)
+    missing = sorted(i for i in needed if holds and f"snapshot.{i}" not in state)
     if missing:
         raise UserError(f"the memory bank is damaged: snapshots {missing[:5]} are missing; use another run's bank")

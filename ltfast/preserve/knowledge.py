@@ -37,6 +37,7 @@ def collapse_knowledge(
     """The collapsed anchor of all groups over the encoder's slice of `flat`; one group's Fisher is held at a time.
 
     Args:
+        bank: rank 0's must hold its weights; the others receive the means from it.
         groups, sizes: group of each class [C] and |G^j| [G] (see `group_sizes`).
         loss: (logits [B, C], labels [B]) -> -log p(y|x) of each sample [B].
         strength: lambda. fisher: "per-sample" or "batch". budget: images a group for F_j, and for BatchNorm.
@@ -44,7 +45,9 @@ def collapse_knowledge(
     ranks = ranks or Ranks()
     span = flat.span(model.encoder.parameters())
     names = [PREFIX + name for name, _ in model.encoder.named_parameters()]
-    means = bank.group_means(groups, len(sizes))
+    means: list[Tensor] | Tensor = [torch.empty(bank.dimension)] * len(sizes)
+    if bank.holds:
+        means = bank.group_means(groups, len(sizes))
     everything = torch.zeros_like(groups)
     calibration = sample_indices(everything, source.train_labels, 0, budget, seed)
     calibration = calibration.repeat(ranks.world)[: -(-len(calibration) // ranks.world) * ranks.world]  # equal shares
@@ -55,7 +58,7 @@ def collapse_knowledge(
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for j, mean in enumerate(means):
-            theta_star = mean.to(flat.device)
+            theta_star = ranks.broadcast_(mean.to(flat.device, copy=True))
             chosen = sample_indices(groups, source.train_labels, j, budget, seed)
             images = (batch.views[0] for batch in source.evaluate("train", calibration))
             with swapped_parameters(flat.data[span], theta_star), reestimate_batchnorm(model, images):

@@ -112,6 +112,7 @@ def until_the_end(ranks: Ranks, method: str, values: dict[str, Any]) -> dict[str
     return {
         "theta": trainer.flat.data, "momentum": trainer.update.slots[0], "buffers": trainer.buffers.data, "steps": trainer.steps,
         "entry": trainer.bank.entry, "best": trainer.bank.best, "groups": trainer.groups, "anchor": anchor,
+        "bank_bytes": trainer.bank.num_bytes,
         "top1": result["last"]["top1"], "n": result["last"]["n"],
     }  # fmt: skip
 
@@ -127,6 +128,7 @@ def test_ranks_are_bit_identical_after_200_steps(tmp_path: Path, world: int) -> 
         for name in ("theta", "momentum", "buffers", "entry", "best", "groups", "anchor"):
             assert torch.equal(first[name], other[name]), name
         assert first["top1"] == other["top1"]
+        assert other["bank_bytes"] == 0 < first["bank_bytes"]  # its weights lie on the machine once
 
 
 def test_bank_and_groups_are_those_of_one_process(tmp_path: Path) -> None:

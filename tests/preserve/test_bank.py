@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltfast.errors import UserError
-from ltfast.preserve.bank import MemoryBank
+from ltfast.preserve.bank import MemoryBank, weights_in
 
 
 def naive_run(classes=7, dimension=33, epochs=25, seed=0):
@@ -200,3 +200,28 @@ def test_cuda_copy_is_the_value_at_update():
     assert (bank.snapshot(int(bank.entry[0])) == 5).all()
     assert len(bank) == 1
     assert bank.num_bytes == 2 * 4 << 20
+
+
+def test_a_rank_without_weights_keeps_the_same_table() -> None:
+    whole, table = MemoryBank(3, 4, origin=torch.ones(4)), MemoryBank(3, 4, origin=torch.ones(4), holds=False)
+    for epoch, quality in enumerate(([0.0, -1.0, -2.0], [1.0, -2.0, -1.0], [2.0, -3.0, -3.0])):
+        for bank in (whole, table):
+            bank.update(torch.tensor(quality), torch.full((4,), float(epoch)), epoch)
+    for one, other in ((whole, table), (reloaded(whole, True), reloaded(whole, False))):
+        assert torch.equal(one.entry, other.entry)
+        assert torch.equal(one.best, other.best)
+        assert one.epochs == other.epochs
+        assert [len(c) for c in one.lumps().classes] == [len(c) for c in other.lumps().classes]
+        assert other.num_bytes == 0 < one.num_bytes
+    assert weights_in(table.state_dict()) == []
+    assert weights_in(whole.state_dict()) == ["origin", *(f"snapshot.{i}" for i in whole.epochs)]
+
+
+def reloaded(bank: MemoryBank, holds: bool) -> MemoryBank:
+    """A bank from the state of another, without its weights where they are not held."""
+    state = bank.state_dict()
+    if not holds:
+        state = {name: tensor for name, tensor in state.items() if name not in weights_in(state)}
+    other = MemoryBank(3, 4, holds=holds)
+    other.load_state_dict(state)
+    return other
