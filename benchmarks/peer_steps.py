@@ -137,7 +137,7 @@ def counted(contender: Contender) -> dict[str, float]:
 def peak_bytes(run: Callable[[int], object], steps: int) -> float:
     """Most bytes taken at once beyond those at the start, as the CPU allocator reports them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         run(steps)
     assert found.profiler is not None
     events = [(e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]

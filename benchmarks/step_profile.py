@@ -114,7 +114,7 @@ def sections_of_kernels(step: Callable[[], Any], steps: int) -> dict[str, float]
     from torch.profiler import ProfilerActivity, profile
 
     seconds: dict[str, float] = defaultdict(float)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()

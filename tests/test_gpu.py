@@ -167,7 +167,7 @@ def test_a_recorded_step_is_a_few_launches() -> None:
 
     _, step = run("gsa-full", recorded=True)
     _, _, batches = make("cuda")
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         step(batches[0])
         torch.cuda.synchronize()
     launches = [e.count for e in profiler.key_averages() if "LaunchKernel" in e.key or "GraphLaunch" in e.key]

@@ -124,7 +124,8 @@ def parts_of(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, float]:
 
     cuda = trainer.device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints errors where there is no GPU
-    with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+    devices = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profiler(activities=devices, acc_events=True) as found:  # False makes torch 2.11 warn
         for _ in range(PROFILED):
             with record_function(DATA):
                 batch = next(batches)

@@ -169,7 +169,8 @@ def torchvision_operation(name: str, strength: float, picture: Tensor) -> Tensor
         return picture
     scale = {"TranslateX": 32, "TranslateY": 32, "Solarize": 1 / 255}.get(name, 1)
     transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    return transform._apply_image_or_video_transform(picture, name, strength * scale, "nearest", {torch.Tensor: None})
+    nearest = v2.InterpolationMode.NEAREST
+    return transform._apply_image_or_video_transform(picture, name, strength * scale, nearest, {torch.Tensor: None})
 
 
 def contrastive(view: Contrastive, pictures: Tensor, numbers: Tensor) -> Tensor:
