@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LEVELS = 14  # filled contour levels
 DECADES = 4  # told apart below the top of the scale: what is smaller counts as solved
+LABELLED = 3  # runs: with more, the values over the bars run into each other
 QUANTILE = 0.97  # losses above this quantile of all points share the last colour, so that basins keep most of the scale
 
 
@@ -112,7 +113,8 @@ def draw_spectra(runs: Sequence[Entry]) -> Figure:
                 x, [p[0] for p in pairs], 0.9 * width, yerr=[p[1] if p[1] == p[1] else 0.0 for p in pairs], capsize=3,
                 color=colour(i), hatch=hatch(i), edgecolor="white", ecolor=INK, label=name,
             )  # fmt: skip
-            ax.bar_label(bars, fmt="%.2g", padding=2, fontsize=7.5)
+            if len(runs) <= LABELLED:
+                ax.bar_label(bars, fmt="%.2g", padding=2, fontsize=7.5)
         ax.set_xticks(range(2), SIDES)
         ax.margins(y=0.12)
         ax.set(title=title)

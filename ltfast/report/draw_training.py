@@ -37,7 +37,8 @@ GROUP_BARS = 60  # above this many classes the groups figure shows points instea
 
 
 def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None, **options: Any) -> None:
-    """One line in the i-th colour and marker; points that are not finite are left out."""
+    """One line over epochs in the i-th colour and marker; points that are not finite are left out."""
+    ax.xaxis.get_major_locator().set_params(integer=True)
     known = np.isfinite(y)
     if known.any():
         x, y = np.asarray(x)[known], np.asarray(y)[known]
@@ -151,7 +152,10 @@ def draw_ascent(runs: Runs) -> Figure:
             radius.axhspan(*run["bounds"], color=FAINT, zorder=0)
             radius.set_yscale("log")
             log_ticks(radius.yaxis, "{x:g}")
+        else:
+            radius.set_ylim(0, 1.5 * radius.get_ylim()[1])
         norm.set_yscale("log")
+        log_ticks(norm.yaxis, "{x:g}")
         radius.set(title=f"{shorten(name)}: radius rho_k", xlabel="epoch")
         clipped.set(title="radii clipped (%)", xlabel="epoch", ylim=(-4, 104))
         norm.set(title="|direction| before scaling", xlabel="epoch")
