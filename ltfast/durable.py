@@ -39,6 +39,7 @@ class Durable:
     store: Store | None = None
     saved: tuple[int, int] | None = None  # (steps, batch) of the newest training state
     _replaced: int = 0  # unreadable images of the epoch before
+    _charting: bool = True  # until TensorBoard events could not be written
 
     def guard(self, signals: Signals) -> None:
         """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
@@ -93,6 +94,19 @@ class Durable:
                 self.progress.note(
                     f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
                 )
+            if kind == "epoch" and self._charting and self.config.run.tensorboard:
+                self.chart(values)
+
+    def chart(self, values: dict[str, Any]) -> None:
+        """The numbers of an epoch as TensorBoard events, losses and the like under train/, the rest under val/."""
+        assert self.folder is not None
+        numbers = {f"train/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"}
+        numbers |= {f"val/{k}": v for k, v in values.get("val", {}).items()}
+        try:
+            self.folder.scalars(self.steps, numbers)
+        except OSError as error:
+            self._charting = False
+            self.progress.note(f"{self.folder.path}/events: cannot write ({error.strerror}); training goes on without")
 
     def replaced_images(self) -> dict[str, int]:
         """{"replaced": unreadable training images that others stood in for in this epoch, on all ranks}; {} where the

@@ -150,7 +150,8 @@ class RunFolder:
         return rows
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write TensorBoard scalars."""
+        """Write TensorBoard scalars. OSError if the folder is gone or cannot be written."""
+        self.path.stat()  # a folder that has vanished is not made anew
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -50,11 +50,11 @@ class AtEpoch(Progress):
         self.lines.append(text)
 
 
-def attempt(out: Path, progress: Progress, resume: bool = False) -> str:
+def attempt(out: Path, progress: Progress, resume: bool = False, **values: Any) -> str:
     """The run's error, or an empty string."""
     try:
         train(
-            build_config("digits-lt", "ce", {}, {**SMALL, "out": str(out)}),
+            build_config("digits-lt", "ce", {}, {**SMALL, "out": str(out), **values}),
             resume=str(out) if resume else None,
             progress=progress,
         )
@@ -66,7 +66,7 @@ def attempt(out: Path, progress: Progress, resume: bool = False) -> str:
 def full(folder: Path, out: Path) -> dict[str, Any]:
     """Weights and one training state fit, a second state beside the first does not."""
     quiet = AtEpoch(0, None)
-    error = attempt(out, quiet)
+    error = attempt(out, quiet, tensorboard=True)
     state = Store(out / "checkpoints").load()
     left = [path.name for path in (out / "checkpoints").iterdir() if path.name.endswith(checkpoint.PART)]
     mount("-o", "remount,size=64m", str(folder))
@@ -101,7 +101,8 @@ def read_only(folder: Path, out: Path) -> dict[str, Any]:
 def unmounted(folder: Path, out: Path) -> dict[str, Any]:
     mount("-o", "remount,size=64m", str(folder))
     quiet = AtEpoch(3, lambda: subprocess.run(["umount", "-l", str(folder)], check=True))
-    return {"error": attempt(out, quiet), "lines": quiet.lines, "under": [path.name for path in folder.iterdir()]}
+    error = attempt(out, quiet, tensorboard=True)
+    return {"error": error, "lines": quiet.lines, "under": [path.name for path in folder.iterdir()]}
 
 
 def run_case(case: str, tmp_path: Path) -> dict[str, Any]:
@@ -137,6 +138,9 @@ def test_a_disk_that_becomes_read_only(tmp_path: Path) -> None:
 def test_a_disk_that_is_unmounted(tmp_path: Path) -> None:
     got = run_case("unmounted", tmp_path)
     assert "checkpoint: No such file or directory" in got["error"]
+    assert (
+        sum("/events: cannot write (No such file or directory); training goes on" in line for line in got["lines"]) == 1
+    )
     assert got["under"] == [], "nothing was written to the mount point below"
 
 

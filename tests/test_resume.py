@@ -136,6 +136,24 @@ def test_resume_of_a_run_without_a_checkpoint_starts_again(undisturbed: Path, tm
     assert_same_run(undisturbed, out)
 
 
+def test_tensorboard_shows_every_epoch_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    for steps in (14, 0):
+        result = train(
+            config(out, "ce", epochs=4, tensorboard=True), resume=None if steps else str(out), progress=StopAt(steps)
+        )
+        assert ("stopped" in result) == bool(steps)
+    events = EventAccumulator(str(out / "events")).Reload()
+    rows = [row for row in log(out) if row["kind"] == "epoch"]
+    for tag, wanted in (("train/loss", [r["loss"] for r in rows]), ("val/top1", [r["val"]["top1"] for r in rows])):
+        found = events.Scalars(tag)
+        assert [event.step for event in found] == [9, 18, 27, 36]
+        assert [event.value for event in found] == pytest.approx(wanted, rel=1e-5)
+    assert {"train/lr", "val/few"} <= set(events.Tags()["scalars"])
+
+
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
 
 

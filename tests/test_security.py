@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +105,47 @@ def test_resume_refuses_a_foreign_state(tmp_path: Path) -> None:
         checkpoint.save(state, broken, meta)
         with pytest.raises(UserError, match="--resume"):
             train(build_config("digits-lt", "ce", {}, {}), resume=str(run))
+
+
+WATCHED = """
+import json, sys
+seen = []
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request"):
+        seen.append([event, repr(arguments)])
+sys.addaudithook(watch)
+from ltfast.cli import main
+codes = [main(words) for words in json.loads(sys.argv[1])]
+if sys.argv[2] == "reach":
+    import socket
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("127.0.0.1", 9))
+print(json.dumps([codes, seen]))
+"""
+
+
+def watched(commands: list[list[str]], how: str = "") -> tuple[list[int], list[list[str]]]:
+    """Exit codes of ltfast commands, and what they did with sockets."""
+    words = [sys.executable, "-c", WATCHED, json.dumps(commands), how]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    codes, seen = json.loads(done.stdout.splitlines()[-1])
+    return codes, seen
+
+
+def test_no_command_touches_the_network_or_listens(tmp_path: Path) -> None:
+    """TensorBoard events are written while training: no server comes with them."""
+    from PIL import Image
+
+    run, picture = str(tmp_path / "run"), str(tmp_path / "x.png")
+    Image.new("L", (8, 8)).save(picture)
+    small = ["--method", "ce", "--epochs", "1", "--limit-train", "72", "--batch", "36", "--device", "cpu"]
+    commands = [
+        ["train", "--out", run, *small], ["train", "--resume", run], ["eval", run], ["predict", run, picture],
+        ["export", run, "--format", "torch-export"], ["doctor", "--dir", str(tmp_path)],
+        ["train", "--dataset", "cifar10-lt", "--data-dir", str(tmp_path)],
+    ]  # fmt: skip
+    codes, seen = watched(commands)
+    assert codes == [0, 0, 0, 0, 0, 0, 2], "a missing data set is named, not fetched"
+    assert list(Path(run, "events").iterdir())
+    assert seen == []
+    assert watched([], "reach")[1], "the watch sees a connection"
