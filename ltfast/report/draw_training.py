@@ -38,7 +38,7 @@ GROUP_BARS = 60  # above this many classes the groups figure shows points instea
 
 def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None, **options: Any) -> None:
     """One line over epochs in the i-th colour and marker; points that are not finite are left out."""
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     known = np.isfinite(y)
     if known.any():
         x, y = np.asarray(x)[known], np.asarray(y)[known]
