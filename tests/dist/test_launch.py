@@ -105,7 +105,8 @@ def test_sigterm_then_torchrun(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started([*TRAIN, "--procs", "2", "--epochs", "30", "--out", str(run)]) as process:
         until(lambda: list((run / "checkpoints").glob("state-*")), process)
-        process.send_signal(signal.SIGTERM)
+        for pid in [*workers(process.pid), process.pid]:  # all of them, as Slurm does; the launcher hands its own on
+            os.kill(pid, signal.SIGTERM)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert err == "\nstopping after this step and a checkpoint; once more to stop at once\n", "torch says nothing"
