@@ -206,10 +206,14 @@ def other_code() -> str:
     """Other people's code beside ours: optimizer parts, whole steps, pipelines."""
     if not read("peers"):
         return NOT_MEASURED
+    part = (
+        "Gradients that cost nothing; gathering them included. `torch.compile`: kernels that it makes for a CPU, at least one a "
+        "tensor; for a GPU it joins those of a list."
+    )
     return "\n\n".join([
         "Other implementations by path or package, only adapted here (`benchmarks/peers.py`, `peer_steps.py`, `peer_pipeline.py`). "
         "Rows: [peers.jsonl](peers.jsonl)",
-        f"### Optimizer part of a step\n\nGradients that cost nothing; gathering them included.\n\n{peer_tables.optimizer_part()}",
+        f"### Optimizer part of a step\n\n{part}\n\n{peer_tables.optimizer_part()}",
         f"### Whole steps\n\nForward, backward and update. `loop/`: a plain loop around that optimizer.\n\n{peer_tables.whole_steps()}",
         f"### Input of CIFAR-sized pictures\n\nThree views a picture, one process, one thread.\n\n{peer_tables.pipelines()}",
     ])  # fmt: skip
@@ -226,7 +230,7 @@ def report() -> str:
     picture = "![Paired differences](ablation.png)\n\n" if draw_ablations(RESULTS / "ablation.png") else ""
     return "\n\n".join([
         head,
-        f"## Accuracy, digits-lt\n\n{accuracy('digits-lt')}",
+        f"## Accuracy, digits-lt\n\n{accuracy('digits-lt')}\n\n![By class size](../../docs/img/digits-lt.png)",
         f"Paired by seed, +- half of a 95 % interval:\n\n{preset_pairs('digits-lt')}",
         f"## Accuracy, CIFAR-10-LT\n\n{smoke}\n\n{accuracy('cifar10-lt')}",
         f"## Ablations\n\n{PAIRED}\n\n{picture}{ablations()}",

@@ -68,3 +68,11 @@ def test_every_method_has_a_card_that_says_when_it_does_not_help() -> None:
         assert (
             re.search(r"[Cc]ost", body) or head == "gkp-gsa" or "No extra FLOPs" in body or "three forward" in body
         ), head
+
+
+def test_files_that_pages_name_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(
+            r"`((?:ltfast|kernels|tests|benchmarks|docs)/[\w/.-]+\.(?:py|md|jsonl|png))`", page.read_text()
+        ):
+            assert (ROOT / name).exists() or "_<" in name, f"{page.name}: {name}"
