@@ -53,12 +53,16 @@ class Durable:
         )  # fmt: skip
         path = self.folder.path if self.folder is not None else None
         self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
-        again = restart_note()
-        if self.steps:
-            epoch = min(self.epoch + 1, self.config.optim.epochs)
-            self.progress.note(f"{again}continuing after {self.steps:,} steps, in epoch {epoch}")
-        elif again:
-            self.progress.note(f"{again}there was no checkpoint yet: from the beginning")
+        if self.steps or restart_note():
+            self.progress.note(restart_note() + self._where())
+
+    def _where(self) -> str:
+        """At which point the run goes on."""
+        if not self.steps:
+            return "there was no checkpoint yet: from the beginning"
+        if self.epoch >= self.config.optim.epochs:
+            return f"all {self.steps:,} steps are done: evaluating"
+        return f"continuing after {self.steps:,} steps, in epoch {self.epoch + 1}"
 
     def flush(self) -> None:
         """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""
@@ -161,6 +165,9 @@ class Durable:
         tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
         meta = self.ranks.share(meta)
         if meta is not None:
-            resume.restore(cast("Trainer", self), self.ranks.tensors(tensors), meta)
+            held = {}
+            if tensors is not None:
+                held = {name: tensors.pop(name) for name in list(tensors) if name.startswith(resume.HELD)}
+            resume.restore(cast("Trainer", self), {**self.ranks.tensors(tensors), **held}, meta)
         if self.folder is not None:
             self.folder.cut_metrics(meta["metrics"] if meta else 0)
