@@ -1,6 +1,7 @@
 """The optimizers: counted cost of a step beside other people's, and how good mode R's direction is on real pictures.
 
     python benchmarks/optimizers.py counted [--peer davda54=/tmp/sam.py] [--model resnet50] [--write]
+    python benchmarks/optimizers.py tables
     python benchmarks/optimizers.py sweep --data CIFAR10_PICTURES [--model resnet20] [--steps 500] [--write]
 
 `counted` needs no GPU: a step on the parameters of a network, with gradients that cost nothing, split into what the
@@ -20,15 +21,17 @@ from pathlib import Path
 import direction
 import harness
 import op_bench
+import optimizer_tables
 import peers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltfast.kernels import counting
 from ltfast.models import create_encoder
 from ltfast.optim import GSA, SAM
 
-LINE = "{:34s} {:>8s} {:>7s} {:>11s} {:>10s} {:>6s} {:>7s}"
+PERIOD = 16  # steps between renewals of mode R
+LINE = "{:34s} {:>8s} {:>7s} {:>11s} {:>10s} {:>6s} {:>6s} {:>7s}"
 
 
 # -- counted cost ------------------------------------------------------------------------------------------------------------
@@ -64,31 +67,55 @@ def contenders(paths: dict[str, Path]) -> Iterator[tuple[str, peers.Make]]:
         yield name, make
 
 
-def count(make: peers.Make, model: str) -> dict[str, float]:
-    """Figures of one step in the steady state."""
+class Passes(peers.Losses):
+    """Losses that count forward and backward passes."""
+
+    forwards = backwards = 0
+
+    def __call__(self, k: int = 0) -> Tensor:
+        return self._watched(super().__call__(k))
+
+    def groups(self) -> tuple[Tensor, Tensor]:
+        losses, shares = super().groups()
+        return self._watched(losses), shares
+
+    def _watched(self, loss: Tensor) -> Tensor:
+        self.forwards += 1
+        loss.register_hook(self._backward)
+        return loss
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.backwards += 1
+
+
+def count(make: peers.Make, model: str, period: int = 2) -> dict[str, float]:
+    """Figures of one step in the steady state; FLOPs over a period of mode R, a backward pass being two forward ones."""
     torch.manual_seed(0)
     params = list(create_encoder(model, 3)[0].parameters())
-    n, losses = sum(p.numel() for p in params), peers.Losses(params)
+    n, losses = sum(p.numel() for p in params), Passes(params)
     before = peers.live_bytes()
     step = make(params, losses)
-    for _ in range(17):
+    step()
+    losses.forwards = losses.backwards = 0
+    for _ in range(period):
         step()
+    flops = (losses.forwards + 2 * losses.backwards) / 3 / period
     with counting() as own, op_bench._DispatchCounter() as other, peers.Waits() as waits:
         step()
     held = (peers.live_bytes() - before) / (4 * n)
     return {
         "kernels": own.kernels, "passes": round(own.passes, 2), "other_kernels": other.kernels,
-        "other_passes": round(other.elements / n, 2), "syncs_per_step": sum(waits.found.values()),
-        "extra_memory_per_parameter": round(held, 2),
+        "other_passes": round(other.elements / n, 2), "flops_vs_sgd": round(flops, 3),
+        "syncs_per_step": sum(waits.found.values()), "extra_memory_per_parameter": round(held, 2),
     }  # fmt: skip
 
 
 def counted(args: argparse.Namespace) -> None:
     """Print the table, append rows with --write."""
     paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
-    print(LINE.format(args.model, "kernels", "passes", "+ kernels", "+ passes", "waits", "memory"))
+    print(LINE.format(args.model, "kernels", "passes", "+ kernels", "+ passes", "FLOPs", "waits", "memory"))
     for name, make in contenders(paths):
-        figures = count(make, args.model)
+        figures = count(make, args.model, PERIOD if f"gram_every={PERIOD}" in name else 2)
         print(LINE.format(name, *(str(v) for v in figures.values())), flush=True)
         for metric, value in figures.items() if args.write else ():
             harness.append_row("optimizers", f"{name}/{args.model}", metric, value, config={"groups": peers.GROUPS})
@@ -116,6 +143,9 @@ def main() -> None:
     )
     pictures_.add_argument("--seed", type=int, default=0)
     pictures_.set_defaults(run=direction.sweep)
+    commands.add_parser(
+        "tables", help="fill docs/optimizers.md (and README.md, where it has the markers) from the rows"
+    ).set_defaults(run=lambda _: optimizer_tables.fill_documents())
     for command in (table, pictures_):
         command.add_argument("--write", action="store_true", help="append rows to benchmarks/results/optimizers.jsonl")
     args = parser.parse_args()

@@ -14,17 +14,14 @@ from torch import Tensor
 from ltfast.kernels import ascent_coefficients
 from ltfast.optim.rules import Rule
 
-# Mode R: where the groups' directions nearly cancel, a remembered Gram matrix no longer tells where their sum points. Below
-# this ratio of |sum_k a_k eps_k|^2 to (sum_k a_k |eps_k|)^2 the step is a plain one. On pictures it is .04 to .11.
-CANCELLATION = 1e-4
 # With a fresh classifier the remembered part may come out far longer than expected (a batch with an odd picture); it is
 # damped to the length expected, by at most this factor.
 LEAST_DAMPING = 1e-3
 
 
 class Stale(NamedTuple):
-    """Mode R's coefficients [G] and the norms |s^-1 eps| they intend, float64 0-dim: of all, and of the remembered part
-    (None without a fresh classifier)."""
+    """Mode R's coefficients [G] and the norms |s^-1 eps| they intend, 0-dim: of all, and of the remembered part (None
+    without a fresh classifier)."""
 
     coef: Tensor
     norm: Tensor
@@ -150,42 +147,29 @@ class Ascent:
 
     def stale_coefficients(self, shares: Tensor, fresh: Tensor | None = None) -> Stale:
         """Coefficients from the remembered Gram matrix, to which this batch's classifier part `fresh` [G, G] is added."""
-        matrix = self.memory if fresh is None else self.memory + fresh
-        coef = self.coefficients(matrix, self.theta_sq, shares)
-        reach = self._reach(shares)
-        length_sq = self.stats["length_sq"].double().reshape(-1)[0]
-        coef = torch.where(length_sq <= CANCELLATION * reach * reach, 0.0, coef)
+        coef = self.coefficients(self.memory if fresh is None else self.memory + fresh, self.theta_sq, shares)
+        norm = self.stats["length_sq"].reshape(-1)[0].sqrt()
+        if fresh is None:
+            return Stale(coef, norm, None)
         c = coef.double()
-        rest = None if fresh is None else (c @ self.memory @ c).clamp_min(0).sqrt()
-        return Stale(coef, (c @ matrix @ c).clamp_min(0).sqrt(), rest)
-
-    def _reach(self, shares: Tensor) -> Tensor:
-        """sum_k a_k |eps_k / s|, float64, of the ascent whose statistics are in `stats`."""
-        rule, radius = self.rule, self.stats["radius"].double()
-        if rule.rho is None:
-            radius = self.n_elements**0.5 * radius.clamp(rule.rho_min, rule.rho_max)
-        if radius.numel() == 1:
-            return radius.sum()
-        weights = shares.double() if rule.aggregate == "share" else (shares > 0).double()
-        return (weights * radius).sum() / weights.sum().clamp_min(1e-30)
+        return Stale(coef, norm, (c @ self.memory @ c).clamp_min(0).sqrt())
 
     def rescaled(
         self, partials: Tensor, theta_sq: Tensor, stale: Stale, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Factors that give the gradient of sum_j c_j L_j, whose Gram partials these are, the intended norm: [1] for all
-        of it, and 0-dim one more for the classifier's part, whose squared norm is `known` (no such part: 1)."""
-        self.theta_sq.copy_(theta_sq.sum())
+        of it, and 0-dim one more for the classifier's part, whose squared norm is `known` (None: there is no such part)."""
+        torch.sum(theta_sq, dim=0, out=self.theta_sq)
         actual = partials.sum()
-        finite = torch.isfinite(actual).float()
-        self.stats |= {"ok": self.stats["ok"] * finite, "bad": 1 - finite}
-        part = torch.ones_like(actual)
+        bad = (actual - actual).ne(0).float()  # inf or NaN; isfinite is four launches
+        self.stats |= {"ok": self.stats["ok"] * (1 - bad), "bad": bad}
+        part = None
         if known is not None:
             rest = (actual - known).clamp_min(0)
-            part = 1 / stale.damping(rest)
-            actual = rest + part * part * known
-        scale = stale.norm / actual.clamp_min(1e-30).sqrt()
-        scale, part = (torch.where(torch.isfinite(scale * part), x, y) for x, y in ((scale, 0.0), (part, 1.0)))
-        return scale.float().reshape(1), part.float()
+            part = torch.nan_to_num(1 / stale.damping(rest), 1.0).float()
+            actual = rest + part.double().square() * known
+        scale = torch.nan_to_num(stale.norm * actual.clamp_min(1e-30).rsqrt(), 0.0, 0.0, 0.0)
+        return scale.float().reshape(1), part
 
     # -- state -----------------------------------------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ class Engine(Ascent):
         partials, theta_sq = gram_partials(row[None], self.flat.data, self.rule.adaptive)
         known = None if last is None else last.gram(row[None], self.rule.adaptive).sum()
         scale, more = self.rescaled(partials, theta_sq, stale, known)
-        if last is not None:
+        if last is not None and more is not None:
             row[last.span] *= more
         return scale, row[None]
 

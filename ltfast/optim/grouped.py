@@ -208,35 +208,36 @@ class GroupAscent(FlatOptimizer):
 
         With several micro-batches each takes the coefficients of its own shares (and of its own classifier gradients).
         """
-        holders, world = [b.flat.rows for b in self._climbing], self._world()
-        loss, parts = torch.zeros((), device=self.ascent.device), []
+        holders, world, count = [b.flat.rows for b in self._climbing], self._world(), len(closures)
+        found, parts = [], []
         for m, closure in enumerate(closures):
             with self._unreduced():
                 losses, shares = self._evaluate(closure)
-            loss = loss + (losses.detach() * shares).sum() / len(closures)
-            total = shares / world
+            found.append((losses.detach() * shares).sum())
+            total = shares / world if world > 1 else shares
             self._add_up(total)
             stale = self.ascent.stale_coefficients(total, self._fresh_of(losses, shares, total, scaler))
-            # An overflow must show in the gradient, where the scaler looks for it.
-            factor = torch.where(self.ascent.stats["bad"] > 0, torch.nan, stale.coef) / len(closures)
+            parts.append(stale)
+            factor = stale.coef if count == 1 else stale.coef / count
             if world > 1:
                 factor = factor * torch.where(total > 0, shares / (world * total.clamp_min(1e-30)), 0.0)
-            parts.append(stale)
+            if scaler is not None:  # an overflow must show in the gradient, where the scaler looks for it
+                factor = torch.where(self.ascent.stats["bad"] > 0, torch.nan, factor)
             self._fill(holders, 0, (factor * losses).sum(), None, scaler, add=m > 0, retain=False)
         rows = [holder.data[:1] for holder in holders]
         if scaler is not None:
             self._unscale(rows, scaler)
         self._add_up(*rows)
-        norm = torch.stack([part.norm for part in parts]).mean()
-        rest = None if parts[0].rest is None else torch.stack([p.rest for p in parts if p.rest is not None]).mean()
+        if count > 1:
+            rests = [part.rest for part in parts if part.rest is not None]
+            norm = torch.stack([part.norm for part in parts]).mean()
+            stale = Stale(stale.coef, norm, torch.stack(rests).mean() if rests else None)
         fresh = self._fresh_gram(rows)
-        scale, more = self.ascent.rescaled(
-            *self._gram(rows), Stale(stale.coef, norm, rest), None if fresh is None else fresh.sum()
-        )
+        scale, more = self.ascent.rescaled(*self._gram(rows), stale, None if fresh is None else fresh.sum())
         for last, r in zip(self._last_layers(), rows, strict=True):
-            if last is not None:
+            if last is not None and more is not None:
                 r[:, last.span] *= more
-        return scale, rows, loss
+        return scale, rows, found[0] if count == 1 else torch.stack(found).mean()
 
     def _fresh_gram(self, rows: list[Tensor]) -> Tensor | None:
         """Gram matrix of the rows' classifier part; None if no classifier is marked."""

@@ -1,0 +1,85 @@
+"""Tables of benchmarks/results/optimizers.jsonl; the newest row of each case and metric counts."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import figures
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "benchmarks" / "results" / "optimizers.jsonl"
+COUNTED = (
+    "kernels",
+    "passes",
+    "other_kernels",
+    "other_passes",
+    "flops_vs_sgd",
+    "syncs_per_step",
+    "extra_memory_per_parameter",
+)
+HEADS = (
+    "own kernels",
+    "own passes",
+    "getting gradients there, kernels",
+    "passes",
+    "FLOPs / SGD",
+    "host waits",
+    "memory",
+)
+COSINES = ("cosine_mean", "cosine_p10", "cosine_worst")
+Cases = dict[str, dict[str, float]]
+
+
+def newest(path: Path = ROWS) -> tuple[Cases, dict[str, int]]:
+    """Case -> metric -> value, and case -> n."""
+    cases: Cases = defaultdict(dict)
+    counts: dict[str, int] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        cases[row["case"]][row["metric"]] = row["value"]
+        counts[row["case"]] = row["n"]
+    return cases, counts
+
+
+def counted(model: str = "resnet50") -> str:
+    """Markdown: what the optimizer part of a step costs, ours first."""
+    lines = ["| optimizer | " + " | ".join(HEADS) + " |", "|---" * (len(HEADS) + 1) + "|"]
+    for case, found in newest()[0].items():
+        if case.endswith(f"/{model}") and set(COUNTED) <= set(found):
+            cells = (f"{found[m]:,.0f}" if float(found[m]).is_integer() else f"{found[m]:.4g}" for m in COUNTED)
+            lines.append(f"| `{case.removesuffix('/' + model)}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def direction(emas: tuple[str, ...] = ("0.5", "0.8")) -> str:
+    """Markdown: cosine of mode R's direction, one line a network, sampler, kind of memory and EMA, one column an interval."""
+    cases, counts = newest()
+    table: dict[tuple[str, ...], dict[int, str]] = defaultdict(dict)
+    steps: dict[tuple[str, ...], int] = {}
+    for case, found in cases.items():
+        if "cosine_mean" not in found:
+            continue
+        _, model, _, kind, every, ema, sampler = case.split("/")
+        key = (model, sampler, kind, ema.removeprefix("ema="))
+        if key[-1] in emas:
+            table[key][int(every.removeprefix("gram_every="))] = " / ".join(f"{found[m]:.2f}" for m in COSINES)
+            steps[key] = counts[case]
+    intervals = sorted({every for cells in table.values() for every in cells})
+    heads = ["network", "batches", "steps", "Gram matrix", "EMA", *(f"every {every}" for every in intervals)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for key in sorted(table):
+        model, sampler, kind, ema = key
+        row = [model, sampler, str(steps[key]), kind, ema, *(table[key].get(every, "") for every in intervals)]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def fill_documents() -> None:
+    """Write both tables between their markers, `<!-- table: optimizers/NAME -->`, wherever README and docs have them."""
+    tables = {"table: optimizers/counted": counted(), "table: optimizers/direction": direction()}
+    for path in (ROOT / "README.md", ROOT / "docs" / "optimizers.md", ROOT / "docs" / "findings.md"):
+        for marker, text in tables.items():
+            if f"<!-- {marker} -->" in path.read_text():
+                figures.fill(path, marker, text)
