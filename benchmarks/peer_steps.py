@@ -3,7 +3,7 @@
     python benchmarks/peer_steps.py --peer release=GKP-GSA/sam.py --peer davda54=SAM/sam.py --peer timm=TIMM/train.py --write
     python benchmarks/peer_steps.py --only ltfast/bcl ltfast/gkp-gsa
 
-One network, one batch of CIFAR-sized pictures, four groups, float32; only the step differs. Steps with plain cross-entropy see
+One network, one batch of CIFAR-sized pictures, four groups, float32, eager; only the step differs. Steps with plain cross-entropy see
 one view, those with balanced contrastive learning (bcl) three. Counted, a mean over one period of the method:
     kernels         operators dispatched; ours: kernels launched on a GPU plus operators dispatched
     gflops          of convolutions and matrix products;  flops_vs_sgd: over those of our plain step with the same loss
@@ -202,7 +202,14 @@ def main() -> None:
     paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
     batch = args.batch or (256 if args.device == "cuda" else 16)
     setting = Setting(args.model, batch, torch.device(args.device))
-    config = {"model": args.model, "batch": batch, "groups": GROUPS, "precision": "fp32", "part": "whole step"}
+    config = {
+        "model": args.model,
+        "batch": batch,
+        "groups": GROUPS,
+        "precision": "fp32",
+        "mode": "eager",
+        "part": "whole step",
+    }
     done = known(config, args.device) if args.write else {}
     plain = {base: done[f"ltfast/{base}"]["gflops"] for base in (CE, BCL) if f"ltfast/{base}" in done}
     for name, make in (*ours(setting), *loops(setting, paths), *others(setting, paths)):
