@@ -7,9 +7,9 @@
     python benchmarks/data.py gpu --pictures imagenet_sample_256.tar            # share of a ResNet-50 step (needs a GPU)
 
 throughput runs every case in a process of its own, in turns, so that each ratio compares neighbours; a CPU second counts all
-threads and worker processes, and is the figure to trust on a busy machine. Memory is read with a batch in hand and again
-after a pause in which every queue has filled, as during a training step: proportional set size of all processes, and batches
-that wait in shared memory, mapped or not; memory_beyond_import leaves out what one process holds after the imports.
+threads and worker processes, and is the figure to trust on a busy machine. Memory is read with a batch in hand and all
+queues full, as during a training step: proportional set size of all processes, and batches that wait in shared memory,
+mapped or not; memory_beyond_import leaves out what one process holds after the imports.
 `pil` is the baseline: a torchvision DataLoader as BCL's code has it (decode, transforms, ToTensor, Normalize in the workers).
 --append writes the rows to results/data.jsonl.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,9 +36,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.data_lists import Row, million_lines, orders
+from benchmarks.family import cpu_seconds, memory_mib, wait_until_idle
 
 BATCH, WORKERS, SIZE = 64, 2, 224
-MEMORY_BATCHES, PAUSE = 3, 4.0  # seconds in which both workers fill their queues
+MEMORY_BATCHES = 2
 CASES = ("pil", "torch", "dali")
 
 
@@ -119,49 +119,6 @@ def batches(case: str, views: int, lists: dict[str, Any], device: str = "cpu") -
         epoch += 1
 
 
-def family() -> list[int]:
-    """This process and its descendants."""
-    parents = {}
-    for entry in os.listdir("/proc"):
-        try:
-            if entry.isdigit():
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    members = [os.getpid()]
-    for parent in members:
-        members += [child for child, its_parent in parents.items() if its_parent == parent]
-    return members
-
-
-def cpu_seconds() -> float:
-    """Processor time of the family so far, ended children included."""
-    ticks, ended = 0, resource.getrusage(resource.RUSAGE_CHILDREN)
-    for pid in family():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK") + ended.ru_utime + ended.ru_stime
-
-
-def memory_mib() -> float:
-    """Memory of the family: private and shared pages counted once, shared-memory files whether mapped or not.
-
-    A batch that a worker has handed over and nobody has fetched is mapped nowhere: only an open file keeps it.
-    """
-    kib, shared = 0, dict[tuple[int, int], int]()
-    for pid in family():
-        fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-        kib += int(fields["Pss"].split()[0]) - int(fields["Pss_Shmem"].split()[0])
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                if os.readlink(entry).startswith("/dev/shm/"):
-                    file = entry.stat()
-                    shared[file.st_dev, file.st_ino] = file.st_blocks * 512
-            except OSError:
-                continue
-    return kib / 1024 + sum(shared.values()) / 2**20
-
-
 def measure(case: str, views: int, folder: Path, images: int) -> dict[str, float]:
     """One timed pass over `images` pictures, after four batches of warm-up, in this process."""
     import torchvision.transforms.functional  # noqa: F401  every case holds it, or what it imports
@@ -179,7 +136,7 @@ def measure(case: str, views: int, folder: Path, images: int) -> dict[str, float
     for _ in range(MEMORY_BATCHES):
         batch = next(stream)
         peak = max(peak, memory_mib())
-        time.sleep(PAUSE)
+        wait_until_idle()
         peak = max(peak, memory_mib())
     del batch
     done = images // BATCH * BATCH

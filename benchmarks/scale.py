@@ -36,6 +36,7 @@ from ltfast.preserve import (
 
 CLASSES, IMAGES, FEATURES = 8142, 437_513, 2048
 RESNET50_WITH_HEADS = 25_600_000  # with a projection head: the size that the memory target is stated for
+GROWTH_DIMENSION = 100_000  # of the snapshots whose clustering is timed against C
 Figure = tuple[str, str, float]  # (case, metric, value)
 
 
@@ -130,7 +131,41 @@ def bench_bank(args: argparse.Namespace) -> Iterator[Figure]:
     yield f"all/{case}/G={args.groups}", "peak_rss_gib", peak_gib()
 
 
-PARTS = {"sampler": bench_sampler, "quality": bench_quality, "bank": bench_bank}
+def bench_growth(args: argparse.Namespace) -> Iterator[Figure]:
+    """CPU seconds at C and n, at 10 n, and at 10 C and 10 n: once an epoch each, clustering once a run."""
+    for classes, images in ((1, 1), (1, 10), (10, 10)):
+        classes, images = classes * args.classes, images * args.images
+        counts = long_tail(classes, images)
+        labels = torch.repeat_interleave(counts)[torch.randperm(int(counts.sum()))]
+        groups, case = group_by_frequency(counts, args.groups), f"C={classes}/n={images}"
+        for kind in SAMPLERS:
+            needs = {"batch": 256, "seed": 0, "epoch": 1, "epochs_total": 90, "group_of_class": groups}
+            yield f"growth/sampler/{kind}/{case}", "cpu_seconds", cpu_seconds(epoch_order, kind, labels, **needs)
+        yield f"growth/statistics/{case}", "cpu_seconds", cpu_seconds(tables, labels, classes, args.groups)
+        bank = MemoryBank(classes, GROWTH_DIMENSION)
+        for epoch in range(args.snapshots):
+            bank.update(torch.rand(classes), torch.randn(GROWTH_DIMENSION), epoch)
+        case = f"C={classes}/S={len(bank)}/d={GROWTH_DIMENSION}"
+        yield f"growth/cluster/{case}", "cpu_seconds", cpu_seconds(group_classes, bank, counts, args.groups)
+        yield (
+            f"growth/bank/{case}",
+            "cpu_seconds",
+            cpu_seconds(bank.update, torch.zeros(classes), torch.zeros(GROWTH_DIMENSION), 0),
+        )
+    yield f"growth/C={10 * args.classes}/n={10 * args.images}", "peak_rss_gib", peak_gib()
+
+
+def cpu_seconds(call: Callable[..., object], *args: object, **keywords: object) -> float:
+    """Least processor time of two calls."""
+    times = []
+    for _ in range(2):
+        start = time.process_time()
+        call(*args, **keywords)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+PARTS = {"sampler": bench_sampler, "quality": bench_quality, "bank": bench_bank, "growth": bench_growth}
 
 
 def run_part(name: str, args: argparse.Namespace) -> list[Figure]:
