@@ -107,10 +107,11 @@ def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ordered = np.sort(counts)[::-1]
-    axes.fill_between(np.arange(1, len(ordered) + 1), ordered, step="mid", alpha=0.3)
-    axes.step(np.arange(1, len(ordered) + 1), ordered, where="mid")
+    edges = np.arange(len(ordered) + 1) + 0.5
+    axes.stairs(ordered, edges, fill=True, alpha=0.3)
+    axes.stairs(ordered, edges)
     axes.set_yscale("log")
-    axes.set_xlim(1, max(len(ordered), 2))
+    axes.set_xlim(0.5, len(ordered) + 0.5)
     for bound, name in ((100, "many"), (20, "few")):
         axes.axhline(bound, color="0.4", linestyle="--", linewidth=0.8)
         side = "bottom" if name == "many" else "top"
