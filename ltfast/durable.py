@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
 from ltfast import checkpoint, resume
@@ -158,6 +159,8 @@ class Durable:
         """Continue from the newest whole training state; from the start if there is none."""
         store = None
         if self.folder is not None:
+            with contextlib.suppress(OSError):  # the first write will tell
+                self.folder.prepare()
             store = self.store = Store(
                 self.folder.checkpoints, keep=self.config.run.keep_checkpoints, note=self.progress.note
             )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import ltfast
+from ltfast.checkpoint import PART, write_atomically
 from ltfast.config import Config, load_toml
 from ltfast.errors import UserError
 
@@ -95,12 +96,13 @@ class RunFolder:
 
         check_limits(config.run)
         path = Path(config.run.out) if config.run.out else fresh_name(config)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(p.suffix != PART for p in path.iterdir())):
             raise UserError(f"--out {path}: already exists; choose another folder or continue it with --resume {path}")
         try:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (path / "config.toml").write_text(tomli_w.dumps(config.to_dict()))
-            (path / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
+            path.mkdir(parents=True, exist_ok=True)
+            # Whole and first: who finds it, however this process ends, may --resume.
+            write_atomically(path / "config.toml", [tomli_w.dumps(config.to_dict()).encode()])
+            RunFolder(path).prepare()
         except OSError as error:
             raise UserError(f"--out {path}: cannot write there ({error.strerror}); choose another folder") from None
         return RunFolder(path)
@@ -115,6 +117,12 @@ class RunFolder:
         if not (Path(path) / "config.toml").is_file():
             raise UserError(f"{path}: not a run folder (no config.toml in it)")
         return RunFolder(Path(path))
+
+    def prepare(self) -> None:
+        """Make what a process that was killed while it created the folder did not come to. OSError if it cannot."""
+        self.checkpoints.mkdir(exist_ok=True)
+        if not (self.path / "env.json").exists():
+            write_atomically(self.path / "env.json", [json.dumps(environment(), indent=1).encode() + b"\n"])
 
     @property
     def config(self) -> Config:

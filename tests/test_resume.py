@@ -136,6 +136,18 @@ def test_resume_of_a_run_without_a_checkpoint_starts_again(undisturbed: Path, tm
     assert_same_run(undisturbed, out)
 
 
+@pytest.mark.parametrize("left", [".config.toml.7.part", "config.toml"])
+def test_a_kill_while_the_folder_is_made(undisturbed: Path, tmp_path: Path, left: str) -> None:
+    """Before config.toml is whole the same command starts again; after it, --resume does."""
+    out = tmp_path / "run"
+    out.mkdir()
+    text = (undisturbed / "config.toml").read_text()
+    (out / left).write_text(text.replace(str(undisturbed), str(out)) if left == "config.toml" else text[:50])
+    train(config(out), resume=str(out) if left == "config.toml" else None)
+    assert_same_run(undisturbed, out)
+    assert json.loads((out / "env.json").read_text())["torch"] == torch.__version__
+
+
 def test_tensorboard_shows_every_epoch_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
