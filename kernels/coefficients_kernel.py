@@ -11,7 +11,8 @@ PARTIAL_ELEMENTS = 8192
 WARPS = 8
 # One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4). With it nothing
 # spills up to G = 32; for G = 33..63 ptxas saves up to 400 bytes around float64 divisions whatever the bound and the number
-# of warps (8, 16, 32 tried by compiling), which one program that touches nothing of size N can afford.
+# of warps (8, 16, 32; reading the matrix a second time does not help either: tried by compiling), which one program that
+# touches nothing of size N can afford.
 MAX_REGISTERS = 240
 
 

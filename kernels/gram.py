@@ -20,7 +20,9 @@ from .common import cdiv, check_rows, check_vector, count, jit, launch, next_pow
 # R (R + 1) / 2 accumulators of E elements live in registers: 36 x 4 at R = 8 is the most that fits without spills.
 SMALL_ROWS = 8
 SMALL_WARPS = 4
-# E elements a thread: as many 16-byte loads in flight as the accumulators leave room for.
+# E elements a thread: as many 16-byte loads in flight as the accumulators leave room for. bfloat16 rows at R = 5..8 are read
+# 8 bytes at a time: E = 8 would make that 16 (compiled: no spills up to R = 6) but takes 194 and 252 registers for 96 and 128,
+# so 2 CTAs an SM for 5 and 4, and fewer bytes in flight in all. Not yet timed on a GPU.
 ELEMENTS_PER_THREAD = {1: 16, 2: 16, 4: 8, 8: 4}
 # Every program is resident at once on 108 and on 132 SMs (8 to 10 CTAs of 128 threads each), so there is no tail wave, and
 # one program can add the partials up in a few microseconds. Not yet timed on a GPU.
