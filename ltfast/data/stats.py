@@ -108,14 +108,14 @@ def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
     axes = figure.add_subplot()
     ordered = np.sort(counts)[::-1]
     edges = np.arange(len(ordered) + 1) + 0.5
-    axes.stairs(ordered, edges, fill=True, alpha=0.3)
-    axes.stairs(ordered, edges)
+    axes.stairs(ordered, edges, fill=True, color="C0", alpha=0.3)
+    axes.stairs(ordered, edges, color="C0")
     axes.set_yscale("log")
     axes.set_xlim(0.5, len(ordered) + 0.5)
     for bound, name in ((100, "many"), (20, "few")):
         axes.axhline(bound, color="0.4", linestyle="--", linewidth=0.8)
         side = "bottom" if name == "many" else "top"
-        axes.text(len(ordered), bound, f"{name}-shot ", ha="right", va=side, fontsize=8, color="0.3")
+        axes.text(edges[-1], bound, f"{name}-shot ", ha="right", va=side, fontsize=8, color="0.3")
     axes.set_xlabel(f"classes, largest first ({len(ordered):,})")
     axes.set_ylabel("training images")
     axes.set_title(f"{int(counts.sum()):,} images, imbalance {ordered[0] / max(ordered[ordered > 0][-1], 1):,.0f}")

@@ -4,8 +4,8 @@ A shard holds <key>.jpg (or another picture) and <key>.cls (the label in decimal
 beside it as <shard>.idx, in the format of DALI's wds2idx (v1.2), so DALI's own reader can use it too.
 
 Why training does not use fn.readers.webdataset: it reads shards one after another and shuffles in a window of
-initial_fill (1,024) pictures. On 8 class-sorted shards of 1,000 pictures the position of a picture in two epochs
-correlates .99 (and still .99 when the window is twice as long); with shuffle_after_epoch only whole shards move.
+initial_fill (1,024) pictures. On 8 class-sorted shards of 2,500 pictures the position of a picture in two epochs
+correlates .97; with shuffle_after_epoch .2 (whole shards move), and in both the first 64 pictures are of one class.
 Here an index entry is a (shard, offset, size), so the epoch is the same uniform permutation as for loose files
 (correlation 0), every sampler and a resume in mid-epoch work, and a picture costs one positioned read.
 benchmarks/data.py measures both orders.
