@@ -105,7 +105,7 @@ class Bench:
 
     def bare(self) -> None:
         """Forward and backward of the plain loss, and nothing else."""
-        losses, shares, _ = self.forward.losses(torch.cat(self.batch.views), self.batch.labels, self.membership)
+        losses, shares, *_ = self.forward.losses(torch.cat(self.batch.views), self.batch.labels, self.membership)
         torch.autograd.grad((losses * shares).sum(), self.flat.params, allow_unused=True)
 
     def twin(self) -> Callable[[], None]:
@@ -118,7 +118,7 @@ class Bench:
         averages: dict[str, Any] = {}
 
         def closure() -> tuple[Tensor, Tensor]:
-            losses, shares, _ = forward.losses(torch.cat(batch.views), batch.labels, member)
+            losses, shares, *_ = forward.losses(torch.cat(batch.views), batch.labels, member)
             return losses, shares
 
         def plain() -> Tensor:

@@ -150,11 +150,12 @@ class Forward:
         """Group losses [G] and batch shares [G] from `_encode`'s results with classifiers [K, C, D], row group [C] each."""
         return group_losses(self.objective(self.model, features, z, labels, weights, group), membership[labels])
 
-    def _losses(self, x: Tensor, labels: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Group losses [G], batch shares [G] and the features of view 1 [B, D] (detached); membership [C, G]."""
+    def _losses(self, x: Tensor, labels: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Group losses [G], batch shares [G], and detached features [V*B, D] and projections [2B, P]; membership [C, G]."""
         features, z = self._features(x, labels)
         per_sample = self.objective(self.model, features, z, labels)
-        return *group_losses(per_sample, membership[labels]), features[: labels.numel()].detach()
+        losses, shares = group_losses(per_sample, membership[labels])
+        return losses, shares, features.detach(), None if z is None else z.detach()
 
     def _first_view(self, x: Tensor, labels: Tensor, membership: Tensor) -> tuple[Tensor, Tensor]:
         """The classification term alone, from view 1 alone [B, ...]: group losses [G] and shares [G]."""

@@ -111,22 +111,26 @@ class Agreement:
         whole = self.ranks.mean_(shares.detach().clone())
         return losses * torch.where(whole > 0, shares / whole, 0.0), whole
 
-    def shares(self, shares: Tensor) -> Tensor:
-        """Shares [G] of the whole batch: what mode R's coefficients are made of, so that all ranks have the same."""
-        return shares if self.alone or self.everything else self.ranks.mean_(shares.detach().clone())
-
     def rows(self, rows: Tensor) -> Tensor:
         """Gradient rows, averaged over the ranks in place if everything is global."""
         return self.ranks.mean_(rows) if self.everything else rows
 
-    def gram(self, matrix: Tensor, shares: Tensor) -> Tensor:
-        """Mode R's Gram matrix [G, G]: the mean over the ranks on which both groups are present (shares: this rank's)."""
+    def remembered(self, shares: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+        """What mode R's coefficients are made of, the same on every rank, in one message: shares [G] of the whole batch, and
+        Gram matrices [G, G], each entry the mean over the ranks on which both groups are present (shares: this rank's).
+        """
         if self.alone or self.everything:
-            return matrix
-        present = (shares > 0).to(matrix.dtype)
+            return shares, *matrices
+        if not matrices:
+            return (self.ranks.mean_(shares.detach().clone()),)
+        g, present = shares.numel(), (shares > 0).double()
         both = torch.outer(present, present)
-        packed = self.ranks.sum_(torch.stack([matrix * both, both]))
-        return packed[0] / packed[1].clamp_min(1.0)
+        packed = self.ranks.sum_(
+            torch.cat([shares.detach().double(), *(m.flatten() for m in (both, *(both * m for m in matrices)))])
+        )
+        met = packed[g : g + g * g].clamp_min(1.0)
+        agreed = (packed[g + g * g :].view(-1, g * g) / met).view(-1, g, g)
+        return (packed[:g] / self.ranks.world).to(shares.dtype), *agreed.unbind()
 
     def contrast(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
         """Projections z [2B, P] and labels [B] of all ranks, differentiable, and the slice of labels that is this rank's."""

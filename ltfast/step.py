@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltfast.backward import Backward
 from ltfast.data.base import Batch
@@ -21,7 +21,7 @@ from ltfast.graph import Captured
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
 from ltfast.models import LongTailModel
 from ltfast.objective import Forward, Objective
-from ltfast.optim.engine import EXACT, REPEAT, Engine
+from ltfast.optim.engine import EXACT, REPEAT, STALE, Engine
 from ltfast.optim.rules import Rule
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.update import Update
@@ -36,6 +36,15 @@ class Taken(NamedTuple):
     result: dict[str, Tensor]
     features: Tensor
     stats: dict[str, Tensor]
+
+
+class Evaluated(NamedTuple):
+    """Group losses [G] and batch shares [G] of a pass, and its detached features [V*B, D] and projections [2B, P]."""
+
+    losses: Tensor
+    shares: Tensor
+    features: Tensor | None = None
+    z: Tensor | None = None
 
 
 class TrainStep:
@@ -82,7 +91,10 @@ class TrainStep:
         self.backward = Backward(flat, update.scaler)
         self.engine: Engine | None = None
         if rule is not None and rule.scope == "all":
-            self.engine = Engine(flat, rule, self.group_counts, self.agreement, self.backward)
+            hard = bool((self.membership.max(1).values == 1).all())
+            weight = cast(nn.Parameter, model.classifier.weight)
+            marked = [weight] if hard and not rule.partial and not rule.split else []
+            self.engine = Engine(flat, rule, self.group_counts, self.agreement, self.backward, marked)
         else:
             flat.resize_rows(1)
         self.features: Tensor | None = None
@@ -125,16 +137,16 @@ class TrainStep:
         if self.engine is not None:
             self.engine.climbed = False
         means = {name: value.mean() for name, value in stats.items()}
-        return Taken({"loss": loss, "grad_norm": norm, **means}, features, stats)
+        return Taken({"loss": loss, "grad_norm": norm, **means}, features[: labels.numel()], stats)
 
     # -- parts -----------------------------------------------------------------------------------------------------------
 
-    def losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Group losses [G], batch shares [G] and the features of view 1 [B, D] (detached) of pictures [V*B, ...]."""
-        losses, shares, features = self.forward.losses(x, labels, self.membership)
-        return *self.agreement.losses(losses, shares), features
+    def losses(self, x: Tensor, labels: Tensor) -> Evaluated:
+        """Group losses of pictures [V*B, ...]."""
+        losses, shares, features, z = self.forward.losses(x, labels, self.membership)
+        return Evaluated(*self.agreement.losses(losses, shares), features, z)
 
-    def ascent_losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def ascent_losses(self, x: Tensor, labels: Tensor) -> Evaluated:
         """What the ascent climbs: `losses`, or those of a part of the samples and views (then without features)."""
         rule = self.rule
         assert rule is not None
@@ -149,7 +161,7 @@ class TrainStep:
         evaluated = (self.forward.first_view if rule.ascent_views == 1 else self.forward.losses)(
             x, labels, self.membership
         )
-        return *self.agreement.losses(evaluated[0], evaluated[1]), None
+        return Evaluated(*self.agreement.losses(evaluated[0], evaluated[1]))
 
     def _thinned(self, labels: Tensor) -> Tensor:
         """Positions of the samples that a partial ascent sees: evenly spaced, whatever a batch may be sorted by."""
@@ -187,9 +199,10 @@ class TrainStep:
     # -- the four kinds of step ----------------------------------------------------------------------------------------
 
     def _plain(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        losses, shares, features = self.losses(x, labels)
+        losses, shares, features, _ = self.losses(x, labels)
         loss = (losses * shares).sum()
         self._descend(loss)
+        assert features is not None
         return loss.detach(), features, {}
 
     def _shared(self, branch: str, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -197,36 +210,51 @@ class TrainStep:
         engine, rule = self.engine, self.rule
         assert engine is not None
         assert rule is not None
-        features = None  # of the first pass, if that sees the whole batch; it then is the one that moves the statistics
+        first = None  # pass over the whole batch; it is the one that moves the statistics
         if branch == REPEAT:
             engine.repeat()
         else:
             with self._statistics_kept(rule.partial):
-                losses, shares, features = self.ascent_losses(x, labels)
-            engine.ascend(losses, shares, branch)
-        with self._statistics_kept(features is not None):
-            perturbed, shares, after = self.losses(x, labels)
-        if features is None:
-            losses, features = perturbed, after
+                found = self.ascent_losses(x, labels)
+            engine.ascend(found.losses, found.shares, branch, self._known_rows(branch, found, labels))
+            first = None if found.features is None else found
+        with self._statistics_kept(first is not None):
+            after = self.losses(x, labels)
+        first = first or after
         if rule.split:  # row 0 already holds the gradient of the part that stays at theta
-            self._descend(perturbed[1] * shares[1], add=True)
+            self._descend(after.losses[1] * after.shares[1], add=True)
         else:
-            self._descend((perturbed * shares).sum())
-        return (losses.detach() * shares).sum(), features, engine.stats
+            self._descend((after.losses * after.shares).sum())
+        assert first.features is not None
+        return (first.losses.detach() * after.shares).sum(), first.features, engine.stats
+
+    def _known_rows(self, branch: str, found: Evaluated, labels: Tensor) -> list[Tensor] | None:
+        """Group gradients [G, C, D] of the classifier for mode R's remembered steps, or None where they are not wanted.
+
+        The encoder's features are there: one pass of the head gives them, where one backward pass a group of a compiled
+        network would go all the way down.
+        """
+        if branch != STALE or self.engine is None or self.engine.last is None:
+            return None
+        assert found.features is not None
+        with self._statistics_kept():
+            rows, _, _ = self._classifier_rows(found.features, found.z, labels)
+        return [rows]
 
     def _per_group(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """sum_k w_k L_k(theta + eps_k) exactly: G forward and backward passes at G perturbed points (for ablation)."""
         engine = self.engine
         assert engine is not None
-        losses, shares, features = self.losses(x, labels)
+        losses, shares, features, _ = self.losses(x, labels)
         coef = engine.ascend(losses, shares)
         with self._statistics_kept():
             for k in range(engine.n_groups):
                 engine.move_to(coef[k])
-                perturbed, _, _ = self.losses(x, labels)
+                perturbed = self.losses(x, labels).losses
                 if k + 1 < engine.n_groups:
                     self.backward(perturbed[k] * shares[k], self._final_row, add=k > 0)
         self._descend(perturbed[-1] * shares[-1], add=engine.n_groups > 1)
+        assert features is not None
         return (losses.detach() * shares).sum(), features, engine.stats
 
     def _classifier(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -239,7 +267,7 @@ class TrainStep:
             group = self.group_of_class if len(eps) > 1 else torch.zeros_like(self.group_of_class)
             losses, shares = self.forward.head(features, z, labels, self.membership, weights, group)
         self._descend((losses * shares).sum())
-        return plain, features[: labels.numel()].detach(), stats
+        return plain, features.detach(), stats
 
     def _classifier_ascent(
         self, features: Tensor, z: Tensor | None, labels: Tensor
@@ -247,15 +275,9 @@ class TrainStep:
         """Perturbations [G or 1, C*D] of the classifier weight, the unperturbed loss, and statistics."""
         rule = self.rule
         assert rule is not None
-        theta = self.model.classifier.weight.detach()
-        # Each group has a copy of the classifier of its own, so one backward of the sum gives every group's gradient.
-        copies = theta.expand(self.membership.shape[1], *theta.shape).contiguous().requires_grad_()
-        evaluated = self.forward.head(features, z, labels, self.membership, copies, self.group_of_class)
-        losses, shares = self.agreement.losses(*evaluated)
-        rows = torch.autograd.grad(self.backward.scaled(losses.sum()), copies)[0].flatten(1)
-        rows, theta = self.agreement.rows(rows), theta.reshape(-1)
-        if self.update.scaler is not None:
-            rows = rows * self.update.scaler.inverse
+        theta = self.model.classifier.weight.detach().reshape(-1)
+        gradients, losses, shares = self._classifier_rows(features, z, labels)
+        rows = self.agreement.rows(gradients.flatten(1))
         coef, stats = ascent_coefficients(
             *gram_partials(rows, theta, rule.adaptive), shares, self.group_counts, theta.numel(),
             direction=rule.direction, objective=rule.objective, rho=rule.rho, C=rule.radius_C,
@@ -264,3 +286,13 @@ class TrainStep:
         coef = coef.reshape(-1, losses.numel())
         eps = torch.stack([perturb(theta, rows, c, rule.adaptive) - theta for c in coef])
         return eps, (losses * shares).sum().detach(), stats._asdict()
+
+    def _classifier_rows(self, features: Tensor, z: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients [G, C, D] of each group's loss by the classifier weight, from detached features; losses and shares."""
+        weight = self.model.classifier.weight.detach()
+        # Each group has a copy of the classifier of its own, so one backward of the sum gives every group's gradient.
+        copies = weight.expand(self.membership.shape[1], *weight.shape).contiguous().requires_grad_()
+        evaluated = self.forward.head(features, z, labels, self.membership, copies, self.group_of_class)
+        losses, shares = self.agreement.losses(*evaluated)
+        (rows,) = torch.autograd.grad(self.backward.scaled(losses.sum()), copies)
+        return rows if self.update.scaler is None else rows * self.update.scaler.inverse, losses, shares

@@ -90,9 +90,9 @@ def test_one_graph_and_no_recompilation(kind: str) -> None:
     moved, graphs, compiler = both(kind, "bcl", lambda net: Compiler(net, backend="eager"))
     assert compiler.reason is None
     assert moved == 0
-    # Classifier scope: encoder, and losses of features with and without a graph behind them; a partial ascent has a
-    # function of its own; every other kind is one function for both passes.
-    expected = {"gsa-paper": 3, "one-view ascent": 2}.get(kind, 1)
+    # Classifier scope: encoder, and losses of features with and without a graph behind them; mode R those of features
+    # without one; a partial ascent has a function of its own; every other kind is one function for both passes.
+    expected = {"gsa-paper": 3, "one-view ascent": 2, "gsa-full": 2}.get(kind, 1)
     assert graphs[1] == expected
     assert graphs[-1] == expected
     assert not counters["graph_break"]

@@ -154,7 +154,7 @@ def test_the_schedule_of_branches() -> None:
         net, objective, flat, FlatBuffers(net), Update(flat), rule, membership_for("groups", COUNTS, GROUPS)
     )
     assert step.engine is not None
-    step.engine.remembers = True
+    step.engine.remembers = step.engine.holds_rest = True
     branches = [step.next_branch() for _ in range(10)]
     assert branches == ["exact", "repeat", "stale", "repeat", "stale", "repeat", "exact", "repeat", "stale", "repeat"]
     state = copy.deepcopy(step.engine.state())

@@ -14,7 +14,7 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.objective import Objective
-from ltfast.optim.engine import STALE
+from ltfast.optim.engine import EXACT, STALE
 from ltfast.optim.rules import RULES, Rule
 from ltfast.plan import flops_ratio
 from ltfast.step import TrainStep
@@ -251,9 +251,18 @@ def test_mode_r_refresh_is_exact_and_reuse_keeps_the_intended_norm() -> None:
     step = take_step(net, objective, batch, rule)
     engine = step.engine
     assert engine is not None
-    losses, shares, _ = step.losses(torch.cat(batch.views), batch.labels)
-    coef, intended, _ = engine.stale_coefficients(shares)
-    engine.ascend(losses, shares, STALE)
+    found = step.losses(torch.cat(batch.views), batch.labels)
+    rows = step._known_rows(STALE, found, batch.labels)
+    assert rows is not None
+    assert step._known_rows(EXACT, found, batch.labels) is None
+    for k, loss in enumerate(found.losses):  # one pass of the head knows what a backward pass a group would find
+        (exact,) = torch.autograd.grad(loss, net.classifier.weight, retain_graph=True)
+        torch.testing.assert_close(rows[0][k], exact, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(rows[0][k - 1], exact, rtol=0.1)
+    assert engine.last is not None
+    fresh = engine.last.gram(engine.last.put_rows(rows), adaptive=True)
+    coef, intended, _ = engine.stale_coefficients(found.shares, fresh)
+    engine.ascend(found.losses, found.shares, STALE, rows)
     s = engine.kept.abs()
     moved = ((engine.flat.data - engine.kept) / s.clamp_min(1e-12))[s > 1e-6].double().norm()
     assert float(moved) == pytest.approx(float(intended), rel=1e-3)
@@ -283,7 +292,7 @@ def test_perturbation_is_undone_bit_for_bit() -> None:
     engine, before = step.engine, step.flat.data.clone()
     assert engine is not None
     for _ in range(20):
-        losses, shares, _ = step.losses(torch.cat(batch.views), batch.labels)
+        losses, shares, *_ = step.losses(torch.cat(batch.views), batch.labels)
         engine.ascend(losses, shares)
         assert not torch.equal(step.flat.data, before)
         engine.restore()

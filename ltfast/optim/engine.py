@@ -81,13 +81,18 @@ class Engine(Ascent):
         again = not self.remembers or self.holds_rest != (self.last is not None)
         return EXACT if ascent % self.rule.gram_every == 0 or again else STALE
 
-    def ascend(self, losses: Tensor, shares: Tensor, branch: str = EXACT) -> Tensor:
+    def ascend(
+        self, losses: Tensor, shares: Tensor, branch: str = EXACT, classifier_rows: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """First pass: from group losses [G] and batch shares [G] at theta to coefficients; leaves theta + eps in place.
+
+        classifier_rows: group gradients [G, *shape] of the marked classifier, where the caller has a cheaper way to them
+        than one backward pass a group from `losses`.
 
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """
         self.settle()
-        coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares)
+        coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares, classifier_rows)
         self.climbed = True
         if self.rule.objective == "per_group":
             self.kept.copy_(self.flat.data)
@@ -145,8 +150,9 @@ class Engine(Ascent):
         rule = self.rule
         if rule.gram_every > 1:
             matrix, theta_sq = gram(self.rows, self.flat.data, rule.adaptive)
-            fresh = None if self.last is None else self.agreement.gram(self.last.gram(self.rows, rule.adaptive), shares)
-            return self.refreshed(self.agreement.gram(matrix, shares), theta_sq, self.agreement.shares(shares), fresh)
+            known = [] if self.last is None else [self.last.gram(self.rows, rule.adaptive)]
+            shares, matrix, *known = self.agreement.remembered(shares, matrix, *known)
+            return self.refreshed(matrix, theta_sq, shares, known[0] if known else None)
         partials, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
         coef = self.coefficients(partials, theta_sq, shares)
         if rule.direction == "friendly":
@@ -165,19 +171,22 @@ class Engine(Ascent):
 
     # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
 
-    def _stale(self, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        last, fresh = self.last, None
+    def _stale(self, losses: Tensor, shares: Tensor, classifier_rows: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+        last, known = self.last, []
         if last is not None:
-            scaler = self.backward.scaler
-            fresh = last.gram(
-                self.agreement.rows(last.put(losses, None if scaler is None else scaler.scale)), self.rule.adaptive
-            )
-        stale = self.stale_coefficients(self.agreement.shares(shares), fresh)
+            if classifier_rows is not None:
+                rows = last.put_rows(classifier_rows)
+            else:
+                scaler = self.backward.scaler
+                rows = last.put(losses, None if scaler is None else scaler.scale)
+            known = [last.gram(self.agreement.rows(rows), self.rule.adaptive)]
+        shares, *known = self.agreement.remembered(shares, *known)
+        stale = self.stale_coefficients(shares, known[0] if known else None)
         row = self.backward((stale.coef * losses).sum(), 0)
         self.agreement.rows(row)
         partials, theta_sq = gram_partials(row[None], self.flat.data, self.rule.adaptive)
-        known = None if last is None else last.gram(row[None], self.rule.adaptive).sum()
-        scale, more = self.rescaled(partials, theta_sq, stale, known)
+        part = None if last is None else last.gram(row[None], self.rule.adaptive).sum()
+        scale, more = self.rescaled(partials, theta_sq, stale, part)
         if last is not None and more is not None:
             row[last.span] *= more
         return scale, row[None]

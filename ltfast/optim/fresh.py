@@ -50,6 +50,13 @@ class FreshGradients:
             self.rows.div_(scale)
         return self.rows
 
+    def put_rows(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Fill the rows with given gradients, [G, *shape] of each parameter."""
+        for i, gradient in enumerate(gradients):
+            for k, views in enumerate(self._views):
+                views[i].copy_(gradient[k])
+        return self.rows
+
     def gram(self, rows: Tensor, adaptive: bool) -> Tensor:
         """Gram matrix, float64, of rows [R, n] over the marked parameters, or of their part of rows [R, N]."""
         part = rows if rows.shape[1] == self.rows.shape[1] else rows[:, self.span]

@@ -152,6 +152,8 @@ def agreements(ranks: Ranks) -> dict[str, Any]:
     losses = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 5.0]])[ranks.rank]
     matrix = torch.full((3, 3), 1.0 + ranks.rank, dtype=torch.float64)
     local, whole = Agreement(ranks), Agreement(ranks, True)
+    agreed, gram = local.remembered(shares, matrix)
+    assert torch.equal(local.remembered(shares)[0], agreed)
     scaled, w = whole.losses(losses, shares)
     z = torch.arange(8.0).view(4, 2) + 100 * ranks.rank
     z.requires_grad_()
@@ -159,8 +161,8 @@ def agreements(ranks: Ranks) -> dict[str, Any]:
     everyone_z, everyone, own = whole.contrast(z, labels)
     (everyone_z * torch.arange(8.0)[:, None] * (1 + ranks.rank)).sum().backward()
     return {
-        "local": local.losses(losses, shares), "mean": ranks.mean_(scaled.clone()), "shares": w, "agreed": local.shares(shares),
-        "gram": local.gram(matrix, shares), "z": everyone_z.detach(), "labels": everyone, "own": everyone[own], "grad": z.grad,
+        "local": local.losses(losses, shares), "mean": ranks.mean_(scaled.clone()), "shares": w, "agreed": agreed,
+        "gram": gram, "z": everyone_z.detach(), "labels": everyone, "own": everyone[own], "grad": z.grad,
         "rows": whole.rows(torch.full((2, 2), float(ranks.rank))), "local_rows": local.rows(torch.full((2, 2), float(ranks.rank))),
     }  # fmt: skip
 
