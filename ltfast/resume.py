@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ltfast.data.large_source import LargeSource
 from ltfast.dist import Traffic
 from ltfast.errors import UserError
 from ltfast.preserve import Anchor
@@ -53,6 +54,8 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
         "sums": list(trainer.sums), "seconds": trainer.seconds, "wire": dataclasses.asdict(trainer.wire), "world": ranks.world,
         "metrics": trainer.folder.metrics_bytes() if trainer.folder is not None else 0,
     }  # fmt: skip
+    if isinstance(trainer.source, LargeSource):
+        meta["data"] = trainer.source.state(trainer.epoch, trainer.batch)
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith(SHARED)}
     return tensors, meta, shared
 
@@ -71,10 +74,12 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
     """Continue exactly where `capture` was called; with another number of ranks, to rounding.
 
     Raises:
-        UserError: the state belongs to another model, or lacks something.
+        UserError: the state belongs to another model or training list, or lacks something.
     """
     try:
         _check(trainer, tensors)
+        if isinstance(trainer.source, LargeSource) and "data" in meta:
+            trainer.source.check_state(meta["data"])
         _restore_shared(trainer, tensors)
         _restore_rank(trainer, tensors, meta["world"] == trainer.ranks.world)
         for name in ("epoch", "batch", "steps", "best", "seconds"):

@@ -182,7 +182,9 @@ class LargeSource:
         return int(state["epoch"]), int(state["step"])
 
     def _identity(self) -> dict[str, Any]:
-        return {"seed": self.seed, "batch": self.batch, "sampler": self.sampler, "images": self.sizes["train"]}
+        train = self.lists["train"]
+        fields = {"seed": self.seed, "batch": self.batch, "sampler": self.sampler, "images": len(train)}
+        return {**fields, "training list": f"{train.fingerprint():08x}"}
 
     def usable(self, index: Tensor) -> Tensor:
         """index with every training image known to be bad replaced by its substitute; int64 [b]."""

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,10 @@ class ImageList:
     def counts(self) -> np.ndarray:
         """Images in each class, int64 [C]."""
         return np.bincount(self.labels, minlength=self.num_classes)
+
+    def fingerprint(self) -> int:
+        """CRC-32 of relative paths and labels: the same wherever the folder lies."""
+        return zlib.crc32(self.labels.astype("<i4").tobytes(), self.paths.fingerprint())
 
     def file(self, index: int) -> str:
         """Full name of file `index`."""

@@ -7,6 +7,7 @@ an int64 offset for each name (8 bytes beyond the text).
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -60,6 +61,10 @@ class PathTable(Sequence[str]):
         if indices.dtype == bool:
             indices = np.flatnonzero(indices)
         return PathTable.of(self.raw(int(i)) for i in indices)
+
+    def fingerprint(self) -> int:
+        """CRC-32 of the names in their order."""
+        return zlib.crc32(self.offsets.tobytes(), zlib.crc32(self._text))
 
     @property
     def nbytes(self) -> int:

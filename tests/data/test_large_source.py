@@ -334,6 +334,11 @@ def test_state_is_plain_numbers_and_a_changed_batch_is_caught(root):
     for change in ({"batch": 4}, {"seed": 9}, {"sampler": "sqrt"}):
         with pytest.raises(UserError, match=f"cannot resume: {next(iter(change))} was"):
             open_source("torch", root, **change).check_state(state)
+    lists = read_lists(root)
+    order = np.arange(len(lists["train"]))
+    lists["train"] = lists["train"].select(np.roll(order, 1))
+    with pytest.raises(UserError, match="cannot resume: training list was"):
+        open_source("torch", root, lists).check_state(state)
     if dali_available():
         assert open_source("dali", root).check_state(state) == (4, 2)
 

@@ -82,6 +82,12 @@ def test_a_folder_of_real_pictures_trained_evaluated_and_predicted(pictures: Pat
     size = ["--model", "resnet8", "--image-size", "32", "--batch", "16", "--epochs", "2", "--no-tensorboard"]
     assert main(["train", "--dataset", "folder", "--data-dir", str(root), *size, "--out", str(run)]) == 0
     capsys.readouterr()
+    aside = tmp_path / "aside.jpg"
+    gone = sorted((root / "train" / "cake").iterdir())[0]
+    gone.rename(aside)
+    assert main(["train", "--resume", str(run)]) == 2, "another training list"
+    assert "cannot resume: images was" in capsys.readouterr().err
+    aside.rename(gone)
     assert main(["eval", str(run), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["n"] == 2 * len(COUNTS)
