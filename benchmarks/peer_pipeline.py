@@ -12,21 +12,27 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 
-import harness
 import torch
-from small_views import smooth_pictures
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ltfast.data.augment import Plain, recipe
-from ltfast.data.base import SPLITS
-from ltfast.data.cifar import MEAN, STD
-from ltfast.data.pool import Splits
-from ltfast.data.small import SmallSource
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import harness  # noqa: E402
+from small_views import smooth_pictures  # noqa: E402
+
+from ltfast.data.augment import Plain, recipe  # noqa: E402
+from ltfast.data.base import SPLITS  # noqa: E402
+from ltfast.data.cifar import MEAN, STD  # noqa: E402
+from ltfast.data.pool import Splits  # noqa: E402
+from ltfast.data.small import SmallSource  # noqa: E402
 
 PICTURES = {
     "cpu": 1024,

@@ -19,24 +19,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
-import op_bench
-import peer_tables
-import peers
 import torch
 import torch.nn.functional as F
-from peer_code import composer_steps, release_steps, timm_steps
-from peer_setting import GROUPS, METHODS, Setting
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltfast.kernels import counting
-from tests.syncs import Waits
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import harness  # noqa: E402
+import op_bench  # noqa: E402
+import peer_tables  # noqa: E402
+import peers  # noqa: E402
+from peer_code import composer_steps, release_steps, timm_steps  # noqa: E402
+from peer_setting import GROUPS, METHODS, Setting  # noqa: E402
+
+from ltfast.kernels import counting  # noqa: E402
+from tests.syncs import Waits  # noqa: E402
 
 WARM_UP = 2  # steps: state is made in the first
 CE, BCL = "ce", "bcl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from ltfast.cli import main
 from ltfast.report import geometry
 from tests.docs import parsing
-from tests.docs.blocks import PAGES, PROGRAMS, Command, blocks, commands, is_script
+from tests.docs.blocks import PAGES, PROGRAMS, ROOT, Command, blocks, commands, is_script
 from tests.docs.rules import PARSED, RUN, SLOW, rule_for
 
 COMMANDS = commands()
@@ -98,6 +99,21 @@ def test_wrong_words_are_refused(
 ) -> None:
     with pytest.raises((Exception, SystemExit)):
         parsing.check(words.split(), monkeypatch)
+
+
+BENCHMARKS = sorted({c.words[1] for c in COMMANDS if c.words[0] == "python" and c.words[1].endswith(".py")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", BENCHMARKS)
+def test_script_finds_its_imports(script: str) -> None:
+    """In a fresh interpreter with nothing on the path but what `python script` gives."""
+    if "argparse" not in (ROOT / script).read_text():
+        return  # it would do its work
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
 
 
 SCRIPTS = [block for page in PAGES for block in blocks(page) if block.language == "bash" and is_script(block)]
