@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from ltfast.data import load
 from ltfast.data.base import Source
 from ltfast.data.dali_pipeline import dali_available
-from ltfast.data.large import choose_loader, load_large
+from ltfast.data.large import CPU_GAIN_OF_DALI, choose_loader, load_large
 from ltfast.errors import UserError
 from tests.data.pictures import make_set
 
@@ -94,6 +97,14 @@ def test_loader_choice():
     assert choice.reason
     if dali_available():
         assert choose_loader("auto", "cuda", 3).name == "dali"
+
+
+def test_the_choice_rests_on_committed_rows():
+    lines = (Path(__file__).parents[2] / "benchmarks/results/data.jsonl").read_text().splitlines()
+    rows = {(row["case"], row["metric"]): row["value"] for row in map(json.loads, lines)}
+    for views, gain in CPU_GAIN_OF_DALI.items():
+        dali, torch_path = (rows[f"{loader}/{views}-view", "images_per_cpu_s"] for loader in ("dali", "torch"))
+        assert dali / torch_path == pytest.approx(gain, rel=0.2)
 
 
 def test_without_dali(monkeypatch):
