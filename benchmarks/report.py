@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,20 +79,35 @@ def number(value: Any) -> str:
 
 
 def pivot(rows: list[Row]) -> str:
-    """Markdown, a table for each device: a line a case (seeds averaged), a column a metric."""
+    """Markdown, tables for each device: a line a case (seeds averaged), a column a metric, kindred cases together."""
     grouped: dict[str, dict[str, dict[str, list[Any]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for (device, case), metrics in newest(rows).items():
         for metric, row in metrics.items():
             grouped[device][re.sub(r"/seed=\d+$", "", case)][metric].append(row["value"])
     parts = []
     for device, cases in grouped.items():
-        names = list(dict.fromkeys(metric for metrics in cases.values() for metric in metrics))
-        parts.append(f"Device: {device}\n\n| case | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
-        parts[-1] += "".join(
-            f"\n| `{case}` | " + " | ".join(mean(metrics[name]) if name in metrics else "" for name in names) + " |"
-            for case, metrics in cases.items()
-        )
+        parts.append(f"Device: {device}")
+        for names, members in kindred(cases):
+            lines = ["| case | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+            for case in members:
+                values = [mean(cases[case][name]) if name in cases[case] else "" for name in names]
+                lines.append(f"| `{case}` | " + " | ".join(values) + " |")
+            parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def kindred(cases: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], list[str]]]:
+    """(metrics, cases) of tables in which every case has at least half of the metrics that its table had before it."""
+    tables: list[tuple[list[str], list[str]]] = []
+    for case, metrics in cases.items():
+        for names, members in tables:
+            if 2 * len(metrics.keys() & set(names)) >= len(metrics.keys() | set(names)):
+                names.extend(name for name in metrics if name not in names)
+                members.append(case)
+                break
+        else:
+            tables.append((list(metrics), [case]))
+    return tables
 
 
 def mean(values: list[Any]) -> str:
