@@ -270,6 +270,17 @@ def test_mode_r_refresh_is_exact_and_reuse_keeps_the_intended_norm() -> None:
     assert coef.shape == (3,)
 
 
+def test_mode_r_leaves_out_the_classifier_where_its_centres_cost_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltfast.step.CENTRES_MAX", 2)
+    for base, known in (("bcl", False), ("balanced-softmax", True)):
+        net, objective, batch = make(base)
+        step = take_step(net, objective, batch, RULES["gsa-full"])
+        assert step.engine is not None
+        assert (step.engine.last is not None) == known
+        step(batch)
+        assert float(step.update.skipped) == 0
+
+
 def test_absent_group_and_non_finite_loss() -> None:
     net, objective, batch = make("bcl")
     before = copy.deepcopy(net)
