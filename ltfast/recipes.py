@@ -96,7 +96,7 @@ SHARPNESS_SOURCES: dict[str, str] = {
 }
 ALIASES: dict[str, str] = {
     "logit-adjustment": "balanced-softmax",
-    # The reading that the measurements favour (docs/findings.md); the paper's own is gsa-paper+gkp.
+    # No reading stands out in the measurements (docs/findings.md); the paper's own is gsa-paper+gkp.
     "gkp-gsa": "gsa-full+gkp",
 }
 
