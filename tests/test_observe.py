@@ -139,12 +139,15 @@ def test_gradient_gram_is_that_of_the_group_means():
 def test_engine_logs_the_cosine_at_each_refresh():
     model = nn.Linear(4, 3)
     flat = FlatParameters(model.parameters())
-    engine = Engine(flat, dataclasses.replace(RULES["gsa-full"], gram_every=2), torch.tensor([10.0, 5.0]))
+    engine = Engine(
+        flat, dataclasses.replace(RULES["gsa-full"], gram_every=2), torch.tensor([10.0, 5.0, 2.0])
+    )  # two of one radius would cancel
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    shares = torch.tensor([0.5, 0.5])
+    shares = torch.tensor([3.0, 3.0, 2.0]) / 8
     for step in range(5):
         values = nn.functional.cross_entropy(model(x), torch.arange(8) % 3, reduction="none")
-        engine.ascend(torch.stack([values[:4].mean(), values[4:].mean()]), shares, engine.next_branch())
+        losses = torch.stack([part.mean() for part in values.split((3, 3, 2))])
+        engine.ascend(losses, shares, engine.next_branch())
         engine.restore()
         assert engine.refresh[1] == step // 2  # the first refresh fills the memory: nothing to compare it with
     total, count, smallest = engine.refresh.tolist()
