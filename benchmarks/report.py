@@ -209,7 +209,7 @@ def draw_ablations(path: Path) -> bool:
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(drawn)), [name for name, *_ in drawn], fontsize=8)
     ax.invert_yaxis()
-    ax.set(xlim=(-6, 6), xlabel="top-1 against bcl of the same seed, points; bar: 95 % interval, ticks: seeds")
+    ax.set(xlim=(-6, 6), xlabel="top-1 against bcl of the same seed, points\nbar: 95 % interval, ticks: seeds")
     ax.set_title("digits-lt ablations (number of seeds)", fontsize=10)
     fig.tight_layout()
     fig.savefig(path)
