@@ -91,10 +91,14 @@ def main() -> None:
     # bcl+gkp: the plain step, the cheapest one, so the share is at its largest.
     figures = shares(parts, epochs, trainer.source.steps_per_epoch, 1.0, args.regroup)
     case = f"preserve/{dataset}/{config.model.model}/B={config.data.batch}/epochs={epochs}"
+    settings = {
+        "dataset": dataset, "method": config.method, "model": config.model.model, "batch": config.data.batch, "epochs": epochs,
+        "fisher_budget": config.preserve.fisher_budget, "groups": config.preserve.groups,
+    }  # fmt: skip
     for name, value in ({f"{part}_s": s for part, s in parts.items()} | figures).items():
         print(f"{case:55s} {name:26s} {value:.4g}")
         if args.write:
-            append_row("throughput", case, name, value, n=args.steps, config=config.to_dict())
+            append_row("throughput", case, name, value, n=args.steps, config=settings)
 
 
 if __name__ == "__main__":
