@@ -119,11 +119,18 @@ def batches(case: str, views: int, lists: dict[str, Any], device: str = "cpu") -
         epoch += 1
 
 
+def import_what(case: str) -> None:
+    """The libraries of a case, so that their memory is not its own: torchvision for PIL and torch's loader, DALI for DALI's."""
+    if case == "dali":
+        import nvidia.dali.fn  # noqa: F401
+    else:
+        import torchvision.transforms.functional  # noqa: F401
+
+
 def measure(case: str, views: int, folder: Path, images: int) -> dict[str, float]:
     """One timed pass over `images` pictures, after four batches of warm-up, in this process."""
-    import torchvision.transforms.functional  # noqa: F401  every case holds it, or what it imports
-
     torch.set_num_threads(1)
+    import_what(case)
     imported = memory_mib()
     # One long epoch: the cost of starting workers is not in the figure of any case.
     stream = batches(case, views, lists_of(folder, images + 32 * BATCH))
