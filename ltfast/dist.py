@@ -127,12 +127,17 @@ class Ranks:
             raise UserError(error)
         return result
 
-    def tensors(self, named: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """Rank 0's host tensors on every rank (a checkpoint: only rank 0 needs to see the file system it lies on)."""
+    def tensors(self, named: dict[str, Tensor] | None, kept: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Rank 0's host tensors on every rank (a checkpoint: only rank 0 needs to see the file system it lies on).
+
+        kept: how the names begin of those that stay on rank 0.
+        """
         if self.world == 1:
             return named or {}
-        plan: list[Any] = [[k, list(v.shape), str(v.dtype).split(".")[1]] for k, v in (named or {}).items()]
-        result: dict[str, Tensor] = {}
+        result = {k: v for k, v in (named or {}).items() if k.startswith(kept)}
+        plan: list[Any] = [
+            [k, list(v.shape), str(v.dtype).split(".")[1]] for k, v in (named or {}).items() if k not in result
+        ]
         for name, shape, dtype in self.share(plan):
             tensor = named[name].contiguous() if named is not None else torch.empty(shape, dtype=getattr(torch, dtype))
             if tensor.numel():

@@ -168,9 +168,6 @@ class Durable:
         tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
         meta = self.ranks.share(meta)
         if meta is not None:
-            held = {}
-            if tensors is not None:
-                held = {name: tensors.pop(name) for name in list(tensors) if name.startswith(resume.HELD)}
-            resume.restore(cast("Trainer", self), {**self.ranks.tensors(tensors), **held}, meta)
+            resume.restore(cast("Trainer", self), self.ranks.tensors(tensors, kept=resume.HELD), meta)
         if self.folder is not None:
             self.folder.cut_metrics(meta["metrics"] if meta else 0)

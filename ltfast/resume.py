@@ -17,12 +17,13 @@ from ltfast.data.large_source import LargeSource
 from ltfast.dist import Traffic
 from ltfast.errors import UserError
 from ltfast.preserve import Anchor
+from ltfast.preserve.bank import WEIGHTS
 
 if TYPE_CHECKING:
     from ltfast.train import Trainer
 
 # Never written to once made, so stored once whatever the number of training states that refer to them.
-HELD = ("bank.snapshot.", "bank.origin")  # by rank 0 alone
+HELD = tuple(f"bank.{name}" for name in WEIGHTS)  # by rank 0 alone
 SHARED = (*HELD, "anchor.weight", "anchor.target")
 
 

@@ -32,7 +32,7 @@ from ltfast.memory import out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.predict import Preprocess
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
-from ltfast.preserve.bank import weights_in
+from ltfast.preserve.bank import WEIGHTS
 from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
 from ltfast.recipes import rule_of
@@ -82,7 +82,8 @@ class Trainer(Durable):
         origin = theta if config.preserve.center else None
         self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin, holds=ranks.main)
         if config.preserve.bank:
-            self.share_bank(ranks.on_main(partial(load_bank, Path(config.preserve.bank))))
+            state = ranks.on_main(partial(load_bank, Path(config.preserve.bank)))
+            self.bank.load_state_dict(ranks.tensors(state, kept=WEIGHTS))
         self.needs_groups = config.preserve.gkp or (self.rule is not None and self.rule.groups == "bank")
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
@@ -150,11 +151,6 @@ class Trainer(Durable):
         members = [(self.groups == k).sum().item() for k in range(cfg.groups)]
         self.progress.note(f"grouped {len(self.bank)} snapshots into {cfg.groups} groups of {members} classes")
         self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
-
-    def share_bank(self, state: dict[str, Tensor] | None) -> None:
-        """Fill every rank's bank from rank 0's `state`, whose snapshots stay on rank 0."""
-        held = {name: state.pop(name) for name in weights_in(state)} if state is not None else {}
-        self.bank.load_state_dict({**self.ranks.tensors(state), **held})
 
     def stable(self, anchor: Anchor) -> Anchor:
         """Cap A where the descent would overshoot the anchor: lr * (1 - alpha) * lambda * A <= 1.

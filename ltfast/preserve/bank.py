@@ -18,6 +18,7 @@ from ltfast.errors import UserError
 
 log = logging.getLogger(__name__)
 NO_SNAPSHOT = -1
+WEIGHTS = ("snapshot.", "origin")  # how the names of a state's large tensors begin
 
 
 class Lumps(NamedTuple):
@@ -225,11 +226,6 @@ def stack_into(buffer: Tensor, rows: list[Tensor]) -> Tensor:
     for target, row in zip(buffer, rows, strict=True):
         target[:width].copy_(row)
     return buffer[:, :width]
-
-
-def weights_in(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the large tensors of a `state_dict()`: snapshots and the origin."""
-    return [name for name in state if name == "origin" or name.startswith("snapshot.")]
 
 
 def check_state(state: Mapping[str, Tensor], num_classes: int, dimension: int, holds: bool = True) -> None:
