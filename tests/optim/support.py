@@ -86,6 +86,19 @@ def table(kind: str) -> Tensor:
     return membership_for(kind, COUNTS, GROUP_OF_CLASS, eta=20)
 
 
+def watched_closure(
+    optimizer: Any, closure: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
+    """The closure, and the list of weights (of the first block) at which it has been called."""
+    seen: list[Tensor] = []
+
+    def watched() -> tuple[Tensor, Tensor]:
+        seen.append(optimizer.blocks[0].flat.data.clone())
+        return closure()
+
+    return watched, seen
+
+
 def group_closure(
     model: nn.Module,
     step: int,

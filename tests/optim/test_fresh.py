@@ -62,13 +62,7 @@ def test_cost_and_norm() -> None:
     for i in range(6):
         forwards = support.counted(model)
         theta = optimizer.blocks[0].flat.data.clone()
-        seen: list[Tensor] = []
-        closure = support.group_closure(model, i)
-
-        def watched(closure: Any = closure, seen: list[Tensor] = seen) -> tuple[Tensor, Tensor]:
-            seen.append(optimizer.blocks[0].flat.data.clone())
-            return closure()
-
+        watched, seen = support.watched_closure(optimizer, support.group_closure(model, i))
         with counting() as cost:
             optimizer.step(watched)
         assert forwards() == 2

@@ -140,13 +140,7 @@ def test_mode_r_has_the_intended_norm() -> None:
     optimizer = gsa(model, gram_every=4)
     for i in range(6):
         theta = optimizer.blocks[0].flat.data.clone()
-        seen: list[Tensor] = []
-        closure = support.group_closure(model, i)
-
-        def watched(closure: Any = closure, seen: list[Tensor] = seen) -> tuple[Tensor, Tensor]:
-            seen.append(optimizer.blocks[0].flat.data.clone())
-            return closure()
-
+        watched, seen = support.watched_closure(optimizer, support.group_closure(model, i))
         optimizer.step(watched)
         eps = seen[-1] - theta
         scaled = torch.where(theta != 0, eps / theta, 0.0).double().norm()
