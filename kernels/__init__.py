@@ -1,6 +1,7 @@
 """Triton kernels of ltfast, each beside its torch oracle (imported as ltfast.kernels).
 
-CPU tensors take the oracle, CUDA tensors the kernel; with TRITON_INTERPRET=1 CPU tensors take the kernel too.
+CUDA tensors take the kernel, CPU tensors the oracle's arithmetic in cache-sized blocks; with TRITON_INTERPRET=1 CPU
+tensors take the kernel too.
 """
 
 from .anchor import anchor_penalty, collapse_anchors

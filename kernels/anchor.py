@@ -20,6 +20,7 @@ from .common import (
     WARPS,
     Coefficients,
     as_coefficients,
+    cache_blocks,
     cdiv,
     check_rows,
     check_vector,
@@ -118,10 +119,10 @@ def _launch_sum(partials: Tensor, out: Tensor) -> Tensor:
 
 
 def anchor_penalty_reference(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> Tensor:
-    """The torch oracle."""
+    """The torch oracle, float64."""
     gap = theta_N - anchors_GN
     terms = (fishers_GN * gap * gap).sum(1, dtype=torch.float64)
-    return (0.5 * (coef_G.double() @ terms)).to(theta_N.dtype)
+    return 0.5 * (coef_G.double() @ terms)
 
 
 def collapse_anchors_reference(anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +142,8 @@ def _result_dtype(anchors_GN: Tensor) -> torch.dtype:
 def _anchor_penalty(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> Tensor:
     count("anchor_penalty", 2, [theta_N, anchors_GN, fishers_GN])
     if not use_kernel(theta_N):
-        return anchor_penalty_reference(theta_N, anchors_GN, fishers_GN, coef_G)
+        parts = cache_blocks(theta_N, anchors_GN, fishers_GN, rows=anchors_GN.shape[0])
+        return torch.stack([anchor_penalty_reference(*part, coef_G) for part in parts]).sum().to(theta_N.dtype)
     groups, n = anchors_GN.shape
     blocks = cdiv(n, BLOCK)
     partials = theta_N.new_empty((min(blocks, PROGRAMS),), dtype=torch.float64)
@@ -164,8 +166,10 @@ def _anchor_grad(
     grad = torch.empty_like(theta_N)
     count("anchor_grad", 1, [theta_N, anchors_GN, fishers_GN], [grad])
     if not use_kernel(theta_N):
-        weight = coef_G.to(theta_N.dtype)[:, None] * fishers_GN
-        return upstream * (weight * (theta_N - anchors_GN)).sum(0)
+        coef_G1 = coef_G.to(theta_N.dtype)[:, None]
+        for out, theta, anchors, fishers in cache_blocks(grad, theta_N, anchors_GN, fishers_GN, rows=anchors_GN.shape[0]):
+            torch.mul(upstream, (coef_G1 * fishers * (theta - anchors)).sum(0), out=out)
+        return grad
     groups, n = anchors_GN.shape
     launch(_anchor_grad_kernel, (cdiv(n, BLOCK),), theta_N.device, theta_N, anchors_GN, fishers_GN, coef_G, upstream,
            grad, n, anchors_GN.stride(0), fishers_GN.stride(0), G=groups, BLOCK=BLOCK, num_warps=WARPS,
@@ -193,13 +197,18 @@ _anchor_penalty.register_autograd(_backward, setup_context=_setup_context)
 def _collapse_anchors(
     anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if not use_kernel(anchors_GN):
-        count("collapse_anchors", 2, [anchors_GN, fishers_GN], [anchors_GN[0], anchors_GN[0]])
-        return collapse_anchors_reference(anchors_GN, fishers_GN, coef_G)
     groups, n = anchors_GN.shape
-    weight = anchors_GN.new_empty((n,), dtype=torch.float32)
+    weight = anchors_GN.new_empty((n,), dtype=_result_dtype(anchors_GN))
     target = torch.empty_like(weight)
     count("collapse_anchors", 2, [anchors_GN, fishers_GN], [weight, target])
+    if not use_kernel(anchors_GN):
+        const = weight.new_zeros((), dtype=torch.float64)
+        for a, t, anchors, fishers in cache_blocks(weight, target, anchors_GN, fishers_GN, rows=groups):
+            total, mean, spread = collapse_anchors_reference(anchors, fishers, coef_G)
+            a.copy_(total)
+            t.copy_(mean)
+            const += spread
+        return weight, target, const
     partials = weight.new_empty((cdiv(n, BLOCK),), dtype=torch.float64)
     launch(_collapse_anchors_kernel, (cdiv(n, BLOCK),), weight.device, anchors_GN, fishers_GN, coef_G, weight, target,
            partials, n, anchors_GN.stride(0), fishers_GN.stride(0), G=groups, BLOCK=BLOCK, num_warps=WARPS,

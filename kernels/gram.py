@@ -15,7 +15,7 @@ Source: the identities of Eq. 12-15 of arXiv 2603.21217 need nothing of the grad
 import torch
 from torch import Tensor
 
-from .common import cdiv, check_rows, check_vector, count, jit, launch, next_power_of_2, tl, use_kernel
+from .common import cache_blocks, cdiv, check_rows, check_vector, count, jit, launch, next_power_of_2, tl, use_kernel
 
 # R (R + 1) / 2 accumulators of E elements live in registers: 36 x 4 at R = 8 is the most that fits without spills.
 SMALL_ROWS = 8
@@ -127,6 +127,25 @@ def gram_partials_reference(grads_RN: Tensor, theta_N: Tensor | None, adaptive: 
     return (rows @ rows.T)[None], theta_sq
 
 
+def _gram_partials_cpu(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
+    """The oracle in blocks: float64 throughout, without a float64 copy of more than a block."""
+    rows = grads_RN.shape[0]
+    total = grads_RN.new_zeros((rows, rows), dtype=torch.float64)
+    theta_sq = total.new_zeros(1)
+    space: Tensor | None = None
+    for g, theta in cache_blocks(grads_RN, theta_N, rows=cdiv(rows, 2)):
+        space = total.new_empty(rows + 1, g.shape[1]) if space is None else space
+        wide = space[:, : g.shape[1]]
+        u, scale = wide[:rows].copy_(g), wide[rows]
+        if theta is not None:
+            scale.copy_(theta)
+            theta_sq += scale.dot(scale)
+            if adaptive:
+                u *= scale  # sign(theta) squares away in every product
+        total.addmm_(u, u.T)
+    return total[None], theta_sq
+
+
 def _block(rows: int) -> int:
     if rows > SMALL_ROWS:
         return LARGE_TILE
@@ -165,7 +184,8 @@ def _gram_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> 
     count("gram_partials", 1, [grads_RN, theta_N])
     if use_kernel(grads_RN):
         return _launch_partials(grads_RN, theta_N, adaptive)
-    return gram_partials_reference(grads_RN, theta_N, adaptive)
+    on_host = _gram_partials_cpu if grads_RN.device.type == "cpu" else gram_partials_reference
+    return on_host(grads_RN, theta_N, adaptive)
 
 
 @_gram_partials.register_fake

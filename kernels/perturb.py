@@ -21,6 +21,7 @@ from .common import (
     WARPS,
     Coefficients,
     as_coefficients,
+    cache_blocks,
     cdiv,
     check_rows,
     check_vector,
@@ -79,21 +80,49 @@ def perturb_reference(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptiv
     return theta_N + (theta_N * theta_N * step if adaptive else step)
 
 
+def _perturb_cpu(
+    theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None
+) -> None:
+    """The oracle in blocks: its additions in its order, so its bits; rows of coefficient 0 are not read."""
+    live = [(k, c) for k, c in enumerate(coef_G.to(theta_N.dtype).tolist()) if c != 0]
+    space: Tensor | None = None
+    for theta, rows, target, kept in cache_blocks(theta_N, grads_GN, out, keep):
+        space = theta.new_empty(2, theta.shape[0]) if space is None else space
+        step, term = space[:, : theta.shape[0]]
+        if kept is not None:
+            kept.copy_(theta)
+        if not live:
+            step.zero_()
+        for i, (k, c) in enumerate(live):
+            into = term if i else step
+            if rows.dtype == into.dtype:
+                torch.mul(rows[k], c, out=into)
+            else:
+                into.copy_(rows[k]).mul_(c)
+            if i:
+                step.add_(term)
+        if adaptive:
+            step.mul_(torch.mul(theta, theta, out=term))
+        torch.add(theta, step, out=target)
+
+
 @torch.library.custom_op("ltfast::perturb", mutates_args={"out", "keep"})
 def _perturb(
     theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None
 ) -> None:
     count("perturb", 1, [theta_N, grads_GN], [out, keep])
-    if not use_kernel(theta_N):
+    rows, n = grads_GN.shape
+    if use_kernel(theta_N):
+        # No FMA: the same bits as the oracle, in a kernel that waits for memory anyway.
+        launch(_perturb_kernel, (cdiv(n, BLOCK),), theta_N.device, theta_N, grads_GN, coef_G, out, keep, n,
+               grads_GN.stride(0), R=rows, ADAPTIVE=adaptive, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=WARPS,
+               maxnreg=MAX_REGISTERS, enable_fp_fusion=False)  # fmt: skip
+    elif theta_N.device.type == "cpu":
+        _perturb_cpu(theta_N, grads_GN, coef_G, adaptive, out, keep)
+    else:
         if keep is not None:
             keep.copy_(theta_N)
         out.copy_(perturb_reference(theta_N, grads_GN, coef_G, adaptive))
-        return
-    rows, n = grads_GN.shape
-    # No FMA: the same bits as the oracle, in a kernel that waits for memory anyway.
-    launch(_perturb_kernel, (cdiv(n, BLOCK),), theta_N.device, theta_N, grads_GN, coef_G, out, keep, n,
-           grads_GN.stride(0), R=rows, ADAPTIVE=adaptive, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=WARPS, maxnreg=MAX_REGISTERS,
-           enable_fp_fusion=False)  # fmt: skip
 
 
 @_perturb.register_fake

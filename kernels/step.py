@@ -6,7 +6,8 @@
            theta = (1 - lr wd) theta - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 Shapes: every array [N]. Dtypes: theta, state, A and T float32; gradient and mirror float32 or bfloat16.
-Arithmetic: float32 without fused multiply-add and with rounded division and root, as the torch oracle computes it.
+Arithmetic: float32 without fused multiply-add and with rounded division and root, as the torch oracle computes it. On a
+CPU the last step is torch's own fused optimizer, a block at a time, which uses fused multiply-add: other last bits.
 Mutates theta, state and mirror; with found_inf != 0 theta and state keep their bits and the mirror is refreshed from theta,
 so that a skipped step still takes the ascent back. With a source, theta is read there and only written in its place (as a
 working copy that holds theta + eps): the update of SAM restores and steps in the one pass.
@@ -15,14 +16,19 @@ Source: torch.optim.SGD and torch.optim.AdamW (semantics); A, T: `collapse_ancho
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from .common import (
     BLOCK,
     WARPS,
     Number,
+    cache_blocks,
     cdiv,
     check_vector,
     count,
@@ -144,6 +150,41 @@ def _write(values: list[tuple[Tensor, Tensor, Tensor]], found_inf: Tensor | None
         mirror.copy_(values[0][0])
 
 
+class _Cpu:
+    """What the updates share on a CPU: numbers read once, blocks, the gradient, the copy where an ascent is taken back."""
+
+    def __init__(self, source: Tensor, theta: Tensor, scale: Number, strength: Number, found_inf: Tensor | None) -> None:
+        self.scale, self.strength = float(scale), float(strength)
+        self.skip = found_inf is not None and bool(found_inf)
+        self.moved = source.data_ptr() != theta.data_ptr()
+        self.space: Tensor | None = None
+
+    def blocks(self, theta: Tensor, source: Tensor, mirror: Tensor | None, *rest: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """(theta, *rest) of each block, theta taken from source before and copied to mirror after; none if skipping."""
+        for here, there, copy, *others in cache_blocks(theta, source, mirror, *rest):
+            if self.moved:
+                here.copy_(there)
+            if not self.skip:
+                yield here, *others
+            if copy is not None:
+                copy.copy_(here)
+
+    def gradient(self, theta: Tensor, grad: Tensor, anchor: Tensor | None, target: Tensor | None) -> Tensor:
+        """scale * grad + strength * anchor * (theta - target): `grad` itself where that is all, or scratch space."""
+        if anchor is None and self.scale == 1.0 and grad.dtype == theta.dtype:
+            return grad
+        if self.space is None:
+            self.space = theta.new_empty(2, theta.shape[0])
+        d, gap = self.space[:, : theta.shape[0]]
+        if grad.dtype == theta.dtype:
+            torch.mul(grad, self.scale, out=d)
+        else:
+            d.copy_(grad).mul_(self.scale)
+        if anchor is not None:
+            d.addcmul_(anchor, torch.sub(theta, target, out=gap), value=self.strength)
+        return d
+
+
 @torch.library.custom_op("ltfast::sgd_step", mutates_args={"theta", "buf", "mirror"})
 def _sgd_step(
     theta: Tensor, source: Tensor | None, grad: Tensor, buf: Tensor | None, anchor: Tensor | None, target: Tensor | None,
@@ -159,6 +200,16 @@ def _sgd_step(
         launch(_sgd_step_kernel, (cdiv(n, BLOCK),), theta.device, theta, source, grad, buf, anchor, target,
                mirror, found_inf, lr_t, lr, strength_t, strength, scale_t, scale, first_t, keep, momentum, weight_decay, n,
                NESTEROV=nesterov, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)  # fmt: skip
+        return
+    if theta.device.type == "cpu":
+        first = first_t is not None and bool(first_t)
+        cpu = _Cpu(source, theta, number(scale, scale_t), number(strength, strength_t), found_inf)
+        options = {
+            "weight_decay": weight_decay, "momentum": 0.0 if buf is None else momentum, "lr": float(number(lr, lr_t)),
+            "dampening": 0.0 if first else 1.0 - keep, "nesterov": nesterov, "maximize": False,
+        }  # fmt: skip
+        for here, g, b, a, t in cpu.blocks(theta, source, mirror, grad, buf, anchor, target):
+            sgd([here], [cpu.gradient(here, g, a, t)], [b], fused=True, **options)
         return
     d = _gradient_reference(source, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
     d = d + weight_decay * source
@@ -188,6 +239,17 @@ def _adamw_step(
                anchor, target, mirror, found_inf, lr_t, lr, strength_t, strength, scale_t, scale, step_t, 1 - beta1**step,
                (1 - beta2**step) ** 0.5, log1, log2, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, n,
                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)  # fmt: skip
+        return
+    if theta.device.type == "cpu":
+        cpu = _Cpu(source, theta, number(scale, scale_t), number(strength, strength_t), found_inf)
+        options = {
+            "beta1": beta1, "beta2": beta2, "lr": float(number(lr, lr_t)), "weight_decay": weight_decay, "eps": eps,
+            "amsgrad": False, "maximize": False,
+        }  # fmt: skip
+        before = float(number(step, step_t)) - 1  # torch counts up first
+        for here, g, m, v, a, t in cpu.blocks(theta, source, mirror, grad, exp_avg, exp_avg_sq, anchor, target):
+            d = cpu.gradient(here, g, a, t)
+            adamw([here], [d], [m], [v], [], [torch.tensor(before)], fused=True, **options)
         return
     t: Number = step if step_t is None else step_t.reshape(()).double()
     correct1, correct2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
