@@ -167,7 +167,9 @@ def _anchor_grad(
     count("anchor_grad", 1, [theta_N, anchors_GN, fishers_GN], [grad])
     if not use_kernel(theta_N):
         coef_G1 = coef_G.to(theta_N.dtype)[:, None]
-        for out, theta, anchors, fishers in cache_blocks(grad, theta_N, anchors_GN, fishers_GN, rows=anchors_GN.shape[0]):
+        for out, theta, anchors, fishers in cache_blocks(
+            grad, theta_N, anchors_GN, fishers_GN, rows=anchors_GN.shape[0]
+        ):
             torch.mul(upstream, (coef_G1 * fishers * (theta - anchors)).sum(0), out=out)
         return grad
     groups, n = anchors_GN.shape

@@ -25,10 +25,11 @@ Source: arXiv 2603.21217, Eq. 12-15; the radius rule is CC-SAM's.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .coefficients_kernel import MAX_REGISTERS, PARTIAL_ELEMENTS, WARPS, _coefficients_kernel
-from .common import Number, check_small, count, launch, next_power_of_2, number, split_number, use_kernel
+from .common import MAX_ROWS, Number, check_small, count, launch, next_power_of_2, number, split_number, use_kernel
 from .gram import SMALL_ROWS, gram_reduce
 
 DIRECTIONS = ("joint", "none", "orthogonal", "projected", "friendly")
@@ -154,7 +155,8 @@ def _ascent_coefficients(
         theta_in = gram_PRR.new_zeros((programs,)) if theta_sq_P is None else theta_sq_P
         reduced, theta_sq = gram_reduce(gram_PRR, theta_in)
         gram_PRR, theta_sq_P, programs = reduced[None], theta_sq.reshape(1), 1
-    count("ascent_coefficients", 1, [])
+    absent = MAX_ROWS - groups if 32 < groups < MAX_ROWS else 0  # see MAX_REGISTERS in coefficients_kernel.py
+    count("ascent_coefficients", 9 if absent else 1, [])
     if not use_kernel(gram_PRR, float64_too=True):
         shares = gram_PRR.new_full((groups,), 1 / groups) if shares_G is None else shares_G
         sigma_K = sigma if sigma_t is None else sigma_t.reshape(-1)
@@ -163,6 +165,11 @@ def _ascent_coefficients(
             number(scale, scale_t), number(rho_min, rho_min_t), number(rho_max, rho_max_t), sigma_K, aggregate,
             objective,
         )  # fmt: skip
+    if absent:
+        shares_G = gram_PRR.new_full((groups,), 1 / groups) if shares_G is None else shares_G
+        gram_PRR, shares_G = F.pad(gram_PRR, (0, absent, 0, absent)), F.pad(shares_G, (0, absent))
+        counts_G = None if counts_G is None else F.pad(counts_G, (0, absent))
+        rows = groups = MAX_ROWS
     coef, stats = _empty_result(gram_PRR, direction, objective)
     padded = next_power_of_2(groups)
     launch(
@@ -173,6 +180,9 @@ def _ascent_coefficients(
         DIRECTION=direction, RULE=rule, UNIFORM=aggregate == "uniform", SHARED=objective == "shared",
         FALLBACK=FALLBACK, num_warps=WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
+    if absent:
+        kept = MAX_ROWS - absent
+        coef, stats = (coef[:kept] if coef.dim() == 1 else coef[:kept, :kept]).clone(), stats[:, :kept].clone()
     return coef, stats
 
 

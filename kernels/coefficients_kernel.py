@@ -9,10 +9,9 @@ from .common import jit, load_number, tl
 # Partials summed at a time: 8192 float64 are 64 registers a thread; the fewer trips, the fewer waits for memory.
 PARTIAL_ELEMENTS = 8192
 WARPS = 8
-# One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4). With it nothing
-# spills up to G = 32; for G = 33..63 ptxas saves up to 400 bytes around float64 divisions whatever the bound and the number
-# of warps (8, 16, 32; reading the matrix a second time does not help either: tried by compiling), which one program that
-# touches nothing of size N can afford.
+# One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4). With it nothing spills
+# for G up to 32 and for 64. In between odd G did (400 bytes around float64 divisions, whatever the bound and the number of
+# warps): coefficients.py fills those up with absent groups to 64.
 MAX_REGISTERS = 240
 
 

@@ -20,10 +20,12 @@ from .common import cache_blocks, cdiv, check_rows, check_vector, count, jit, la
 # R (R + 1) / 2 accumulators of E elements live in registers: 36 x 4 at R = 8 is the most that fits without spills.
 SMALL_ROWS = 8
 SMALL_WARPS = 4
-# E elements a thread: as many 16-byte loads in flight as the accumulators leave room for. bfloat16 rows at R = 5..8 are read
-# 8 bytes at a time: E = 8 would make that 16 (compiled: no spills up to R = 6) but takes 194 and 252 registers for 96 and 128,
-# so 2 CTAs an SM for 5 and 4, and fewer bytes in flight in all. Not yet timed on a GPU.
+# E elements a thread: as many 16-byte loads in flight as the accumulators leave room for.
 ELEMENTS_PER_THREAD = {1: 16, 2: 16, 4: 8, 8: 4}
+# bfloat16 rows want E = 8 for 16-byte loads; with more than 4 rows neighbours are then added up before they reach the
+# accumulators, FOLD into one: 122 to 232 registers for R = 5..8 and no spills, where E = 8 alone takes 194 to beyond 255
+# (compiled to sm_80 and sm_90; not yet timed on a GPU).
+NARROW_ELEMENTS, FOLD = 8, 2
 # Every program is resident at once on 108 and on 132 SMs (8 to 10 CTAs of 128 threads each), so there is no tail wave, and
 # one program can add the partials up in a few microseconds. Not yet timed on a GPU.
 SMALL_PROGRAMS = 1024
@@ -35,13 +37,22 @@ REDUCE_ROWS = 64
 
 
 @jit
+def _folded(x, FOLD: tl.constexpr):
+    """Sums of FOLD neighbours, which lie in one thread."""
+    if FOLD == 1:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, [x.shape[0] // FOLD, FOLD]), axis=1)
+
+
+@jit
 def _gram_kernel(
     grads_ptr, theta_ptr, gram_ptr, theta_sq_ptr, n_elements, row_stride, n_blocks,
-    R: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     stride = tl.cast(row_stride, tl.int64)
-    zero = tl.zeros([BLOCK], dtype=tl.float32)
+    zero = tl.zeros([BLOCK // FOLD], dtype=tl.float32)
     theta_acc = zero
     acc = ()
     for _ in tl.static_range(R * (R + 1) // 2):
@@ -51,7 +62,7 @@ def _gram_kernel(
         mask = offsets < n_elements
         if theta_ptr is not None:
             theta = tl.load(theta_ptr + offsets, mask=mask, other=0.0)
-            theta_acc += theta * theta
+            theta_acc += _folded(theta * theta, FOLD)
         rows = ()
         for r in tl.static_range(R):
             g = tl.load(grads_ptr + r * stride + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -61,7 +72,7 @@ def _gram_kernel(
         new = ()
         for i in tl.static_range(R):
             for j in tl.static_range(i, R):
-                new = new + (acc[i * R - i * (i - 1) // 2 + j - i] + rows[i] * rows[j],)
+                new = new + (acc[i * R - i * (i - 1) // 2 + j - i] + _folded(rows[i] * rows[j], FOLD),)
         acc = new
     out = gram_ptr + tl.cast(pid, tl.int64) * R * R
     for i in tl.static_range(R):
@@ -146,25 +157,30 @@ def _gram_partials_cpu(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool)
     return total[None], theta_sq
 
 
-def _block(rows: int) -> int:
+def _fold(rows: int, dtype: torch.dtype) -> int:
+    return FOLD if dtype == torch.bfloat16 and 4 < rows <= SMALL_ROWS else 1
+
+
+def _block(rows: int, dtype: torch.dtype) -> int:
     if rows > SMALL_ROWS:
         return LARGE_TILE
-    return SMALL_WARPS * 32 * ELEMENTS_PER_THREAD[next_power_of_2(rows)]
+    elements = NARROW_ELEMENTS if _fold(rows, dtype) > 1 else ELEMENTS_PER_THREAD[next_power_of_2(rows)]
+    return SMALL_WARPS * 32 * elements
 
 
-def _programs(n_elements: int, rows: int) -> int:
-    return min(cdiv(n_elements, _block(rows)), SMALL_PROGRAMS if rows <= SMALL_ROWS else LARGE_PROGRAMS)
+def _programs(n_elements: int, rows: int, dtype: torch.dtype) -> int:
+    return min(cdiv(n_elements, _block(rows, dtype)), SMALL_PROGRAMS if rows <= SMALL_ROWS else LARGE_PROGRAMS)
 
 
 def _launch_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
     rows, n = grads_RN.shape
-    block, programs = _block(rows), _programs(n, rows)
+    block, programs = _block(rows, grads_RN.dtype), _programs(n, rows, grads_RN.dtype)
     partials, theta_sq = _empty_partials(grads_RN, programs)
     args = (grads_RN, theta_N, partials, theta_sq, n, grads_RN.stride(0), cdiv(n, block))
     # FMA: one rounding less a product, and half the instructions of the widest kernel (R = 8: 36 pairs an element).
     if rows <= SMALL_ROWS:
         launch(_gram_kernel, (programs,), grads_RN.device, *args, R=rows, ADAPTIVE=adaptive, BLOCK=block,
-               num_warps=SMALL_WARPS, enable_fp_fusion=True)  # fmt: skip
+               FOLD=_fold(rows, grads_RN.dtype), num_warps=SMALL_WARPS, enable_fp_fusion=True)  # fmt: skip
     else:
         launch(_gram_tile_kernel, (programs,), grads_RN.device, *args, R=rows, ROWS=max(16, next_power_of_2(rows)),
                ADAPTIVE=adaptive, BLOCK=block, num_warps=SMALL_WARPS, enable_fp_fusion=True)  # fmt: skip
@@ -191,7 +207,7 @@ def _gram_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> 
 @_gram_partials.register_fake
 def _(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
     rows, n = grads_RN.shape
-    return _empty_partials(grads_RN, _programs(n, rows) if use_kernel(grads_RN) else 1)
+    return _empty_partials(grads_RN, _programs(n, rows, grads_RN.dtype) if use_kernel(grads_RN) else 1)
 
 
 @torch.library.custom_op("ltfast::gram_reduce", mutates_args=())

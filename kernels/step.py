@@ -153,13 +153,17 @@ def _write(values: list[tuple[Tensor, Tensor, Tensor]], found_inf: Tensor | None
 class _Cpu:
     """What the updates share on a CPU: numbers read once, blocks, the gradient, the copy where an ascent is taken back."""
 
-    def __init__(self, source: Tensor, theta: Tensor, scale: Number, strength: Number, found_inf: Tensor | None) -> None:
+    def __init__(
+        self, source: Tensor, theta: Tensor, scale: Number, strength: Number, found_inf: Tensor | None
+    ) -> None:
         self.scale, self.strength = float(scale), float(strength)
         self.skip = found_inf is not None and bool(found_inf)
         self.moved = source.data_ptr() != theta.data_ptr()
         self.space: Tensor | None = None
 
-    def blocks(self, theta: Tensor, source: Tensor, mirror: Tensor | None, *rest: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    def blocks(
+        self, theta: Tensor, source: Tensor, mirror: Tensor | None, *rest: Tensor | None
+    ) -> Iterator[tuple[Any, ...]]:
         """(theta, *rest) of each block, theta taken from source before and copied to mirror after; none if skipping."""
         for here, there, copy, *others in cache_blocks(theta, source, mirror, *rest):
             if self.moved:

@@ -85,7 +85,12 @@ def test_updates(block, kind, extras, skip):
     mirror = torch.empty(N) if extras else None
     options: dict = {"found_inf": None if skip is None else torch.tensor(skip)}
     if extras:
-        options |= {"anchor": (weight, target, 0.7), "grad_scale": torch.tensor(0.25), "source": source, "mirror": mirror}
+        options |= {
+            "anchor": (weight, target, 0.7),
+            "grad_scale": torch.tensor(0.25),
+            "source": source,
+            "mirror": mirror,
+        }
     if kind == "sgd":
         sgd_step(theta, grad, state[0], 0.1, 0.9, weight_decay=0.01, nesterov=True, **options)
     else:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
+from ltfast.kernels.coefficients import ascent_coefficients_reference
 
 from .support import PLACES, check, normal
 
@@ -143,6 +144,30 @@ def test_shared_perturbation_through_the_whole_chain(place, direction, groups, a
     check(exact.cpu() * theta.double() ** 2, expected, "elementwise", [1.001 * expected])
     check(stats.length_sq, ((expected / theta.double()) ** 2).sum(), "elementwise")
     assert stats.clipped.abs().sum() == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("objective", ["shared", "per_group"])
+@pytest.mark.parametrize("direction", ["joint", "none", "orthogonal", "projected"])
+@pytest.mark.parametrize("groups", [33, 63])
+def test_more_groups_than_compile_well_are_filled_up_with_absent_ones(place, groups, direction, objective):
+    """The kernel sees 64 groups, the caller nothing of it: results are the oracle's for the groups there are."""
+    rows, shares = normal(groups, 500, seed=1).to(place), normal(groups, seed=2).abs().to(place)
+    shares[5] = 0.0
+    partials, theta_sq = gram_partials(rows, normal(500, seed=3).to(place))
+    counts = torch.arange(1, groups + 1, device=place)
+    options = {"direction": direction, "objective": objective, "aggregate": "uniform"}
+    coef, stats = ascent_coefficients(partials, theta_sq, shares, counts, 500, rho_min=1e-4, rho_max=1.0, **options)
+    expected, other = ascent_coefficients_reference(
+        partials, theta_sq, shares, counts, 500, direction, None, 0.1, 1e-4, 1.0, 1.0, "uniform", objective
+    )
+    assert coef.is_contiguous()
+    check(coef, expected, "coefficients", [1.001 * expected])
+    check(stats.norm_sq, other[0], "coefficients")
+    assert stats.radius.shape == other[1].shape
+    half, _ = ascent_coefficients(partials, theta_sq, None, counts, 500, **options)
+    even, _ = ascent_coefficients(partials, theta_sq, torch.full_like(shares, 1 / groups), counts, 500, **options)
+    check(half, even, "coefficients")
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -58,6 +58,8 @@ SMALL = {  # name: (module, call)
     "gram-1": ("gram", lambda: K.gram(rows(1), flat())),
     "gram-4": ("gram", lambda: K.gram(rows(4), flat(), True)),
     "gram-4-bf16": ("gram", lambda: K.gram(rows(4, NARROW), flat(), True)),
+    "gram-5-bf16": ("gram", lambda: K.gram(rows(5, NARROW), flat(), True)),
+    "gram-8-bf16": ("gram", lambda: K.gram(rows(8, NARROW), flat())),
     "gram-8": ("gram", lambda: K.gram_partials(rows(8), flat(), True)),
     "perturb-1": ("perturb", lambda: K.perturb(flat(), rows(1), torch.ones(1))),
     "perturb-4": ("perturb", lambda: K.perturb(flat(), rows(4), torch.ones(4), True, keep=flat())),
@@ -81,6 +83,8 @@ LOOPED = {  # kernels with a loop over rows, where the listing shows one iterati
     "coefficients-sam": ("coefficients", ascent(1, "joint", rho=0.05)),
     "coefficients-gsa": ("coefficients", ascent(4, "orthogonal")),
     "coefficients-friendly": ("coefficients", ascent(4, "friendly", objective="per_group")),
+    "coefficients-33": ("coefficients", ascent(33, "none")),
+    "coefficients-63": ("coefficients", ascent(63, "orthogonal", objective="per_group")),
     "coefficients-64": ("coefficients", ascent(64, "none")),
 }
 
@@ -108,7 +112,10 @@ def test_no_spills_in_kernels_with_loops(name, capability, monkeypatch):
     module, call = LOOPED[name]
     with K.counting() as counters:
         launches = record_launches(monkeypatch, sys.modules[f"ltfast.kernels.{module}"], call)
-    assert len(launches) == counters.kernels
+    padding = (
+        8 if name in ("coefficients-33", "coefficients-63") else 0
+    )  # torch's own launches, which fill absent groups in
+    assert len(launches) == counters.kernels - padding
     for launch in launches:
         compiled = compile_launch(launch, capability)
         assert compiled.spilled_bytes == 0
@@ -125,10 +132,11 @@ def test_no_spills_for_any_number_of_rows(dtype, capability, monkeypatch):
             "gram": lambda c=count: K.gram_partials(rows(c, dtype), flat(), True),
             "perturb": lambda c=count: K.perturb(flat(), rows(c, dtype), torch.ones(c), True, flat(dtype), flat()),
             "coefficients": ascent(count, "orthogonal", objective="per_group"),
+            "coefficients, shared": ascent(count, "orthogonal"),
         }.items():
+            module = module.split(",")[0]
             for launch in record_launches(monkeypatch, sys.modules[f"ltfast.kernels.{module}"], call):
-                allowed = 400 if module == "coefficients" and 32 < count < 64 else 0  # see coefficients_kernel.py
-                assert compile_launch(launch, capability).spilled_bytes <= allowed, (module, count)
+                assert compile_launch(launch, capability).spilled_bytes == 0, (module, count)
 
 
 @pytest.mark.parametrize("dtype", [WIDE, NARROW], ids=str)

@@ -32,9 +32,9 @@ def test_gram_is_the_matrix_of_inner_products(place, rows, n, adaptive):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rows", [1, 4, 17])
-def test_bfloat16_gradients(place, rows):
-    grads, theta = normal(rows, 777, seed=3, dtype=torch.bfloat16), normal(777, seed=4)
+@pytest.mark.parametrize(("rows", "n"), [(1, 777), (4, 777), (5, 777), (7, 1025), (8, 3), (17, 777)])
+def test_bfloat16_gradients(place, rows, n):
+    grads, theta = normal(rows, n, seed=3, dtype=torch.bfloat16), normal(n, seed=4)
     matrix, _ = gram(grads.to(place), theta.to(place), True)
     check(matrix, pairwise(grads, theta, True), "reduction", [pairwise(grads, theta, False)])
 
