@@ -33,6 +33,9 @@ class Timing(NamedTuple):
     n: int
 
 
+Timings = dict[str, list[float]]  # contender -> one figure a round
+
+
 @cache
 def facts() -> dict[str, Any]:
     """Device, driver, versions and commit of this process."""
@@ -75,8 +78,7 @@ def time_call(call: Callable[[], object], repetitions: int = REPETITIONS, warm_u
     for _ in range(warm_up):
         call()
     seconds = _events(call, repetitions) if torch.cuda.is_available() else _wall(call, repetitions)
-    fifths = statistics.quantiles(seconds, n=5)
-    return Timing(statistics.median(seconds), fifths[0], fifths[-1], len(seconds))
+    return timing(seconds)
 
 
 def _events(call: Callable[[], object], repetitions: int) -> list[float]:
@@ -96,6 +98,37 @@ def _wall(call: Callable[[], object], repetitions: int) -> list[float]:
         call()
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def in_turns(calls: dict[str, Callable[[], object]], rounds: int, prepare: dict[str, Callable[[], object]]) -> Timings:
+    """Seconds of each call in each round, A B C A B C ...: what disturbs the machine disturbs all of them alike.
+
+    prepare: what to do before a call, outside the clock.
+    """
+    seconds: Timings = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            prepare.get(name, lambda: None)()
+            seconds[name] += (_events if torch.cuda.is_available() else _wall)(call, 1)
+    return seconds
+
+
+def timing(values: list[float]) -> Timing:
+    """Median and fifths of some measurements, or of their ratios."""
+    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else values
+    return Timing(statistics.median(values), fifths[0], fifths[-1], len(values))
+
+
+def compared(seconds: Timings, base: str, label: str) -> dict[str, dict[str, Timing]]:
+    """Contender -> "seconds" and "seconds_vs_<label>", the ratio to `base` round by round; {} without a round."""
+    return {
+        name: {
+            "seconds": timing(values),
+            f"seconds_vs_{label}": timing([a / b for a, b in zip(values, seconds[base], strict=True)]),
+        }
+        for name, values in seconds.items()
+        if values
+    }
 
 
 @cache

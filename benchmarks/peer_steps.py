@@ -1,4 +1,4 @@
-"""Whole training steps beside other people's: forward, backward and update, counted on a CPU, timed on a GPU.
+"""Whole training steps beside other people's: forward, backward and update, counted and timed in turns.
 
     python benchmarks/peer_steps.py --peer release=GKP-GSA/sam.py --peer davda54=SAM/sam.py --peer timm=TIMM/train.py --write
     python benchmarks/peer_steps.py --only ltfast/bcl ltfast/gkp-gsa
@@ -10,9 +10,10 @@ one view, those with balanced contrastive learning (bcl) three. Counted, a mean 
     gigabytes       read and written by those operators
     syncs_per_step  calls that hand a number to the host or carry one over
     peak_mib        of memory taken during a step beyond what lives between steps
+Timed on any device, all in turns: seconds of a step and their ratio to our plain step with the same loss in the same round.
 Other code is given by path or used where its package is installed (see peers.py): the released train() and timm's
-train_one_epoch() are called as they are; only their surroundings are made here. On a GPU: seconds besides. With --write,
-what this commit has rows of already is not counted again.
+train_one_epoch() are called as they are; only their surroundings are made here. With --write, what this commit has rows of
+already is not counted again.
 """
 
 from __future__ import annotations
@@ -63,6 +64,16 @@ class Contender:
     around: bool = False
 
 
+class OneLoss(peers.Losses):
+    """A real loss in the place of the stand-ins."""
+
+    def __init__(self, loss: Callable[[], torch.Tensor]) -> None:
+        self.loss, self.stock = loss, []
+
+    def __call__(self, k: int = 0) -> torch.Tensor:
+        return self.loss()
+
+
 def repeated(step: Callable[[], object]) -> Callable[[int], None]:
     """A step as a function that takes n of them."""
 
@@ -93,10 +104,8 @@ def loops(setting: Setting, paths: dict[str, Path]) -> Iterator[tuple[str, Calla
         def make(name: str = name, make_step: peers.Make = make_step) -> Contender:
             model, batch = setting.model(CE), setting.batch
 
-            def loss(_: int = 0) -> torch.Tensor:
-                return F.cross_entropy(model(batch.views[0]), batch.labels)
-
-            return Contender(f"loop/{name}", CE, repeated(make_step(list(model.parameters()), loss)))  # type: ignore[arg-type]
+            losses = OneLoss(lambda: F.cross_entropy(model(batch.views[0]), batch.labels))
+            return Contender(f"loop/{name}", CE, repeated(make_step(list(model.parameters()), losses)))
 
         yield f"loop/{name}", make
 
@@ -154,16 +163,30 @@ def peak_bytes(run: Callable[[int], object], steps: int) -> float:
 
 
 def figures_of(contender: Contender, device: str) -> dict[str, Any]:
-    """Counted on any device; timed on a GPU too (not confirmed on one)."""
+    """Counted figures, on any device."""
     figures: dict[str, Any] = dict(counted(contender))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         contender.run(contender.period)
         figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        timing = harness.time_call(lambda: contender.run(contender.period), warm_up=3)
-        figures["seconds"] = harness.Timing(*(t / contender.period for t in timing[:3]), timing.n)
     return figures
+
+
+def clocked(makers: dict[str, Callable[[], Contender]], rounds: int) -> dict[str, dict[str, harness.Timing]]:
+    """Seconds of a step of each, in turns, and their ratio to our plain step with the same loss."""
+    everyone = {name: make() for name, make in makers.items()} if rounds else {}
+    for contender in everyone.values():
+        contender.run(WARM_UP + contender.period)
+    calls = {name: (lambda c=c: c.run(c.period)) for name, c in everyone.items()}
+    seconds = harness.in_turns(calls, rounds, {})
+    seconds = {name: [s / everyone[name].period for s in values] for name, values in seconds.items()}
+    found = dict[str, dict[str, harness.Timing]]()
+    for base in (CE, BCL):
+        chosen = {name: seconds[name] for name, c in everyone.items() if c.base == base}
+        if chosen:
+            found |= harness.compared(chosen, f"ltfast/{base}", "sgd")
+    return found
 
 
 def write(name: str, figures: dict[str, Any], config: dict[str, Any]) -> None:
@@ -173,7 +196,7 @@ def write(name: str, figures: dict[str, Any], config: dict[str, Any]) -> None:
         more: dict[str, Any] = {}
         if isinstance(value, harness.Timing):
             more, value = {"n": value.n, "p20": value.p20, "p80": value.p80}, value.median
-        value = value if isinstance(value, int) else round(float(value), 6)
+        value = value if isinstance(value, int) else float(f"{value:.6g}")
         harness.append_row("peers", case, metric, value, config=config, **more)
 
 
@@ -202,6 +225,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: 256 on a GPU, 16 elsewhere")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--rounds", type=int, help="of the clock; 0: only count (default: 5, on a GPU 20)")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
     args = parser.parse_args()
     paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
@@ -215,12 +239,15 @@ def main() -> None:
         "mode": "eager",
         "part": "whole step",
     }
+    rounds = (20 if args.device == "cuda" else 5) if args.rounds is None else args.rounds
+    chosen = dict[str, Callable[[], Contender]]()
     done = known(config, args.device) if args.write else {}
     plain = {base: done[f"ltfast/{base}"]["gflops"] for base in (CE, BCL) if f"ltfast/{base}" in done}
     for name, make in (*ours(setting), *loops(setting, paths), *others(setting, paths)):
         base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
         if args.only and name not in args.only and f"ltfast/{base}" != name:
             continue
+        chosen[name] = make
         if name in done:
             print(f"{name:34s} done before")
             continue
@@ -230,11 +257,16 @@ def main() -> None:
         figures["flops_vs_sgd"] = figures["gflops"] / plain[contender.base]
         print(
             f"{name:34s}",
-            {k: v if isinstance(v, harness.Timing) else round(v, 3) for k, v in figures.items()},
+            {k: round(v, 3) for k, v in figures.items()},
             flush=True,
         )
         if args.write:
             write(name, figures, {**config, "base": contender.base})
+    for name, times in clocked(chosen, rounds).items():
+        print(f"{name:34s}", {k: float(f"{v.median:.4g}") for k, v in times.items()}, flush=True)
+        if args.write:
+            base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
+            write(name, times, {**config, "base": base, "threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
 Figures = dict[str, dict[str, Any]]  # metric -> row
 
-PART = ("kernels", "passes", "syncs_per_step", "extra_memory_per_parameter", "backwards")
-PART_HEADS = ("kernels", "parameter-sized passes", "host waits", "memory, in parameters", "backward passes")
-STEP = ("kernels", "gflops", "flops_vs_sgd", "gigabytes", "syncs_per_step", "peak_mib")
-STEP_HEADS = ("kernels", "GFLOP", "FLOPs / plain step", "GB moved", "host waits", "peak MiB")
+PART = ("kernels", "passes", "syncs_per_step", "extra_memory_per_parameter", "backwards", "seconds_vs_foreach")
+PART_HEADS = (
+    "kernels", "parameter-sized passes", "host waits", "memory, in parameters", "backward passes", "CPU time / foreach-sam",
+)  # fmt: skip
+STEP = ("kernels", "gflops", "flops_vs_sgd", "seconds_vs_sgd", "gigabytes", "syncs_per_step", "peak_mib")
+STEP_HEADS = (
+    "kernels", "GFLOP", "FLOPs / plain step", "CPU time / plain step", "GB moved", "host waits", "peak MiB",
+)  # fmt: skip
+README_NETWORK = "resnet50"  # of the optimizer part: large enough for time to be memory traffic
 
 
 def cases(device: str = "cpu") -> dict[str, Figures]:
@@ -36,7 +41,7 @@ def is_part(case: str) -> bool:
 def value(found: Figures, metric: str) -> str:
     """A cell."""
     if metric not in found:
-        return "not counted"
+        return NOT_MEASURED if metric.startswith("seconds") else "not counted"
     number = float(found[metric]["value"])
     return f"{number:,.0f}" if number.is_integer() or number >= 100 else f"{number:.3g}"
 
@@ -54,15 +59,22 @@ def table(
     return "\n".join(lines)
 
 
+def parts(model: str) -> dict[str, Figures]:
+    """Optimizer parts on the parameters of one network, fewest kernels first."""
+    found = {case: f for case, f in cases().items() if is_part(case) and case.endswith(f"/{model}")}
+    return dict(sorted(found.items(), key=lambda item: item[1]["kernels"]["value"]))
+
+
+def part_name(case: str) -> str:
+    """<package>/<optimizer>/<model> -> <package>/<optimizer>."""
+    return case.rsplit("/", 1)[0]
+
+
 def optimizer_part() -> str:
-    """Everything of a step but forward and backward, fewest kernels first."""
-    found = {case: figures for case, figures in cases().items() if is_part(case)}
-    order = dict(sorted(found.items(), key=lambda item: item[1]["kernels"]["value"]))
-    return (
-        table(order, lambda case: "/".join(case.split("/")[:2]), PART, PART_HEADS, "optimizer")
-        if order
-        else NOT_MEASURED
-    )
+    """Everything of a step but forward and backward, by network."""
+    models = list(dict.fromkeys(case.rsplit("/", 1)[1] for case in cases() if is_part(case)))
+    made = [f"Parameters of {m}:\n\n{table(parts(m), part_name, PART, PART_HEADS, 'optimizer')}" for m in models]
+    return "\n\n".join(made) if made else NOT_MEASURED
 
 
 def whole_steps() -> str:
@@ -106,27 +118,32 @@ README_STEPS = (
     "ltfast/bcl", "ltfast/gsa-paper", "ltfast/gkp-gsa", "release/train",
 )  # fmt: skip
 
+README_STEP_COLUMNS = ("flops_vs_sgd", "seconds_vs_sgd", "kernels", "syncs_per_step", "peak_mib")
+
 
 def readme_steps() -> str:
     """The most telling whole steps, in a fixed order."""
     found = {step_name(case): figures for case, figures in cases().items() if case.startswith("step/")}
     lines = [
-        "| whole step | views | kernels | FLOPs / plain step | host waits | peak MiB |",
-        "|---|---|---|---|---|---|",
+        "| whole step | views | FLOPs / plain step | CPU time / plain step | kernels | host waits | peak MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in README_STEPS:
         if name in found:
             views = 3 if found[name]["kernels"]["config"]["base"] == "bcl" else 1
-            cells = [value(found[name], m) for m in ("kernels", "flops_vs_sgd", "syncs_per_step", "peak_mib")]
+            cells = [value(found[name], m) for m in README_STEP_COLUMNS]
             lines.append(f"| `{name}` | {views} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def readme_parts() -> str:
-    """The optimizer part in three columns."""
-    lines = ["| optimizer | kernels | parameter-sized passes | host waits |", "|---|---|---|---|"]
-    found = [(case, figures) for case, figures in cases().items() if is_part(case) and "passes" in figures]
-    for case, figures in sorted(found, key=lambda item: item[1]["kernels"]["value"]):
-        cells = [f"{figures[m]['value']:.0f}" for m in ("kernels", "passes", "syncs_per_step")]
-        lines.append(f"| `{'/'.join(case.split('/')[:2])}` | " + " | ".join(cells) + " |")
+    """The optimizer part in four columns."""
+    columns = ("seconds_vs_foreach", "kernels", "passes", "syncs_per_step")
+    lines = [
+        "| optimizer | CPU time / foreach-sam | kernels | parameter-sized passes | host waits |",
+        "|---|---|---|---|---|",
+    ]
+    for case, figures in parts(README_NETWORK).items():
+        if "passes" in figures:
+            lines.append(f"| `{part_name(case)}` | " + " | ".join(value(figures, m) for m in columns) + " |")
     return "\n".join(lines)

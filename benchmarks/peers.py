@@ -6,8 +6,9 @@
 A step is everything but forward and backward: gradients come from a stand-in that costs nothing, the same for all. Counted
 on the CPU: kernels (operators dispatched; ours: kernels launched on a GPU plus operators dispatched, autograd's additions
 to gradients that live in one buffer included), passes over the parameters, waits of the host, memory kept beyond the
-parameters, backward passes asked for. Timed on a GPU only. Peers are given by path, or used if their package is installed;
-this file only adapts them.
+parameters, backward passes asked for. Timed on any device, all in turns, with gradients made before the clock starts:
+seconds of a step (a mean over one period of the method) and their ratio to foreach operators in the same round. Peers are
+given by path, or used if their package is installed; this file only adapts them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from ltfast.optim import GSA, SAM, FriendlySAM
 GROUPS = 4
 COUNTS = [1000, 300, 100, 30]
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+WARM_UP = 17  # steps
+BASELINE = "torch/foreach-sam"
 ON_CUDA: dict[str, Any] = {**BASE, "foreach": True}  # what torch chooses on CUDA, also where steps are counted on a CPU
 # item and what it hides in; shapes that depend on values; a number of the host on its way to the device.
 WAITS = (
@@ -44,33 +47,58 @@ Make = Callable[[list[nn.Parameter], "Losses"], Step]
 
 
 class Losses:
-    """Losses with given gradients: backward hands out tensors made beforehand, so that only the optimizer is counted."""
+    """Losses with given gradients: backward hands out tensors made beforehand, so that only the optimizer is counted.
+
+    Attributes:
+        stock: gradients that the next backward passes hand out as they are, for steps under the clock.
+    """
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         self.params = params
         self.grads = [[torch.randn_like(p) * 1e-2 for p in params] for _ in range(GROUPS)]
+        self.stock: list[list[Tensor]] = []
+
+    def restock(self, steps: int) -> None:
+        """Make gradients for so many steps."""
+        count = steps * (GROUPS + 1)
+        self.stock = [[grad.clone() for grad in self.grads[i % GROUPS]] for i in range(count)]
+
+    def backward(self, k: int = 0) -> None:
+        """self(k).backward(), or the same from stock."""
+        if not self.stock:
+            return self(k).backward()
+        for p, grad in zip(self.params, self.stock.pop(), strict=True):
+            p.grad = grad
 
     def __call__(self, k: int = 0) -> Tensor:
         """A scalar whose gradient is row k."""
-        return Given.apply(self.grads[k : k + 1], *self.params)[0]
+        return Given.apply(self.grads[k : k + 1], self.stock, *self.params)[0]
 
     def groups(self) -> tuple[Tensor, Tensor]:
         """(group losses [G], shares [G])."""
-        return Given.apply(self.grads, *self.params), torch.full((GROUPS,), 1 / GROUPS).to(self.params[0].device)
+        return Given.apply(self.grads, self.stock, *self.params), torch.full((GROUPS,), 1 / GROUPS).to(
+            self.params[0].device
+        )
 
 
 class Given(torch.autograd.Function):
     """Losses of 1 with given gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: list[list[Tensor]], *params: Tensor) -> Tensor:
-        ctx.rows = rows
+    def forward(ctx: Any, rows: list[list[Tensor]], stock: list[list[Tensor]], *params: Tensor) -> Tensor:
+        ctx.rows, ctx.stock = rows, stock
         return torch.ones(len(rows), device=params[0].device)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        if ctx.stock:
+            return None, None, *ctx.stock.pop()
         with _disable_current_modes():  # fresh tensors, as autograd's own are, but not counted
-            return None, *(torch.tensordot(upstream, torch.stack(column), 1) for column in zip(*ctx.rows, strict=True))
+            return (
+                None,
+                None,
+                *(torch.tensordot(upstream, torch.stack(column), 1) for column in zip(*ctx.rows, strict=True)),
+            )
 
 
 class Waits(TorchDispatchMode):
@@ -89,9 +117,9 @@ def two_steps(optimizer: Any, losses: Losses) -> Step:
     """The step of everything with davda54/sam's interface."""
 
     def step() -> None:
-        losses(0).backward()
+        losses.backward(0)
         optimizer.first_step(zero_grad=True)
-        losses(1).backward()
+        losses.backward(1)
         optimizer.second_step(zero_grad=True)
 
     return step
@@ -102,11 +130,11 @@ def release_step(optimizer: Any, losses: Losses) -> Step:
 
     def step() -> None:
         for k in range(GROUPS):
-            losses(k).backward()
+            losses.backward(k)
             optimizer.compute_group_ascent_vector(k, 1 / GROUPS, COUNTS[k])
             optimizer.zero_grad()
         optimizer.apply_global_ascent(zero_grad=True)
-        losses(0).backward()
+        losses.backward(0)
         optimizer.second_step(zero_grad=True)
 
     return step
@@ -117,7 +145,7 @@ def foreach_sam(params: list[nn.Parameter], losses: Losses) -> Step:
     optimizer = torch.optim.SGD(params, **BASE, fused=True)
 
     def step() -> None:
-        losses(0).backward()
+        losses.backward(0)
         grads = [p.grad for p in params if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         eps = torch._foreach_mul(grads, 0.05 / (norm + 1e-12))
@@ -125,7 +153,7 @@ def foreach_sam(params: list[nn.Parameter], losses: Losses) -> Step:
             kept = torch._foreach_mul(params, 1.0)
             torch._foreach_add_(params, eps)
         optimizer.zero_grad()
-        losses(1).backward()
+        losses.backward(1)
         with torch.no_grad():
             torch._foreach_copy_(params, kept)
         optimizer.step()
@@ -218,24 +246,27 @@ def live_bytes() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in found)}.values())
 
 
-def measure(make: Make, model: str, device: str) -> dict[str, Any]:
-    """Counted figures of one optimizer, and seconds on a GPU."""
+def prepared(make: Make, model: str, device: str) -> tuple[Step, Losses, int]:
+    """(a step on fresh parameters of the network, its losses, bytes that lived before)."""
     torch.manual_seed(0)
     params = list(create_encoder(model, 3)[0].to(device).parameters())
-    n, losses = sum(p.numel() for p in params), Losses(params)
+    losses = Losses(params)
     before = live_bytes()
-    step = make(params, losses)
-    for _ in range(17):  # state is made, and one exact and many remembered Gram matrices pass
+    return make(params, losses), losses, before
+
+
+def measure(make: Make, model: str, device: str) -> dict[str, Any]:
+    """Counted figures of one optimizer."""
+    step, losses, before = prepared(make, model, device)
+    n = sum(p.numel() for p in losses.params)
+    for _ in range(WARM_UP):  # state is made, and one exact and many remembered Gram matrices pass
         step()
     with counting() as own, op_bench._DispatchCounter() as other, Waits() as waits:
         step()
-    figures: dict[str, Any] = {
+    return {
         "kernels": own.kernels + other.kernels, "passes": round(own.passes + other.elements / n, 2),
         "syncs_per_step": sum(waits.found.values()), "extra_memory_per_parameter": round((live_bytes() - before) / (4 * n), 2),
     }  # fmt: skip
-    if device == "cuda":
-        figures["seconds"] = harness.time_call(step)
-    return figures
 
 
 def measure_compiled(make: Make, model: str, device: str) -> dict[str, Any]:
@@ -245,19 +276,36 @@ def measure_compiled(make: Make, model: str, device: str) -> dict[str, Any]:
     """
     import torch._inductor.metrics as generated
 
-    torch.manual_seed(0)
-    params = list(create_encoder(model, 3)[0].to(device).parameters())
-    n, losses = sum(p.numel() for p in params), Losses(params)
-    before = live_bytes()
     generated.reset()
-    step = make(params, losses)
+    step, losses, before = prepared(make, model, device)
     for _ in range(3):
         step()
-    figures: dict[str, Any] = {"kernels": generated.generated_kernel_count}
-    figures["extra_memory_per_parameter"] = round((live_bytes() - before) / (4 * n), 2)
-    if device == "cuda":
-        figures["seconds"] = harness.time_call(step)
-    return figures
+    n = sum(p.numel() for p in losses.params)
+    return {
+        "kernels": generated.generated_kernel_count,
+        "extra_memory_per_parameter": round((live_bytes() - before) / (4 * n), 2),
+    }
+
+
+def clocked(makers: dict[str, Make], model: str, device: str, rounds: int) -> harness.Timings:
+    """Seconds of a step of each, in turns: means over as many steps as the cost takes to repeat."""
+    calls, stocks, periods = dict[str, Step](), dict[str, Step](), dict[str, int]()
+    for name, make in makers.items():
+        step, losses, _ = prepared(make, model, device)
+        periods[name] = period = 16 if name.endswith("gram_every=16") else 1
+
+        def run(step: Step = step, period: int = period) -> None:
+            for _ in range(period):
+                step()
+
+        def restock(losses: Losses = losses, period: int = period) -> None:
+            losses.restock(period)
+
+        for _ in range(WARM_UP):
+            step()
+        calls[name], stocks[name] = run, restock
+    found = harness.in_turns(calls, rounds, stocks)
+    return {name: [seconds / periods[name] for seconds in values] for name, values in found.items()}
 
 
 def main() -> None:
@@ -269,19 +317,29 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="also a compiled step (compiling takes a minute or two)"
     )
+    parser.add_argument("--rounds", type=int, help="of the clock; 0: only count (default: 15, on a GPU 50)")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
     args = parser.parse_args()
     paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
     compiled = (("torch.compile/foreach-sam", compiled_sam, 2),) if args.compiled else ()
-    for name, make, backwards in (*ours(), *peers(paths), *compiled):
-        count = measure_compiled if make is compiled_sam else measure
-        figures = {**count(make, args.model, args.device), "backwards": round(backwards, 2)}
+    everyone = (*ours(), *peers(paths), *compiled)
+    rounds = (50 if args.device == "cuda" else 15) if args.rounds is None else args.rounds
+
+    def note(name: str, figures: dict[str, Any]) -> None:
         print(f"{name:30s}", figures, flush=True)
+        config = {"model": args.model, "groups": GROUPS, "part": "optimizer", "threads": torch.get_num_threads()}
         for metric, value in figures.items() if args.write else ():
             more = {"n": value.n, "p20": value.p20, "p80": value.p80} if isinstance(value, harness.Timing) else {}
             value = value.median if isinstance(value, harness.Timing) else value
-            config = {"model": args.model, "groups": GROUPS, "part": "optimizer"}
             harness.append_row("peers", f"{name}/{args.model}", metric, value, config=config, **more)
+
+    for name, make, backwards in everyone:
+        count = measure_compiled if make is compiled_sam else measure
+        note(name, {**count(make, args.model, args.device), "backwards": round(backwards, 2)})
+    for name, figures in harness.compared(
+        clocked({name: make for name, make, _ in everyone}, args.model, args.device, rounds), BASELINE, "foreach"
+    ).items():
+        note(name, figures)
 
 
 if __name__ == "__main__":

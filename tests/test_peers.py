@@ -12,6 +12,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import harness  # noqa: E402
 import peer_code  # noqa: E402
 import peer_setting  # noqa: E402
 import peer_steps  # noqa: E402
@@ -35,6 +36,30 @@ def test_stand_in_gradients_are_the_given_ones() -> None:
     for i, param in enumerate(params):
         want = losses.grads[0][i] + 2 * losses.grads[1][i] - losses.grads[3][i]
         torch.testing.assert_close(param.grad, want)
+
+
+def test_under_the_clock_gradients_come_from_stock() -> None:
+    params = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(5))]
+    losses = peers.Losses(params)
+    losses.restock(1)
+    assert len(losses.stock) == peers.GROUPS + 1
+    losses.backward(0)  # the last of the stock, which starts again with row 0
+    torch.testing.assert_close(params[0].grad, losses.grads[0][0])
+    found = torch.autograd.grad(losses(0), params)
+    torch.testing.assert_close(found[1], losses.grads[3][1])
+    assert len(losses.stock) == peers.GROUPS - 1
+
+
+def test_contenders_are_timed_in_turns_and_compared_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
+    found = harness.in_turns(calls, 2, {"b": lambda: order.append("before b")})
+    assert order == ["a", "before b", "b"] * 2
+    assert {name: len(values) for name, values in found.items()} == {"a": 2, "b": 2}
+    made = harness.compared({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 9.0]}, "a", "a")
+    assert made["b"]["seconds_vs_a"].median == 2.0
+    assert made["b"]["seconds"].median == 9.0
+    assert harness.compared({"a": []}, "a", "a") == {}
 
 
 def test_our_sam_and_foreach_sam_take_the_same_step() -> None:
@@ -148,7 +173,10 @@ def test_tables_of_other_code_say_what_was_not_measured(results: Path) -> None:
     rows.append({"case": "pipeline/x/y", "metric": "images_per_cpu_s", "value": 10.5, "cuda": None, "config": {}})
     (results / "peers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.other_code()
-    assert "| `loop/a/SAM` | 5 | not counted | 2 | not counted | not counted | 1.25 | not measured |" in text
+    assert (
+        "| `loop/a/SAM` | 5 | not counted | 2 | not measured | not counted | not counted | 1.25 | not measured |"
+        in text
+    )
     assert "| `a/SAM` | 900 |" in text
     assert "| `x/y` | 10.5 | not measured |" in text
 
