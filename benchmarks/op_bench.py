@@ -1,7 +1,8 @@
-"""What the kernel benchmarks share: implementations side by side in one run, timed on a GPU, counted anywhere.
+"""What the kernel benchmarks share: implementations side by side in one run, counted and timed.
 
-On a GPU every implementation is timed (device events, 50 repetitions after a warm-up) and compared with a copy of the same
-size measured in the same run. On a CPU nothing is timed: kernels, parameter-sized passes and bytes an element are counted.
+On a GPU every implementation is timed by device events, 50 repetitions after a warm-up; on a CPU, at the larger size, all of a
+case in turns. Both are compared with a copy of the same size measured in the same run. Counted at any size: kernels,
+parameter-sized passes and bytes an element.
 Kernels and passes of a baseline are counted from the operators it dispatches (a foreach operator counts as one, though
 CUDA may launch it in chunks); torch.compile's are not counted, it fuses them.
 """
@@ -21,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from ltfast.kernels import counting
 
 GPU_SIZES = (25_600_000, 100_000_000)  # ResNet-50, and a model four times its size
-CPU_SIZES = (100_000,)
+CPU_SIZES = (100_000, 25_600_000)  # counted; counted and timed
+CPU_ROUNDS = 7
+LEAST_TIMED = 1_000_000  # below that a CPU shows its overhead and caches
 WRITE_ONLY = (
     "copy_",
     "fill_",
@@ -97,17 +100,36 @@ def run(op: str, make: Callable[[int, str], Iterator[Case]], description: str | 
     parser.add_argument("--sizes", type=int, nargs="+", help="parameters N (default: 25.6M and 100M; 100k on a CPU)")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/kernels.jsonl")
     arguments = parser.parse_args()
-    timed = arguments.device.startswith("cuda")
+    on_gpu = arguments.device.startswith("cuda")
     print(LINE.format("case", "kernels", "passes", "B/element", "us", "GB/s", "of copy"))
-    for n in arguments.sizes or (GPU_SIZES if timed else CPU_SIZES):
+    for n in arguments.sizes or (GPU_SIZES if on_gpu else CPU_SIZES):
         for case in make(n, arguments.device):
-            for name, call in case.calls.items():
-                if timed or name != "compiled":
-                    report(op, case, name, call, arguments.device, arguments.write)
+            calls = {name: call for name, call in case.calls.items() if on_gpu or name != "compiled"}
+            times = {} if on_gpu or n < LEAST_TIMED else in_turns(calls)
+            for name, call in calls.items():
+                report(op, case, name, call, arguments.device, times.get(name, {}), arguments.write)
 
 
-def report(op: str, case: Case, name: str, call: Callable[[], Any], device: str, write: bool) -> None:
-    """Count and, on a GPU, time one implementation of one case; print a line and append its rows."""
+def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, dict[str, harness.Timing]]:
+    """Times of every implementation on a CPU, and their ratios to ours."""
+    for call in calls.values():
+        call()
+    return harness.compared(harness.in_turns(calls, CPU_ROUNDS, {}), "ltfast", "ltfast")
+
+
+def report(
+    op: str,
+    case: Case,
+    name: str,
+    call: Callable[[], Any],
+    device: str,
+    times: dict[str, harness.Timing],
+    write: bool,
+) -> None:
+    """Count and time one implementation of one case; print a line and append its rows.
+
+    times: measured before, by metric; on a GPU they are measured here.
+    """
     label = f"{op}/{name}/{case.name}/N={case.n}"
     useful = count_call(case.calls["ltfast"], case.n).bytes * case.n  # every implementation must move at least these
     rows: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -118,13 +140,14 @@ def report(op: str, case: Case, name: str, call: Callable[[], Any], device: str,
         rows = {"kernels": (counted.kernels, {}), "passes": (round(counted.passes, 2), {})}
     speed = ["-", "-", "-"]
     if device.startswith("cuda"):
-        time = harness.time_call(call)
-        copy = harness.copy_bandwidth(device, case.n)
-        shares = [useful / seconds / copy for seconds in (time.median, time.p80, time.p20)]
-        rows["seconds"] = (time.median, {"n": time.n, "p20": time.p20, "p80": time.p80})
-        rows["share_of_copy"] = (shares[0], {"n": time.n, "p20": shares[1], "p80": shares[2]})
-        speed = [f"{1e6 * time.median:.1f}", f"{useful / time.median / 1e9:.0f}", f"{shares[0]:.2f}"]
-    print(LINE.format(label, *cells, *speed))
+        times = {"seconds": harness.time_call(call)}
+    if times:
+        time, copy = times["seconds"], harness.copy_bandwidth(device, case.n)
+        shares = (useful / seconds / copy for seconds in (time.median, time.p80, time.p20))
+        for metric, t in {**times, "share_of_copy": harness.Timing(*shares, time.n)}.items():
+            rows[metric] = (t.median, {"n": t.n, "p20": t.p20, "p80": t.p80})
+        speed = [f"{1e6 * time.median:.1f}", f"{useful / time.median / 1e9:.0f}", f"{rows['share_of_copy'][0]:.2f}"]
+    print(LINE.format(label, *cells, *speed), flush=True)
     if write:
         for metric, (value, extra) in rows.items():
             harness.append_row("kernels", label, metric, value, config={"n": case.n, "case": case.name}, **extra)

@@ -1,4 +1,4 @@
-"""Tables of benchmarks/results/optimizers.jsonl; the newest row of each case and metric counts."""
+"""Tables of optimizers.jsonl and of kernels.jsonl on a CPU (benchmarks/results); the newest row of each case and metric counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "optimizers.jsonl"
+KERNEL_ROWS = ROWS.with_name("kernels.jsonl")
+OTHERS = ("eager", "foreach", "fused")  # implementations beside ours
 COUNTED = (
     "kernels",
     "passes",
@@ -53,6 +55,29 @@ def counted(model: str = "resnet50") -> str:
     return "\n".join(lines)
 
 
+def on_cpu() -> str:
+    """Markdown: time of every op on a CPU beside that of other implementations."""
+    table: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in KERNEL_ROWS.read_text().splitlines() if KERNEL_ROWS.exists() else ():
+        row = json.loads(line)
+        op, name, *rest = row["case"].split("/")
+        if row["cuda"] is None and row["metric"] in ("seconds", "seconds_vs_ltfast", "share_of_copy"):
+            table["/".join([op, *rest[:-1]])][name][row["metric"]] = row["value"]
+    lines = [
+        "| op | ms | of copy bandwidth | " + " | ".join(f"{name} / ours" for name in OTHERS) + " |",
+        "|---" * 6 + "|",
+    ]
+    for case, found in table.items():
+        ours, others = found["ltfast"], (found[name].get("seconds_vs_ltfast") for name in OTHERS)
+        cells = [
+            f"{1e3 * ours['seconds']:.0f}",
+            f"{ours['share_of_copy']:.2f}",
+            *("" if t is None else f"{t:.2f}" for t in others),
+        ]
+        lines.append(f"| `{case}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def direction(emas: tuple[str, ...] = ("0.5", "0.8")) -> str:
     """Markdown: cosine of mode R's direction, one line a network, sampler, kind of memory and EMA, one column an interval."""
     cases, counts = newest()
@@ -77,9 +102,18 @@ def direction(emas: tuple[str, ...] = ("0.5", "0.8")) -> str:
 
 
 def fill_documents() -> None:
-    """Write both tables between their markers, `<!-- table: optimizers/NAME -->`, wherever README and docs have them."""
-    tables = {"table: optimizers/counted": counted(), "table: optimizers/direction": direction()}
-    for path in (ROOT / "README.md", ROOT / "docs" / "optimizers.md", ROOT / "docs" / "findings.md"):
+    """Write the tables between their markers, `<!-- table: optimizers/NAME -->`, wherever README and docs have them."""
+    tables = {
+        "table: optimizers/counted": counted(),
+        "table: optimizers/direction": direction(),
+        "table: kernels/cpu": on_cpu(),
+    }
+    for path in (
+        ROOT / "README.md",
+        ROOT / "docs" / "optimizers.md",
+        ROOT / "docs" / "findings.md",
+        ROOT / "docs" / "kernels.md",
+    ):
         for marker, text in tables.items():
             if f"<!-- {marker} -->" in path.read_text():
                 figures.fill(path, marker, text)

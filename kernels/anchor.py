@@ -12,15 +12,17 @@ Mutates nothing. Bytes an element: forward 4 + 2 G * 4, backward 4 more (written
 Source: section 3.2 of arXiv 2603.21217. (A, T) is kept rather than (A, A T): theta - T is exact near the anchor.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from .blocks import in_blocks
 from .common import (
     BLOCK,
     WARPS,
     Coefficients,
     as_coefficients,
-    cache_blocks,
     cdiv,
     check_rows,
     check_vector,
@@ -142,8 +144,11 @@ def _result_dtype(anchors_GN: Tensor) -> torch.dtype:
 def _anchor_penalty(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> Tensor:
     count("anchor_penalty", 2, [theta_N, anchors_GN, fishers_GN])
     if not use_kernel(theta_N):
-        parts = cache_blocks(theta_N, anchors_GN, fishers_GN, rows=anchors_GN.shape[0])
-        return torch.stack([anchor_penalty_reference(*part, coef_G) for part in parts]).sum().to(theta_N.dtype)
+        found = in_blocks(
+            lambda parts: [anchor_penalty_reference(*part, coef_G) for part in parts], theta_N, anchors_GN, fishers_GN,
+            rows=anchors_GN.shape[0],
+        )  # fmt: skip
+        return torch.stack([value for part in found for value in part]).sum().to(theta_N.dtype)
     groups, n = anchors_GN.shape
     blocks = cdiv(n, BLOCK)
     partials = theta_N.new_empty((min(blocks, PROGRAMS),), dtype=torch.float64)
@@ -167,10 +172,12 @@ def _anchor_grad(
     count("anchor_grad", 1, [theta_N, anchors_GN, fishers_GN], [grad])
     if not use_kernel(theta_N):
         coef_G1 = coef_G.to(theta_N.dtype)[:, None]
-        for out, theta, anchors, fishers in cache_blocks(
-            grad, theta_N, anchors_GN, fishers_GN, rows=anchors_GN.shape[0]
-        ):
-            torch.mul(upstream, (coef_G1 * fishers * (theta - anchors)).sum(0), out=out)
+
+        def work(parts: Iterator[tuple[Tensor, ...]]) -> None:
+            for out, theta, anchors, fishers in parts:
+                torch.mul(upstream, (coef_G1 * fishers * (theta - anchors)).sum(0), out=out)
+
+        in_blocks(work, grad, theta_N, anchors_GN, fishers_GN, rows=anchors_GN.shape[0])
         return grad
     groups, n = anchors_GN.shape
     launch(_anchor_grad_kernel, (cdiv(n, BLOCK),), theta_N.device, theta_N, anchors_GN, fishers_GN, coef_G, upstream,
@@ -204,13 +211,18 @@ def _collapse_anchors(
     target = torch.empty_like(weight)
     count("collapse_anchors", 2, [anchors_GN, fishers_GN], [weight, target])
     if not use_kernel(anchors_GN):
-        const = weight.new_zeros((), dtype=torch.float64)
-        for a, t, anchors, fishers in cache_blocks(weight, target, anchors_GN, fishers_GN, rows=groups):
-            total, mean, spread = collapse_anchors_reference(anchors, fishers, coef_G)
-            a.copy_(total)
-            t.copy_(mean)
-            const += spread
-        return weight, target, const
+
+        def work(parts: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
+            spreads = []
+            for a, t, anchors, fishers in parts:
+                total, mean, spread = collapse_anchors_reference(anchors, fishers, coef_G)
+                a.copy_(total)
+                t.copy_(mean)
+                spreads.append(spread)
+            return spreads
+
+        found = in_blocks(work, weight, target, anchors_GN, fishers_GN, rows=groups)
+        return weight, target, torch.stack([spread for part in found for spread in part]).sum()
     partials = weight.new_empty((cdiv(n, BLOCK),), dtype=torch.float64)
     launch(_collapse_anchors_kernel, (cdiv(n, BLOCK),), weight.device, anchors_GN, fishers_GN, coef_G, weight, target,
            partials, n, anchors_GN.stride(0), fishers_GN.stride(0), G=groups, BLOCK=BLOCK, num_warps=WARPS,

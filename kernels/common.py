@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -39,12 +38,6 @@ WARPS = 4
 # Rows loaded before the first is used; the loop over more rows is not unrolled further.
 UNROLL = 8
 MAX_ROWS = 64  # gradient rows: 64 x 64 float64 is the largest Gram that one program holds in registers without spills
-# On a CPU an op goes through its arrays a block at a time, so that what one torch call leaves for the next is still in the
-# cache and temporaries cost no memory traffic. 25.6M elements on one thread of an EPYC (L2 512 KiB), whole -> blocks of 2^15,
-# 2^16, 2^17, 2^18: perturb 317 -> 72, 53, 44, 46 ms, gram of one row 124 -> 43, 32, 25, 98 ms; a copy takes 16 ms.
-CPU_BLOCK = 131_072
-CPU_BLOCK_PER_THREAD = 32_768  # torch splits a call among threads in parts of no less
-
 Number = float | int | Tensor
 Coefficients = Tensor | Sequence[float]
 
@@ -57,15 +50,6 @@ def jit(function: Callable) -> Any:
 def use_kernel(tensor: Tensor, *, float64_too: bool = False) -> bool:
     """True if ops on `tensor` run the Triton kernel, False if they run the torch oracle."""
     return triton is not None and (float64_too or tensor.dtype != torch.float64) and (tensor.is_cuda or INTERPRET)
-
-
-def cache_blocks(*arrays: Tensor | None, rows: int = 1) -> Iterator[tuple[Any, ...]]:
-    """The arrays' blocks side by side, cut along the last dimension (None stays None): how CPU tensors are gone through.
-
-    rows: how many rows of a block are worked on at once; the block is that much shorter.
-    """
-    size = max(CPU_BLOCK, CPU_BLOCK_PER_THREAD * torch.get_num_threads()) // rows
-    return zip(*(repeat(None) if a is None else a.split(size, -1) for a in arrays), strict=False)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,10 +12,13 @@ Source: the identities of Eq. 12-15 of arXiv 2603.21217 need nothing of the grad
 """
 
 # ruff: noqa: RUF005 (triton tuples grow by +, not by unpacking)
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .common import cache_blocks, cdiv, check_rows, check_vector, count, jit, launch, next_power_of_2, tl, use_kernel
+from .blocks import in_blocks
+from .common import cdiv, check_rows, check_vector, count, jit, launch, next_power_of_2, tl, use_kernel
 
 # R (R + 1) / 2 accumulators of E elements live in registers: 36 x 4 at R = 8 is the most that fits without spills.
 SMALL_ROWS = 8
@@ -141,20 +144,30 @@ def gram_partials_reference(grads_RN: Tensor, theta_N: Tensor | None, adaptive: 
 def _gram_partials_cpu(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
     """The oracle in blocks: float64 throughout, without a float64 copy of more than a block."""
     rows = grads_RN.shape[0]
-    total = grads_RN.new_zeros((rows, rows), dtype=torch.float64)
-    theta_sq = total.new_zeros(1)
-    space: Tensor | None = None
-    for g, theta in cache_blocks(grads_RN, theta_N, rows=cdiv(rows, 2)):
-        space = total.new_empty(rows + 1, g.shape[1]) if space is None else space
-        wide = space[:, : g.shape[1]]
-        u, scale = wide[:rows].copy_(g), wide[rows]
-        if theta is not None:
-            scale.copy_(theta)
-            theta_sq += scale.dot(scale)
-            if adaptive:
-                u *= scale  # sign(theta) squares away in every product
-        total.addmm_(u, u.T)
-    return total[None], theta_sq
+
+    def work(parts: Iterator[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        space: Tensor | None = None
+        found = []
+        for g, theta in parts:
+            n = (rows + 1) * g.shape[1]
+            space = g.new_empty(n, dtype=torch.float64) if space is None else space
+            wide = space[:n].view(
+                rows + 1, -1
+            )  # laid out by the block alone, as the last bits of BLAS may depend on it
+            u, scale = wide[:rows].copy_(g), wide[rows]
+            sums = u.new_zeros(rows * rows + 1)
+            if theta is not None:
+                scale.copy_(theta)
+                torch.mm(scale[None], scale[:, None], out=sums[-1:, None])
+                if adaptive:
+                    u *= scale  # sign(theta) squares away in every product
+            torch.mm(u, u.T, out=sums[:-1].view(rows, rows))
+            found.append(sums)
+        return found
+
+    found = in_blocks(work, grads_RN, theta_N, rows=cdiv(rows, 2))
+    total = torch.stack([sums for part in found for sums in part]).sum(0)
+    return total[:-1].view(1, rows, rows).clone(), total[-1:].clone()
 
 
 def _fold(rows: int, dtype: torch.dtype) -> int:

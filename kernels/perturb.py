@@ -12,16 +12,19 @@ Source: Eq. 15 of arXiv 2603.21217 with the coefficients of `ascent_coefficients
 """
 
 # ruff: noqa: RUF005 (triton tuples grow by +, not by unpacking)
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .blocks import in_blocks
 from .common import (
     BLOCK,
     UNROLL,
     WARPS,
     Coefficients,
     as_coefficients,
-    cache_blocks,
     cdiv,
     check_rows,
     check_vector,
@@ -85,25 +88,29 @@ def _perturb_cpu(
 ) -> None:
     """The oracle in blocks: its additions in its order, so its bits; rows of coefficient 0 are not read."""
     live = [(k, c) for k, c in enumerate(coef_G.to(theta_N.dtype).tolist()) if c != 0]
-    space: Tensor | None = None
-    for theta, rows, target, kept in cache_blocks(theta_N, grads_GN, out, keep):
-        space = theta.new_empty(2, theta.shape[0]) if space is None else space
-        step, term = space[:, : theta.shape[0]]
-        if kept is not None:
-            kept.copy_(theta)
-        if not live:
-            step.zero_()
-        for i, (k, c) in enumerate(live):
-            into = term if i else step
-            if rows.dtype == into.dtype:
-                torch.mul(rows[k], c, out=into)
-            else:
-                into.copy_(rows[k]).mul_(c)
-            if i:
-                step.add_(term)
-        if adaptive:
-            step.mul_(torch.mul(theta, theta, out=term))
-        torch.add(theta, step, out=target)
+
+    def work(parts: Iterator[tuple[Any, ...]]) -> None:
+        space: Tensor | None = None
+        for theta, rows, target, kept in parts:
+            space = theta.new_empty(2, theta.shape[0]) if space is None else space
+            step, term = space[:, : theta.shape[0]]
+            if kept is not None:
+                kept.copy_(theta)
+            if not live:
+                step.zero_()
+            for i, (k, c) in enumerate(live):
+                into = term if i else step
+                if rows.dtype == into.dtype:
+                    torch.mul(rows[k], c, out=into)
+                else:
+                    into.copy_(rows[k]).mul_(c)
+                if i:
+                    step.add_(term)
+            if adaptive:
+                step.mul_(torch.mul(theta, theta, out=term))
+            torch.add(theta, step, out=target)
+
+    in_blocks(work, theta_N, grads_GN, out, keep)
 
 
 @torch.library.custom_op("ltfast::perturb", mutates_args={"out", "keep"})

@@ -16,7 +16,7 @@ Source: torch.optim.SGD and torch.optim.AdamW (semantics); A, T: `collapse_ancho
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from .blocks import in_blocks
 from .common import (
     BLOCK,
     WARPS,
     Number,
-    cache_blocks,
     cdiv,
     check_vector,
     count,
@@ -150,43 +150,32 @@ def _write(values: list[tuple[Tensor, Tensor, Tensor]], found_inf: Tensor | None
         mirror.copy_(values[0][0])
 
 
-class _Cpu:
-    """What the updates share on a CPU: numbers read once, blocks, the gradient, the copy where an ascent is taken back."""
+def _update_in_blocks(
+    update: Callable[..., None], theta: Tensor, source: Tensor, grad: Tensor, anchor: Tensor | None, target: Tensor | None,
+    mirror: Tensor | None, found_inf: Tensor | None, scale: Number, strength: Number, *state: Tensor | None,
+) -> None:  # fmt: skip
+    """On a CPU: take theta from source, call update(theta, full gradient, *state) unless skipping, refresh mirror."""
+    scale, strength = float(scale), float(strength)
+    skip = found_inf is not None and bool(found_inf)
+    moved = source.data_ptr() != theta.data_ptr()
 
-    def __init__(
-        self, source: Tensor, theta: Tensor, scale: Number, strength: Number, found_inf: Tensor | None
-    ) -> None:
-        self.scale, self.strength = float(scale), float(strength)
-        self.skip = found_inf is not None and bool(found_inf)
-        self.moved = source.data_ptr() != theta.data_ptr()
-        self.space: Tensor | None = None
-
-    def blocks(
-        self, theta: Tensor, source: Tensor, mirror: Tensor | None, *rest: Tensor | None
-    ) -> Iterator[tuple[Any, ...]]:
-        """(theta, *rest) of each block, theta taken from source before and copied to mirror after; none if skipping."""
-        for here, there, copy, *others in cache_blocks(theta, source, mirror, *rest):
-            if self.moved:
+    def work(parts: Iterator[tuple[Any, ...]]) -> None:
+        space: Tensor | None = None
+        for here, there, g, weight, center, copy, *own in parts:
+            if moved:
                 here.copy_(there)
-            if not self.skip:
-                yield here, *others
+            if not skip:
+                if anchor is not None or scale != 1.0 or g.dtype != here.dtype:
+                    space = here.new_empty(2, here.shape[0]) if space is None else space
+                    d, gap = space[:, : here.shape[0]]
+                    g = torch.mul(g, scale, out=d) if g.dtype == here.dtype else d.copy_(g).mul_(scale)
+                    if weight is not None:
+                        d.addcmul_(weight, torch.sub(here, center, out=gap), value=strength)
+                update(here, g, *own)
             if copy is not None:
                 copy.copy_(here)
 
-    def gradient(self, theta: Tensor, grad: Tensor, anchor: Tensor | None, target: Tensor | None) -> Tensor:
-        """scale * grad + strength * anchor * (theta - target): `grad` itself where that is all, or scratch space."""
-        if anchor is None and self.scale == 1.0 and grad.dtype == theta.dtype:
-            return grad
-        if self.space is None:
-            self.space = theta.new_empty(2, theta.shape[0])
-        d, gap = self.space[:, : theta.shape[0]]
-        if grad.dtype == theta.dtype:
-            torch.mul(grad, self.scale, out=d)
-        else:
-            d.copy_(grad).mul_(self.scale)
-        if anchor is not None:
-            d.addcmul_(anchor, torch.sub(theta, target, out=gap), value=self.strength)
-        return d
+    in_blocks(work, theta, source, grad, anchor, target, mirror, *state)
 
 
 @torch.library.custom_op("ltfast::sgd_step", mutates_args={"theta", "buf", "mirror"})
@@ -207,13 +196,14 @@ def _sgd_step(
         return
     if theta.device.type == "cpu":
         first = first_t is not None and bool(first_t)
-        cpu = _Cpu(source, theta, number(scale, scale_t), number(strength, strength_t), found_inf)
         options = {
             "weight_decay": weight_decay, "momentum": 0.0 if buf is None else momentum, "lr": float(number(lr, lr_t)),
             "dampening": 0.0 if first else 1.0 - keep, "nesterov": nesterov, "maximize": False,
         }  # fmt: skip
-        for here, g, b, a, t in cpu.blocks(theta, source, mirror, grad, buf, anchor, target):
-            sgd([here], [cpu.gradient(here, g, a, t)], [b], fused=True, **options)
+        _update_in_blocks(
+            lambda here, d, b: sgd([here], [d], [b], fused=True, **options), theta, source, grad, anchor, target, mirror,
+            found_inf, number(scale, scale_t), number(strength, strength_t), buf,
+        )  # fmt: skip
         return
     d = _gradient_reference(source, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
     d = d + weight_decay * source
@@ -245,15 +235,16 @@ def _adamw_step(
                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)  # fmt: skip
         return
     if theta.device.type == "cpu":
-        cpu = _Cpu(source, theta, number(scale, scale_t), number(strength, strength_t), found_inf)
+        before = float(number(step, step_t)) - 1  # torch counts up first
         options = {
             "beta1": beta1, "beta2": beta2, "lr": float(number(lr, lr_t)), "weight_decay": weight_decay, "eps": eps,
             "amsgrad": False, "maximize": False,
         }  # fmt: skip
-        before = float(number(step, step_t)) - 1  # torch counts up first
-        for here, g, m, v, a, t in cpu.blocks(theta, source, mirror, grad, exp_avg, exp_avg_sq, anchor, target):
-            d = cpu.gradient(here, g, a, t)
-            adamw([here], [d], [m], [v], [], [torch.tensor(before)], fused=True, **options)
+        _update_in_blocks(
+            lambda here, d, m, v: adamw([here], [d], [m], [v], [], [torch.tensor(before)], fused=True, **options), theta,
+            source, grad, anchor, target, mirror, found_inf, number(scale, scale_t), number(strength, strength_t), exp_avg,
+            exp_avg_sq,
+        )  # fmt: skip
         return
     t: Number = step if step_t is None else step_t.reshape(()).double()
     correct1, correct2 = 1 - beta1**t, (1 - beta2**t) ** 0.5

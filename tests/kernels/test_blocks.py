@@ -1,11 +1,15 @@
 """The path of CPU tensors: the oracle's arithmetic, a block at a time. Whatever the block, the result is the oracle's."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ltfast.kernels import adamw_step, anchor_penalty, collapse_anchors, common, gram_partials, perturb, sgd_step
+from ltfast.kernels import adamw_step, anchor_penalty, blocks, collapse_anchors, gram_partials, perturb, sgd_step
 from ltfast.kernels.anchor import anchor_penalty_reference, collapse_anchors_reference
 from ltfast.kernels.gram import gram_partials_reference
 from ltfast.kernels.perturb import perturb_reference
@@ -16,20 +20,71 @@ pytestmark = skip_if_interpreting()
 N = 1003
 
 
-@pytest.fixture(params=[96, 10**6], ids=["many blocks", "one block"])
-def block(request, monkeypatch) -> int:
-    monkeypatch.setattr(common, "CPU_BLOCK", request.param)
-    monkeypatch.setattr(common, "CPU_BLOCK_PER_THREAD", 1)
-    return request.param
+@pytest.fixture(params=[(96, 1), (96, 3), (96, 64), (10**6, 1)], ids=["blocks", "threads", "many threads", "one block"])
+def block(request, monkeypatch) -> Iterator[tuple[int, int]]:
+    (size, threads), before = request.param, torch.get_num_threads()
+    monkeypatch.setattr(blocks, "BLOCK", size)
+    monkeypatch.setattr(blocks, "SERIAL", size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    yield request.param
+    torch.set_num_threads(before)
 
 
-def test_blocks_cover_the_arrays_once(block):
+def test_blocks_cover_the_arrays_once_and_in_order(block):
     theta, rows = torch.arange(N), torch.arange(3 * N).view(3, N)
-    parts = list(common.cache_blocks(theta, None, rows, rows=3))
+    found = blocks.in_blocks(lambda parts: list(parts), theta, None, rows, rows=3)
+    parts = [part for stretch in found for part in stretch]
     assert torch.equal(torch.cat([a for a, _, _ in parts]), theta)
     assert torch.equal(torch.cat([r for _, _, r in parts], 1), rows)
     assert all(b is None for _, b, _ in parts)
-    assert (len(parts) > 1) == (block < N)
+    size, threads = block
+    assert len(parts) == -(-N // max(size // 3, 1))
+    assert len(found) == (1 if threads == 1 else min(threads, len(parts)))
+
+
+def test_an_error_in_a_thread_is_the_callers():
+    def fail(parts):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        blocks.in_blocks(fail, torch.zeros(300_000))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    n, before = 300_007, torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            theta, grads, buf, keep = normal(n, seed=1), normal(3, n, seed=2), normal(n, seed=3), torch.empty(n)
+            matrix, theta_sq = gram_partials(grads, theta, True)
+            perturb(theta, grads, torch.tensor([0.1, 0.2, 0.3]), True, theta, keep)
+            sgd_step(theta, grads[0], buf, 0.1, 0.9, weight_decay=0.01, source=keep)
+            m, v = torch.zeros(n), torch.zeros(n)
+            adamw_step(theta, grads[1], m, v, 1, 0.1, anchor=(keep.abs(), keep, 0.1))
+            results.append([matrix, theta_sq, theta, buf, m, v, keep])
+            assert torch.get_num_threads() == threads  # of the caller, still
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    code = """
+import os, torch
+from ltfast.kernels import gram_partials
+torch.set_num_threads(2)
+theta, grads = torch.ones(300_000), torch.ones(2, 300_000)
+gram_partials(grads, theta)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+    os._exit(int(gram_partials(grads, theta)[0][0, 0, 1].item() != 300_000))
+print("child", os.waitpid(child, 0)[1])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "child 0", run.stderr
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -131,7 +186,8 @@ def most_bytes(call) -> int:
     return peak
 
 
-def test_no_op_takes_memory_of_the_parameters_size():
+def test_no_op_takes_memory_of_the_parameters_size(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the profiler sees the calling thread only
     n, rows = 2_000_000, 4
     theta, grads, state = torch.ones(n), torch.ones(rows, n), [torch.zeros(n) for _ in range(2)]
     keep, coef, anchor = torch.ones(n), torch.ones(rows), (torch.ones(n), torch.ones(n), 0.1)
