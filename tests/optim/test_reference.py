@@ -157,7 +157,8 @@ def test_fifty_steps_beside_the_twin(case: str, name: str, precision: str) -> No
     make, which, step, twin, _ = CASES[case]
     base, options = ADAMW if name == "vit" else SGD
     model, ours = run(name, step, lambda m: make(which(m), base, options), precision)
-    twin_model, theirs = run(name, twin, lambda m: base(m.parameters(), **options), precision)
+    # fused: on a CPU ours ends in the same code, and a last bit apart is enough for a ReLU to switch within fifty steps
+    twin_model, theirs = run(name, twin, lambda m: base(m.parameters(), fused=True, **options), precision)
     assert support.distance(model, twin_model) < TOLERANCE[precision]
     assert state_distance(model, ours, twin_model, theirs) < TOLERANCE[precision]
     assert support.distance(model, support.make(name)) > 0.05
