@@ -47,7 +47,8 @@ class Setting:
 
     def model(self, method: str) -> LongTailModel:
         """A network in training mode."""
-        return build.build_model(self.config(method), (3, 32, 32), CLASSES).to(self.device).train()
+        model = build.build_model(self.config(method), (3, 32, 32), CLASSES).to(self.device).train()
+        return model.to(memory_format=torch.channels_last) if self.device.type == "cuda" else model  # type: ignore[call-overload]
 
     def our_step(self, method: str) -> tuple[Callable[[], object], int]:
         """(the trainer's step on the batch, steps after which its cost repeats)."""

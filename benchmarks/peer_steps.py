@@ -202,13 +202,13 @@ def write(name: str, figures: dict[str, Any], config: dict[str, Any]) -> None:
 
 def known(config: dict[str, Any], device: str) -> dict[str, dict[str, float]]:
     """Name -> figures of the rows that this commit wrote on this kind of device with this config."""
-    commit, found = harness.facts()["commit"].rstrip("+"), {}  # "+": files changed, which writing rows does
+    commit, found = (harness.facts()["commit"] or "").rstrip("+"), {}  # "+": files changed, which writing rows does
     for case, rows in peer_tables.cases(device).items():
         row = rows.get("flops_vs_sgd")
         if (
             case.startswith("step/")
             and row
-            and row["commit"].rstrip("+") == commit
+            and (row["commit"] or "").rstrip("+") == commit
             and config.items() <= row["config"].items()
         ):
             found[peer_tables.step_name(case)] = {metric: r["value"] for metric, r in rows.items()}

@@ -57,6 +57,7 @@ class Losses:
         self.params = params
         self.grads = [[torch.randn_like(p) * 1e-2 for p in params] for _ in range(GROUPS)]
         self.stock: list[list[Tensor]] = []
+        self.shares = torch.full((GROUPS,), 1 / GROUPS).to(params[0].device)
 
     def restock(self, steps: int) -> None:
         """Make gradients for so many steps."""
@@ -76,9 +77,7 @@ class Losses:
 
     def groups(self) -> tuple[Tensor, Tensor]:
         """(group losses [G], shares [G])."""
-        return Given.apply(self.grads, self.stock, *self.params), torch.full((GROUPS,), 1 / GROUPS).to(
-            self.params[0].device
-        )
+        return Given.apply(self.grads, self.stock, *self.params), self.shares
 
 
 class Given(torch.autograd.Function):

@@ -59,7 +59,7 @@ def smooth_pictures(n: int) -> Tensor:
 def measure(call: Callable[[], object], device: str, repetitions: int) -> tuple[float, float, float, int]:
     """Median, p20, p80 seconds and n: device events on a GPU, processor time of this process on a CPU."""
     if device == "cuda":
-        return tuple(time_call(call, max(50, repetitions)))
+        return tuple(time_call(call, repetitions, min(10, repetitions)))
     call()
     seconds = []
     for _ in range(repetitions):

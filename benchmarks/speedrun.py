@@ -54,7 +54,11 @@ def main() -> None:
     print(inspect.getsource(recipes.NAMED[NAME][2]))
     print(json.dumps({**facts(), "changes": changes}))
     with tempfile.TemporaryDirectory() as folder:
-        runs = [one_run(config.with_(seed=seed), Path(folder)) for seed in range(args.runs)]
+        runs = []
+        for seed in range(args.runs):  # a row as soon as there is one: a time budget may end the next run
+            runs.append(one_run(config.with_(seed=seed), Path(folder)))
+            for metric, number in zip(("top1", "seconds"), runs[-1], strict=True) if args.write else ():
+                append_row("speedrun", f"{NAME}/seed={seed}", metric, number, config=changes)
     for metric, column in (("top1", 0), ("seconds", 1)):
         numbers = [run[column] for run in runs]
         spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0

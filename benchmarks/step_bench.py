@@ -36,6 +36,12 @@ def cycle_of(rule: Rule | None) -> int:
     return 1 if rule is None else rule.gram_every * rule.ascent_every
 
 
+def told(name: str, *, seconds: float, reason: str | None) -> None:
+    """A row must not say "compiled" or "recorded" of a step that runs eagerly."""
+    if reason is not None:
+        raise RuntimeError(f"{name} runs eagerly: {reason}")
+
+
 @dataclass(frozen=True)
 class Case:
     """One network and batch."""
@@ -69,6 +75,8 @@ class Bench:
         groups = torch.arange(case.classes) * GROUPS // case.classes
         kind = "single" if self.rule is None else build.MEMBERSHIP_KIND[self.rule.groups]
         self.membership = membership_for(kind, self.counts, groups).to(device)
+        if device.type == "cuda":
+            build.build_device(self.config, Ranks())  # cuDNN and TF32 as in training
         self.reset()
 
     def reset(self) -> None:
@@ -80,7 +88,7 @@ class Bench:
         self.objective: Objective = build.build_objective(self.config, self.counts.to(self.device))
         self.twin_model = copy.deepcopy(self.model)
         self.flat = FlatParameters(model.parameters())
-        self.forward: Forward = build.build_forward(self.config, model, self.objective, self.device)
+        self.forward: Forward = build.build_forward(self.config, model, self.objective, self.device, told)
         self.step = self.make_step(self.rule)
         if self.config.preserve.gkp:
             self.step.update.anchor = (torch.rand_like(self.flat.data), self.flat.data.clone())
@@ -92,7 +100,7 @@ class Bench:
         update.lr.fill_(LR)
         capture = None
         if self.mode == "recorded":
-            capture = build.build_capture(self.config.with_(capture="on"), None, self.device, Ranks())
+            capture = build.build_capture(self.config.with_(capture="on"), None, self.device, Ranks(), told)
         member = None if rule is None else self.membership
         buffers = FlatBuffers(self.model)
         return TrainStep(
@@ -105,7 +113,9 @@ class Bench:
 
     def bare(self) -> None:
         """Forward and backward of the plain loss, and nothing else."""
-        losses, shares, *_ = self.forward.losses(torch.cat(self.batch.views), self.batch.labels, self.membership)
+        x = torch.cat(self.batch.views)
+        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+        losses, shares, *_ = self.forward.losses(x, self.batch.labels, self.membership)
         torch.autograd.grad((losses * shares).sum(), self.flat.params, allow_unused=True)
 
     def twin(self) -> Callable[[], None]:

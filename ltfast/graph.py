@@ -52,9 +52,14 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            outputs = function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        try:
+            # thread_local: another thread that waits for a copy (ltfast/store.py) must not break the recording.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                outputs = function()
+        except BaseException:
+            torch.cuda.set_stream(current)  # torch stays on the side stream if the recording could not be ended
+            raise
         return graph.replay, outputs
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree ltfast runs from, with '+' if it is modified; None outside a checkout."""
+    """Commit of the source tree ltfast runs from, with '+' if it is modified; outside a checkout LTFAST_COMMIT, or None."""
     root = Path(ltfast.__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
@@ -56,10 +58,10 @@ def commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
-            return None
+            return os.environ.get("LTFAST_COMMIT")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("LTFAST_COMMIT")
 
 
 def cpu_name() -> str:
@@ -71,6 +73,24 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def toml_of(values: Mapping[str, Any]) -> str:
+    """TOML of plain values (str, bool, int, float, lists of them) and of one level of tables; tomllib reads it back."""
+
+    def line(name: str, value: Any) -> str:
+        # JSON's strings, numbers, booleans and lists are TOML's, but for the names of inf and nan and a bare DEL.
+        special = isinstance(value, float) and not math.isfinite(value)
+        text = str(value) if special else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return f"{name} = {text}"
+
+    plain = [line(k, v) for k, v in values.items() if not isinstance(v, Mapping)]
+    tables = [
+        "\n".join([f"[{name}]", *(line(k, v) for k, v in table.items())])
+        for name, table in values.items()
+        if isinstance(table, Mapping)
+    ]
+    return "\n\n".join(["\n".join(plain), *tables]) + "\n"
 
 
 class RunFolder:
@@ -90,8 +110,6 @@ class RunFolder:
         Raises:
             UserError: the folder exists and is not empty, or cannot be written; a limit of --max-... makes no sense.
         """
-        import tomli_w
-
         from ltfast.survive import check_limits
 
         check_limits(config.run)
@@ -101,7 +119,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             # Whole and first: who finds it, however this process ends, may --resume.
-            write_atomically(path / "config.toml", [tomli_w.dumps(config.to_dict()).encode()])
+            write_atomically(path / "config.toml", [toml_of(config.to_dict()).encode()])
             RunFolder(path).prepare()
         except OSError as error:
             raise UserError(f"--out {path}: cannot write there ({error.strerror}); choose another folder") from None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import tomllib
 
 import pytest
-import tomli_w
 
 from ltfast.config import FIELDS, SECTIONS, Config, flatten, load_toml
 from ltfast.errors import UserError
 from ltfast.optim.rules import RULES
 from ltfast.recipes import ALIASES, BASES, RECIPES, SHARPNESS_SOURCES, build_config, method_values, rule_of
+from ltfast.runs import toml_of
 
 
 def test_field_names_are_unique_over_sections() -> None:
@@ -21,8 +23,27 @@ def test_field_names_are_unique_over_sections() -> None:
 def test_round_trip_through_toml(dataset: str, tmp_path) -> None:
     config = build_config(dataset, "gkp-gsa", {}, {"seed": 3, "rho_max": 0.5})
     path = tmp_path / "c.toml"
-    path.write_text(tomli_w.dumps(config.to_dict()))
+    path.write_text(toml_of(config.to_dict()))
     assert Config.from_dict(load_toml(path)) == config
+
+
+def test_toml_of_anything_a_config_may_hold() -> None:
+    strange = "Infinity NaN \"q\" 's' \\ \n \t \x01 \x7f \u00fc \U0001f600 #="
+    values = {
+        "method": strange,
+        "a": {
+            "text": strange,
+            "inf": float("inf"),
+            "small": 1e-05,
+            "whole": 3,
+            "list": [1, 2.5],
+            "texts": [strange],
+            "yes": True,
+        },
+        "empty": {},
+    }
+    assert tomllib.loads(toml_of(values)) == values
+    assert math.isnan(tomllib.loads(toml_of({"x": float("nan")}))["x"])
 
 
 def test_later_layers_win() -> None:

