@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -38,12 +38,28 @@ def in_blocks(work: Callable[[Iterator[tuple[Any, ...]]], R], *arrays: Tensor | 
         rows: how many rows of a block are worked on at once; the block is that much shorter.
     """
     n = next(a.shape[-1] for a in arrays if a is not None)
+    if n <= SERIAL // rows:
+        with torch.no_grad():
+            return [work(iter((arrays,)))]
     size = max((BLOCK if n > BLOCK else SERIAL) // rows, 1)
     threads = torch.get_num_threads() if n > BLOCK else 1
     stretch = -(-n // (size * threads)) * size
     tasks = (side_by_side(size, *parts) for parts in side_by_side(stretch, *arrays))
-    work = torch.no_grad()(work)
-    return list(map(work, tasks) if threads == 1 else _workers(threads).map(work, tasks))
+    if threads == 1:
+        with torch.no_grad():
+            return [work(task) for task in tasks]
+    inference = torch.is_inference_mode_enabled()  # each thread has modes of its own
+
+    def beside(task: Iterator[tuple[Any, ...]]) -> R:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(task)
+
+    pool = _workers(threads)
+    futures = [pool.submit(beside, task) for task in tasks]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        wait(futures)  # whatever interrupts this thread, nobody writes into the arrays once it goes on
 
 
 def side_by_side(size: int, *arrays: Tensor | None) -> Iterator[tuple[Any, ...]]:

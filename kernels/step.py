@@ -240,10 +240,14 @@ def _adamw_step(
             "beta1": beta1, "beta2": beta2, "lr": float(number(lr, lr_t)), "weight_decay": weight_decay, "eps": eps,
             "amsgrad": False, "maximize": False,
         }  # fmt: skip
+
+        def update(here: Tensor, d: Tensor, m: Tensor, v: Tensor) -> None:
+            counter = torch.tensor(before, dtype=torch.float32, device="cpu")
+            adamw([here], [d], [m], [v], [], [counter], fused=True, **options)
+
         _update_in_blocks(
-            lambda here, d, m, v: adamw([here], [d], [m], [v], [], [torch.tensor(before)], fused=True, **options), theta,
-            source, grad, anchor, target, mirror, found_inf, number(scale, scale_t), number(strength, strength_t), exp_avg,
-            exp_avg_sq,
+            update, theta, source, grad, anchor, target, mirror, found_inf, number(scale, scale_t),
+            number(strength, strength_t), exp_avg, exp_avg_sq,
         )  # fmt: skip
         return
     t: Number = step if step_t is None else step_t.reshape(()).double()

@@ -80,8 +80,10 @@ class FlatParameters:
         self.size = end
         self.numel = sum(p.numel() for p in self.params)
         self._strides = [p.stride() if _is_dense(p) else p.contiguous().stride() for p in self.params]
-        self.data = torch.zeros(self.size, device=self.device)
-        self._views = self.views(self.data)
+        self.data = torch.zeros(self.size, device=self.device, dtype=torch.float32)
+        # Each parameter has a storage of its own over the same memory: tools that write a model down take tensors of one
+        # storage for one tied weight and keep the first only (safetensors' save_model, Accelerate's save_model).
+        self._views = [torch.from_dlpack(view) if view.numel() else view for view in self.views(self.data)]
         self._addresses = [view.data_ptr() for view in self._views]
         with torch.no_grad():
             for p, view in zip(self.params, self._views, strict=True):
@@ -105,6 +107,8 @@ class FlatParameters:
         Raises:
             RuntimeError: a parameter has another device, dtype or shape than when the buffer was made.
         """
+        if [p.data_ptr() for p in self.params] == self._addresses:
+            return
         for p, view, address in zip(self.params, self._views, self._addresses, strict=True):
             if p.data_ptr() == address:
                 continue
@@ -126,7 +130,7 @@ class FlatParameters:
 
     def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
         """Copy one tensor for each parameter (None: zeros) into a [N] buffer."""
-        flat = torch.zeros(self.size, device=self.device) if out is None else out
+        flat = torch.zeros_like(self.data) if out is None else out
         for view, tensor in zip(self.views(flat), tensors, strict=True):
             view.zero_() if tensor is None else view.copy_(tensor)
         return flat
@@ -163,7 +167,7 @@ class GradientRows:
 
     def __init__(self, flat: FlatParameters, rows: int) -> None:
         self.params = flat.params
-        self.data = torch.zeros(rows, flat.size, device=flat.device)
+        self.data = torch.zeros(rows, flat.size, device=flat.device, dtype=torch.float32)
         # .data gives every view a version counter of its own: a write to one gradient is told from a write to another.
         self._views = [[view.data for view in flat.views(row)] for row in self.data]
         self._attached = [[0] * len(self.params) for _ in range(rows)]  # version when attached

@@ -7,6 +7,7 @@ costs no pass of its own and is exact to the bit. Parameters' storage is set onc
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ltfast.kernels import gram_partials
@@ -61,6 +63,7 @@ class FlatOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler.step then calls step() even on overflow, which must restore theta
     _ready = False
+    _base_hook: Any = None
     ascent_rows = 1
 
     def __init__(
@@ -91,10 +94,23 @@ class FlatOptimizer(Optimizer):
         self._first_bad: Tensor | None = None
         self._first_pass = _FirstPass(self)
         self._fused = fused(self.base_optimizer)
+        self._watch_base()
         self._skips = SkipCounter(self.blocks[0].flat.device)
         self._model: nn.Module | None = None
         self._ascent = "local"
         self._ready = True
+
+    def _watch_base(self) -> None:
+        """`base_optimizer.step()` is torch's own step (plain steps of a warm-up): give it state of torch's kind first."""
+        if self._base_hook is not None:
+            self._base_hook.remove()
+        owner = weakref.ref(self)
+
+        def before(*_: Any) -> None:
+            if (optimizer := owner()) is not None and optimizer._fused:
+                optimizer._switch(False)
+
+        self._base_hook = self.base_optimizer.register_step_pre_hook(before)
 
     def _make_blocks(self) -> list[Block]:
         return [self._block(range(len(self.param_groups)))]
@@ -181,13 +197,48 @@ class FlatOptimizer(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Bring theta back, bit for bit, if an ascent left theta + eps in the parameters."""
-        for block in self.blocks:
-            block.restore()
+        if self.climbed:
+            for block in self.blocks:
+                block.restore()
+            self._moved()
 
     @property
     def climbed(self) -> bool:
         """True between an ascent and the descent (or `restore`)."""
         return any(block.climbed for block in self.blocks)
+
+    def _moved(self) -> None:
+        """The parameters have moved: copies of them that autocast keeps until its block ends are out of date."""
+        if torch.is_autocast_cache_enabled():
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def _whole_step(self, scaler: GradScaler | None) -> Iterator[None]:
+        """Around `step(closure)`: an exception restores theta and takes back what a GradScaler has noted of the step.
+
+        Raises:
+            ValueError: `GradScaler.step(optimizer, closure)` has found no gradient of a first pass.
+        """
+        found = getattr(self, "found_inf", None)
+        if found is not None and not isinstance(found, Tensor):
+            self._forget_scaler(None)
+            raise ValueError(
+                "scaler.step(optimizer, closure) needs the gradients of a first pass: run scaler.scale(loss).backward() before "
+                "it, or call optimizer.step(closure, scaler=scaler)"
+            )
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            self._forget_scaler(scaler)
+            raise
+
+    def _forget_scaler(self, scaler: GradScaler | None) -> None:
+        """A step was broken off: what GradScaler.step has set here, and that the first pass was unscaled."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+        if scaler is not None:
+            scaler._per_optimizer_states.pop(id(self._first_pass), None)
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -221,6 +272,7 @@ class FlatOptimizer(Optimizer):
             self.restore()
             raise
         self._skips.add(skip)
+        self._moved()
         self._first_bad = None
         for optimizer in (self, self.base_optimizer):
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
@@ -234,7 +286,7 @@ class FlatOptimizer(Optimizer):
         """
         flags = [] if found_inf is None else [found_inf.reshape(())]
         alone = not several()
-        if alone and self._first_bad is not None and (fused(self.base_optimizer) or flags):
+        if alone and self._first_bad is not None:
             flags.append(self._first_bad)
         if check or self.check_finite or not alone:
             total = sum(gram_partials(block.flat.grads[row][None])[0].sum() for block in self.blocks)

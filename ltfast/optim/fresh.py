@@ -40,6 +40,8 @@ class FreshGradients:
     def put(self, losses: Tensor, scale: Tensor | None = None) -> Tensor:
         """Fill the rows with the gradients of losses [G] (times `scale`, of which the rows are freed); keeps the graph."""
         wanted = [i for i, p in enumerate(self.params) if p.requires_grad]
+        if not wanted:  # frozen
+            return self.rows.zero_()
         for k, views in enumerate(self._views):
             with torch.enable_grad():
                 loss = losses[k] if scale is None else losses[k] * scale

@@ -268,9 +268,10 @@ class GroupAscent(FlatOptimizer):
         with torch.enable_grad():
             loss = loss if factor is None else loss * factor
             loss = loss if scaler is None else scaler.scale(loss)
-        found = dict(
-            zip(params, torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True), strict=True)
-        )
+        grads = (
+            torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True) if params else ()
+        )  # (): frozen
+        found = dict(zip(params, grads, strict=True))
         for holder in holders:
             holder.put(row, [found.get(p) for p in holder.params], add=add)
 
@@ -292,6 +293,7 @@ class GroupAscent(FlatOptimizer):
             else:
                 perturb(theta, r, coef, self.rule.adaptive, out=theta, keep=block.kept)
                 block.climbed = True
+        self._moved()
 
     # -- loss scaling, several processes -----------------------------------------------------------------------------------
 

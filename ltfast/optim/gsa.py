@@ -70,7 +70,7 @@ class GroupedOptimizer(GroupAscent):
         closures = [closure] if callable(closure) else list(closure)
         self.restore()
         self._sync_rule()
-        with self.perturbed():
+        with self._whole_step(scaler):
             loss = self._passes(closures, scaler) if head is None else self._head_passes(closures, head, scaler)
             if on_gradient is not None:
                 if scaler is not None:

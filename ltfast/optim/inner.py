@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ class Block:
         self._kept: Tensor | None = None
         self.slots: dict[str, Tensor] = {}
         self.views: dict[str, list[Tensor]] = {}
-        self.counters = [torch.zeros((), device=self.flat.device)] * len(self.flat.params)
+        self.counters = [torch.zeros((), device=self.flat.device, dtype=torch.float32)] * len(self.flat.params)
         self.expected = [p.requires_grad for p in self.flat.params]
         self.anchor: Anchor | None = None
         self.published: set[Present] = set()  # whose state base.state already shows
@@ -80,6 +82,7 @@ class Block:
         offsets = self.flat.offsets
         return slice(offsets[first], offsets[end] if end < len(offsets) else self.flat.size)
 
+    @cached_property
     def spans(self) -> list[tuple[int, slice]]:
         """(group, span) in order."""
         runs = self.runs((True,) * len(self.group_of), split_counters=False)
@@ -140,7 +143,7 @@ class Block:
         shared: dict[float, Tensor] = {}
         for v in values:
             if v not in shared:
-                shared[v] = torch.full((), float(v), device=self.flat.device)
+                shared[v] = torch.full((), float(v), device=self.flat.device, dtype=torch.float32)
         self.counters = [shared[v] for v in values]
         self.forget()
 
@@ -149,7 +152,9 @@ def check_options(group: dict[str, Any]) -> None:
     """ValueError for an option that no update could use, before anything is written."""
     for name in ("lr", "momentum", "weight_decay", "eps", "rho"):
         value = group.get(name, 0.0)
-        if not isinstance(value, Tensor) and not (0 <= value < math.inf):
+        if isinstance(value, Tensor) or (name != "rho" and not isinstance(value, Real)):
+            continue  # a number on the device; what another optimizer understands by eps (a pair, None)
+        if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
             raise ValueError(f"{name} is {value}; it must be a finite number >= 0")
 
 

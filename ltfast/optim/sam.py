@@ -60,7 +60,7 @@ class SAM(FlatOptimizer):
     def _setup(self) -> None:
         super()._setup()
         device = self.blocks[0].flat.device
-        self._one = torch.ones(1, device=device)
+        self._one = torch.ones(1, device=device, dtype=torch.float32)
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,14 @@ class SAM(FlatOptimizer):
             with torch.no_grad():
                 self._descend()
             return None
-        closure = torch.enable_grad()(closure)
+        try:
+            with self._whole_step(scaler):
+                return self._both_passes(torch.enable_grad()(closure), scaler)
+        except BaseException:
+            self.zero_grad()  # gradients of half a step are not those of the next one's first pass
+            raise
+
+    def _both_passes(self, closure: Closure, scaler: GradScaler | None) -> Any:
         scaled = getattr(self, "grad_scale", None)
         if not self._fresh():
             self.zero_grad()
@@ -119,7 +126,7 @@ class SAM(FlatOptimizer):
         if scaled is not None:
             self._divide(scaled)
         self.first_step(zero_grad=True, scaler=scaler)
-        with self.perturbed(), self._second_pass():
+        with self._second_pass():
             loss = closure()
         if scaler is not None:
             scaler.step(self)
@@ -150,7 +157,7 @@ class SAM(FlatOptimizer):
         """Stretches of the blocks whose groups agree in the options `names`."""
         parts: list[tuple[Block, slice, tuple[Any, ...]]] = []
         for block in self.blocks:
-            for k, span in block.spans():
+            for k, span in block.spans:
                 options = tuple(self.param_groups[k][name] for name in names)
                 if parts and parts[-1][0] is block and parts[-1][2] == options:
                     parts[-1] = (block, slice(parts[-1][1].start, span.stop), options)
@@ -171,7 +178,7 @@ class SAM(FlatOptimizer):
         coef, stats = ascent_coefficients(
             matrix,
             None,
-            self._one,
+            None,  # one direction
             None,
             1,
             direction=self.direction,
@@ -188,6 +195,7 @@ class SAM(FlatOptimizer):
                 theta, keep = block.flat.data[span], None if block.climbed else block.kept[span]
                 perturb(theta, block.flat.grads[:rows, span], scaled, adaptive, out=theta, keep=keep)
             block.climbed = True
+        self._moved()
         self.stats = stats._asdict()
         self._first_bad = stats.bad
 
@@ -231,7 +239,9 @@ class FriendlySAM(SAM):
     def _setup(self) -> None:
         super()._setup()
         self._averaged: set[Tensor] = set()
-        self._seen = torch.zeros((), device=self.blocks[0].flat.device)  # 1 once an average has begun
+        self._seen = torch.zeros(
+            (), device=self.blocks[0].flat.device, dtype=torch.float32
+        )  # 1 once an average has begun
 
     def _sigma(self) -> float | Tensor:
         return self.sigma

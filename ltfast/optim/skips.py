@@ -12,7 +12,7 @@ class SkipCounter:
     """How many of the 0-dim device flags given to `add` were nonzero."""
 
     def __init__(self, device: torch.device) -> None:
-        self._total = torch.zeros((), device=device)
+        self._total = torch.zeros((), device=device, dtype=torch.float32)
         self._flags: list[Tensor] = []
 
     def add(self, flag: Tensor | None) -> None:
