@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,15 @@ def compare_on_cpu(bench: Bench, sgd: Bench, rounds: int) -> tuple[dict[str, dic
     return figures, sections_of(bench.step, bench.make, max(4, cycle))
 
 
+@cache
+def flops_of(method: str, case: Case, device: torch.device) -> float:
+    """flops_vs_sgd, which the mode does not change."""
+    return counted(Bench(method, case, device, "eager"))["flops_vs_sgd"]
+
+
 def measure_on_gpu(bench: Bench, sgd: Bench) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Absolute figures of one mode; images a second count an image once, not its views."""
-    flops = counted(Bench(bench.method, bench.case, bench.device, "eager"))["flops_vs_sgd"]
+    flops = flops_of(bench.method, bench.case, bench.device)
     cycle = cycle_of(bench.rule)
     torch.cuda.reset_peak_memory_stats()
     ours = time_call(bench.ours, repetitions=64, warm_up=8 + 3 * cycle)  # every branch is recorded after 3 calls
