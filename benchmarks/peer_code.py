@@ -159,7 +159,7 @@ def anchor(model: nn.Module, images: int) -> dict[str, Any]:
 
 def imported(script: Path) -> ModuleType:
     """The module of a script whose folder holds what it imports; packages that only log are stood in for."""
-    if not importlib.util.find_spec("tensorboardX"):
+    if "tensorboardX" not in sys.modules and not importlib.util.find_spec("tensorboardX"):
         sys.modules["tensorboardX"] = MagicMock()
     with patch.object(sys, "path", [str(script.parent), *sys.path]):
         spec = importlib.util.spec_from_file_location("released_train", script)
