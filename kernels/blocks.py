@@ -37,12 +37,13 @@ def in_blocks(work: Callable[[Iterator[tuple[Any, ...]]], R], *arrays: Tensor | 
         arrays: cut along the last dimension, the same for all.
         rows: how many rows of a block are worked on at once; the block is that much shorter.
     """
-    n = next(a.shape[-1] for a in arrays if a is not None)
+    first = next(a for a in arrays if a is not None)
+    n = first.shape[-1]
     if n <= SERIAL // rows:
         with torch.no_grad():
             return [work(iter((arrays,)))]
     size = max((BLOCK if n > BLOCK else SERIAL) // rows, 1)
-    threads = torch.get_num_threads() if n > BLOCK else 1
+    threads = torch.get_num_threads() if n > BLOCK and first.device.type == "cpu" else 1
     stretch = -(-n // (size * threads)) * size
     tasks = (side_by_side(size, *parts) for parts in side_by_side(stretch, *arrays))
     if threads == 1:

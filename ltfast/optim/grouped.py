@@ -268,10 +268,10 @@ class GroupAscent(FlatOptimizer):
         with torch.enable_grad():
             loss = loss if factor is None else loss * factor
             loss = loss if scaler is None else scaler.scale(loss)
-        grads = (
-            torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True) if params else ()
-        )  # (): frozen
-        found = dict(zip(params, grads, strict=True))
+        found: dict[Tensor, Tensor] = {}
+        if params:  # else they are frozen
+            grads = torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True)
+            found = dict(zip(params, grads, strict=True))
         for holder in holders:
             holder.put(row, [found.get(p) for p in holder.params], add=add)
 
