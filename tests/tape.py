@@ -21,6 +21,11 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def extent(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """(address, bytes)."""
+    return storage.data_ptr(), storage.nbytes()
+
+
 def is_view(function: Any) -> bool:
     """True if every result is a view of an argument, or an argument's shape changes: at replay it is there already."""
     if torch.Tag.inplace_view in function.tags:
@@ -35,27 +40,26 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> (flat view of it, its bytes before)
-        self.made: set[int] = set()
+        # Storages may lie over the same memory (a parameter's own and the flat buffer), so an address does not name one.
+        self.found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # extent -> (flat view of it, its bytes before)
+        self.made: set[tuple[int, int]] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in tensors_in((args, kwargs)):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.made and storage.data_ptr() not in self.found:
+            if extent(storage) not in self.made and extent(storage) not in self.found:
                 raw = torch.empty(0, dtype=torch.uint8).set_(storage)
-                self.found[storage.data_ptr()] = (raw, raw.clone())
+                self.found[extent(storage)] = (raw, raw.clone())
         result = function(*args, **kwargs)
-        self.made.update(
-            pointer for t in tensors_in(result) if (pointer := t.untyped_storage().data_ptr()) not in self.found
-        )
+        self.made.update(own for t in tensors_in(result) if (own := extent(t.untyped_storage())) not in self.found)
         if not is_view(function):
             self.calls.append((function, args, kwargs, result))
         return result
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for raw, before in self.found.values():
+        for raw, before in reversed(self.found.values()):  # where two overlap, the one seen first knows how it was
             raw.copy_(before)
 
     @torch.no_grad()
