@@ -133,7 +133,7 @@ def build_parser() -> Parser:
 
 def command_train(args: argparse.Namespace) -> int:
     from ltfast import launch
-    from ltfast.recipes import build_config, named_recipe
+    from ltfast.recipes import build_config, method_values, named_recipe
     from ltfast.runs import RunFolder, fresh_name
 
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
@@ -150,6 +150,8 @@ def command_train(args: argparse.Namespace) -> int:
         named = named_recipe(args.recipe) if args.recipe else ("digits-lt", "gkp-gsa", {})
         dataset = flags.pop("dataset", None) or fields.pop("dataset", named[0])
         method = args.method or values.get("method", named[1])
+        if args.method:  # a flag goes before the file: what the file's own method was made of must not come back in
+            fields = {name: value for name, value in fields.items() if name not in method_values(method)}
         config = build_config(dataset, method, {**named[2], **fields}, flags)
     config = launch.on_cpu(config)
     if args.dry_run:

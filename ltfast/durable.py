@@ -9,6 +9,7 @@ from ltfast import checkpoint, resume
 from ltfast.config import Config
 from ltfast.data.base import Source
 from ltfast.dist import Ranks
+from ltfast.errors import UserError
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import restart_note
 from ltfast.models import LongTailModel
@@ -167,6 +168,12 @@ class Durable:
             store.clean()
         tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
         meta = self.ranks.share(meta)
+        if meta is None and self.ranks.share(self.folder is not None and self.folder.last.exists()):
+            run = "RUN" if self.folder is None else self.folder.path
+            raise UserError(
+                f"--resume {run}: there are weights but no training state (state-*) left in checkpoints/; going "
+                "on would start again and overwrite them. Start a new run: ltfast train --config {run}/config.toml --out NEW"
+            )
         if meta is not None:
             resume.restore(cast("Trainer", self), self.ranks.tensors(tensors, kept=resume.HELD), meta)
         if self.folder is not None:

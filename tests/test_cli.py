@@ -13,6 +13,7 @@ import pytest
 from ltfast.baselines import baseline_for
 from ltfast.cli import main
 from ltfast.recipes import build_config
+from ltfast.runs import RunFolder
 
 QUICK = ["--epochs", "2", "--scout", "0.5", "--fisher-budget", "32", "--no-tensorboard"]
 
@@ -125,6 +126,27 @@ def test_an_existing_run_is_not_overwritten(run: Path, capsys) -> None:
     assert main(["train", "--out", str(run)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_without_training_state_is_not_started_again(run: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").glob("state-*"):
+        path.unlink()
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    assert main(["train", "--resume", str(copy)]) == 2
+    assert "no training state" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+
+
+def test_a_method_given_as_a_flag_is_not_undone_by_the_files_own(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ce"
+    assert (
+        main(["train", "--config", str(run / "config.toml"), "--method", "ce", "--out", str(out), "--epochs", "1"]) == 0
+    )
+    own = RunFolder.open(str(out)).config
+    assert (own.method, own.loss.loss, own.sharpness.sharpness, own.preserve.gkp) == ("ce", "ce", "none", False)
+    assert own.preserve.fisher_budget == 32  # of the file
 
 
 def test_config_typo_and_foreign_checkpoint(run: Path, tmp_path: Path, capsys) -> None:
