@@ -97,7 +97,9 @@ def run(op: str, make: Callable[[int, str], Iterator[Case]], description: str | 
     """Command line of one benchmark script: `make(n, device)` yields its cases."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", help="parameters N (default: 25.6M and 100M; 100k on a CPU)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="parameters N (default: 25.6M and 100M; on a CPU 100k and 25.6M)"
+    )
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/kernels.jsonl")
     arguments = parser.parse_args()
     on_gpu = arguments.device.startswith("cuda")

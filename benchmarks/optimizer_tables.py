@@ -102,7 +102,7 @@ def direction(emas: tuple[str, ...] = ("0.5", "0.8")) -> str:
 
 
 def fill_documents() -> None:
-    """Write the tables between their markers, `<!-- table: optimizers/NAME -->`, wherever README and docs have them."""
+    """Write the tables between their markers, `<!-- table: FILE/NAME -->`, wherever README and docs have them."""
     tables = {
         "table: optimizers/counted": counted(),
         "table: optimizers/direction": direction(),

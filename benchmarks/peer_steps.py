@@ -19,7 +19,6 @@ already is not counted again.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +40,7 @@ from peer_code import composer_steps, release_steps, timm_steps  # noqa: E402
 from peer_setting import GROUPS, METHODS, Setting  # noqa: E402
 
 from ltfast.kernels import counting  # noqa: E402
+from tests.peak import peak_bytes  # noqa: E402
 from tests.syncs import Waits  # noqa: E402
 
 WARM_UP = 2  # steps: state is made in the first
@@ -145,21 +144,7 @@ def counted(contender: Contender) -> dict[str, float]:
         values = {name: more[name] - less[name] for name in more}
     else:
         values = {name: value / period for name, value in Total(contender.run, period).values.items()}
-    return {**values, "peak_mib": peak_bytes(contender.run, period) / 2**20}
-
-
-def peak_bytes(run: Callable[[int], object], steps: int) -> float:
-    """Most bytes taken at once beyond those at the start, as the CPU allocator reports them."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
-        run(steps)
-    assert found.profiler is not None
-    events = [(e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for _, size in sorted(events):
-        now += size
-        peak = max(peak, now)
-    return peak
+    return {**values, "peak_mib": peak_bytes(lambda: contender.run(period)) / 2**20}
 
 
 def figures_of(contender: Contender, device: str) -> dict[str, Any]:

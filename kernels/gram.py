@@ -151,9 +151,8 @@ def _gram_partials_cpu(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool)
         for g, theta in parts:
             n = (rows + 1) * g.shape[1]
             space = g.new_empty(n, dtype=torch.float64) if space is None else space
-            wide = space[:n].view(
-                rows + 1, -1
-            )  # laid out by the block alone, as the last bits of BLAS may depend on it
+            # Laid out by the block alone, as the last bits of BLAS may depend on it.
+            wide = space[:n].view(rows + 1, -1)
             u, scale = wide[:rows].copy_(g), wide[rows]
             sums = u.new_zeros(rows * rows + 1)
             if theta is not None:

@@ -151,7 +151,7 @@ def command_train(args: argparse.Namespace) -> int:
         dataset = flags.pop("dataset", None) or fields.pop("dataset", named[0])
         method = args.method or values.get("method", named[1])
         if args.method:  # a flag goes before the file: what the file's own method was made of must not come back in
-            fields = {name: value for name, value in fields.items() if name not in method_values(method)}
+            fields = {name: fields[name] for name in fields.keys() - method_values(method).keys()}
         config = build_config(dataset, method, {**named[2], **fields}, flags)
     config = launch.on_cpu(config)
     if args.dry_run:

@@ -172,7 +172,7 @@ class Durable:
             run = "RUN" if self.folder is None else self.folder.path
             raise UserError(
                 f"--resume {run}: there are weights but no training state (state-*) left in checkpoints/; going "
-                "on would start again and overwrite them. Start a new run: ltfast train --config {run}/config.toml --out NEW"
+                f"on would start again and overwrite them. Start a new run: ltfast train --config {run}/config.toml --out NEW"
             )
         if meta is not None:
             resume.restore(cast("Trainer", self), self.ranks.tensors(tensors, kept=resume.HELD), meta)

@@ -93,7 +93,7 @@ def test_budget_gates_and_placeholders(tmp_path: Path) -> None:
     values = {**PLAIN, "peers": ["--peer", "a=b"]}
     assert run.run((stage,), 4.0, values, state_at(tmp_path), tmp_path) == {"x": "no time left"}
     assert run.run((stage,), 90.0, values, state_at(tmp_path), tmp_path) == {"x": "done"}
-    assert said.read_text() == f"--budget {50 - 2 * run.GRACE:.0f} --peer a=b"
+    assert said.read_text() == f"--budget {50 - 3 * run.GRACE:.0f} --peer a=b"
     assert "needs --data" in run.why_not(run.CIFAR, PLAIN)
     assert (
         run.why_not(run.Stage("y", ("benchmarks/none.py",)), PLAIN) == "benchmarks/none.py does not exist: not measured"

@@ -135,7 +135,9 @@ def test_a_finished_run_without_training_state_is_not_started_again(run: Path, t
         path.unlink()
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     assert main(["train", "--resume", str(copy)]) == 2
-    assert "no training state" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no training state" in error
+    assert f"--config {copy}/config.toml" in error
     assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
 
 

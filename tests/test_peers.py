@@ -20,6 +20,8 @@ import peer_tables  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 
+from tests.peak import peak_bytes  # noqa: E402
+
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -122,7 +124,7 @@ def test_a_peak_of_memory_is_found() -> None:
             del first, second
             torch.zeros(1 << 20)
 
-    assert peer_steps.peak_bytes(run_steps, 2) / 2**20 == pytest.approx(12, abs=0.1)
+    assert peak_bytes(lambda: run_steps(2)) / 2**20 == pytest.approx(12, abs=0.1)
 
 
 def test_a_released_training_loop_runs_as_it_is(tmp_path: Path) -> None:

@@ -239,9 +239,8 @@ class FriendlySAM(SAM):
     def _setup(self) -> None:
         super()._setup()
         self._averaged: set[Tensor] = set()
-        self._seen = torch.zeros(
-            (), device=self.blocks[0].flat.device, dtype=torch.float32
-        )  # 1 once an average has begun
+        # 1 once an average has begun
+        self._seen = torch.zeros((), device=self.blocks[0].flat.device, dtype=torch.float32)
 
     def _sigma(self) -> float | Tensor:
         return self.sigma

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from ltfast.kernels import adamw_step, anchor_penalty, blocks, collapse_anchors, gram_partials, perturb, sgd_step
 from ltfast.kernels.anchor import anchor_penalty_reference, collapse_anchors_reference
 from ltfast.kernels.gram import gram_partials_reference
 from ltfast.kernels.perturb import perturb_reference
 
+from ..peak import peak_bytes
 from .support import check, normal, same_bits, skip_if_interpreting
 
 pytestmark = skip_if_interpreting()
@@ -174,18 +174,6 @@ def test_anchors(block):
         assert torch.allclose(actual, wanted, rtol=1e-13, atol=0)
 
 
-def most_bytes(call) -> int:
-    """Most bytes that a call holds at once, its results included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
-        call()
-    sizes = [(e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for _, size in sorted(sizes):
-        now += size
-        peak = max(peak, now)
-    return peak
-
-
 def test_no_op_takes_memory_of_the_parameters_size(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the profiler sees the calling thread only
     n, rows = 2_000_000, 4
@@ -199,5 +187,5 @@ def test_no_op_takes_memory_of_the_parameters_size(monkeypatch):
         "penalty": lambda: anchor_penalty(theta, grads, grads, coef),
     }
     for name, call in calls.items():
-        assert most_bytes(call) < theta.nbytes, name
-    assert most_bytes(lambda: collapse_anchors(grads, grads, coef)) < 3 * theta.nbytes  # two arrays are its result
+        assert peak_bytes(call) < theta.nbytes, name
+    assert peak_bytes(lambda: collapse_anchors(grads, grads, coef)) < 3 * theta.nbytes  # two arrays are its result
