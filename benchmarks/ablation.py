@@ -23,10 +23,9 @@ from typing import Any
 
 import harness
 import torch
-from ablation_cells import SWEEPS, Cell, same
+from ablation_cells import SWEEPS, Cell, baseline_of, same
 
 FIGURES = ("top1", "medium", "few", "ece")
-BASELINE = "bcl"
 FIXED = {"device": "cpu", "compile": "off", "tensorboard": False, "checkpoint_every": 10**6}
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 LEVEL = 0.95
@@ -148,7 +147,7 @@ def table(sweep: str, path: Path) -> str:
             lines.append(f"| `{name}` | 0 | not measured |" + " |" * 5)
             continue
         cells = [f"`{name}`", str(len(runs))] + [mean_of(runs.values(), figure) for figure in ("top1", "few")]
-        cells += [paired(runs, found, figure) for figure in ("top1", "few")] + [
+        cells += [paired(name, runs, found, figure) for figure in ("top1", "few")] + [
             mean_of(runs.values(), "ece"),
             mechanics_text(runs.values()),
         ]
@@ -161,18 +160,19 @@ def mean_of(runs: Iterable[Mapping[str, float]], figure: str) -> str:
     return f"{statistics.fmean(run[figure] for run in runs):.2f}"
 
 
-def differences(
-    runs: Mapping[int, Mapping[str, float]], found: Mapping[tuple[str, int], Mapping[str, float]], figure: str
-) -> list[float]:
-    """Each run's figure minus the baseline's of the same seed."""
-    return [run[figure] - found[BASELINE, seed][figure] for seed, run in runs.items() if (BASELINE, seed) in found]
+Runs = Mapping[int, Mapping[str, float]]  # seed -> metric -> value
+Found = Mapping[tuple[str, int], Mapping[str, float]]  # (cell, seed) -> metric -> value
 
 
-def paired(
-    runs: Mapping[int, Mapping[str, float]], found: Mapping[tuple[str, int], Mapping[str, float]], figure: str
-) -> str:
+def differences(cell: str, runs: Runs, found: Found, figure: str) -> list[float]:
+    """Figures of a cell's runs minus the baseline's of the same seeds."""
+    base = baseline_of(cell)
+    return [run[figure] - found[base, seed][figure] for seed, run in runs.items() if (base, seed) in found]
+
+
+def paired(cell: str, runs: Runs, found: Found, figure: str) -> str:
     """Mean difference to the baseline of the same seeds, +- half of its 95 % interval."""
-    deltas = differences(runs, found, figure)
+    deltas = differences(cell, runs, found, figure)
     if not deltas:
         return "no baseline"
     mean, half = interval(deltas)
@@ -194,16 +194,21 @@ def mechanics_text(runs: Iterable[Mapping[str, float]]) -> str:
 
 
 def run_sweeps(
-    sweeps: list[str], seeds: list[int], budget: float, flags: Mapping[str, Any], only: list[str] | None = None
+    sweeps: list[str],
+    seeds: list[int],
+    budget: float,
+    flags: Mapping[str, Any],
+    only: list[str] | None = None,
+    again: bool = False,
 ) -> None:
-    """Run what has no row yet, all chosen sweeps at one seed before the next, until the budget is spent."""
+    """Run what has no row yet (`again`: all), all chosen sweeps at one seed before the next, until the budget is spent."""
     path, started, longest = harness.RESULTS / "ablation.jsonl", time.monotonic(), 0.0
     cells = {name: (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items() if same(name) == name}
     if only:
         cells = {name: cell for name, cell in cells.items() if name in {same(each) for each in only}}
     for seed in seeds:
         for name, (sweep, cell) in cells.items():
-            if (name, seed) in rows(path):
+            if not again and (name, seed) in rows(path):
                 continue
             begun = time.monotonic()
             if begun - started + longest > budget:
@@ -227,6 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds; no run starts that would exceed them"
     )
+    parser.add_argument("--again", action="store_true", help="also what has rows; the last row counts")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's (rows then say so)")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of ablation.jsonl")
     parser.add_argument("--list", action="store_true", help="print sweeps and cells")
@@ -241,7 +247,7 @@ def main() -> None:
             )
         return
     flags = {"epochs": args.epochs} if args.epochs else {}
-    run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells)
+    run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells, args.again)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def scopes(factor: float) -> dict[str, Cell]:
     }
 
 
-# Sweeps, most telling first; every sweep is compared with the same BCL runs. Cells that are one configuration under two
+# Sweeps, most telling first, each compared with the BCL runs of the same epochs (`baseline_of`). Cells that are one configuration under two
 # names (`same`) are run once.
 SWEEPS: dict[str, dict[str, Cell]] = {
     "baseline": {"bcl": Cell("bcl", {})},
@@ -53,6 +53,11 @@ SWEEPS: dict[str, dict[str, Cell]] = {
     "radius-full": {f"gsa-full,radius=x{k}": Cell("gsa-full", radius(k)) for k in (1, 3, 10, 30)},
     "radius-paper": {f"gsa-paper,radius=x{k}": Cell("gsa-paper", radius(k)) for k in (1, 3, 10, 30)},
     "gkp": {f"gsa-full+gkp,radius=x{k}": Cell("gsa-full+gkp", radius(k)) for k in (1, 3)},
+    "short": {
+        f"{method},epochs={epochs}": Cell(method, {"epochs": epochs})
+        for epochs in (12, 24)
+        for method in ("bcl", "gkp", "gkp-gsa")
+    },
     "direction": {
         **{
             f"gsa-full,direction={name},radius=x3": Cell("gsa-full", {"direction": name, **radius(3)})
@@ -80,6 +85,12 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         }.items()
     },
 }
+
+
+def baseline_of(name: str) -> str:
+    """The BCL cell that a cell is compared with: the one of as many epochs."""
+    _, shorter, epochs = name.partition(",epochs=")
+    return f"bcl{shorter}{epochs}"
 
 
 @cache

@@ -194,10 +194,12 @@ def draw_ablations(path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     found = ablation.rows(RESULTS / "ablation.jsonl")
-    names = [n for cells in ablation.SWEEPS.values() for n in cells if n == ablation.same(n) and n != ablation.BASELINE]
+    cells = [name for sweep in ablation.SWEEPS.values() for name in sweep if name == ablation.same(name)]
+    names = [name for name in cells if name != ablation.baseline_of(name)]
     drawn = []
     for name in names:
-        deltas = ablation.differences({s: run for (cell, s), run in found.items() if cell == name}, found, "top1")
+        runs = {seed: run for (cell, seed), run in found.items() if cell == name}
+        deltas = ablation.differences(name, runs, found, "top1")
         if len(deltas) > 1:
             drawn.append((f"{name} ({len(deltas)})", *ablation.interval(deltas), deltas))
     if not drawn:

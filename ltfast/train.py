@@ -32,6 +32,7 @@ from ltfast.memory import out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.predict import Preprocess
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
+from ltfast.preserve.anchor import critical_weight
 from ltfast.preserve.bank import WEIGHTS
 from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
@@ -153,17 +154,17 @@ class Trainer(Durable):
         self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
 
     def stable(self, anchor: Anchor) -> Anchor:
-        """Cap A where the descent would overshoot the anchor: lr * (1 - alpha) * lambda * A <= 1.
+        """Cap A where the descent would overshoot the anchor, see `critical_weight`.
 
         Fishers of early snapshots reach A of 30 and more; uncapped, lambda = 10 then diverges within an epoch.
         """
         cfg = self.config
         strongest = (1 - cfg.preserve.alpha_end) * cfg.preserve.gkp_lambda
-        limit = 1 / max(cfg.optim.lr * strongest, 1e-12)
+        limit = critical_weight(cfg.optim.lr, cfg.optim.momentum, strongest)
         capped = float((anchor.weight > limit).sum() / self.flat.numel)
         if capped:
             self.progress.note(
-                f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, to stay stable"
+                f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, so that they do not overshoot"
             )
         self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()))
         return anchor._replace(weight=anchor.weight.clamp_max(limit))

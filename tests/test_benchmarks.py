@@ -177,6 +177,12 @@ def test_table_pairs_by_seed_and_names_what_is_missing(results: Path) -> None:
     assert text.count("not measured") == 3
 
 
+def test_short_runs_are_compared_with_bcl_of_as_many_epochs(results: Path) -> None:
+    for name, top1 in (("bcl", 90.0), ("bcl,epochs=12", 70.0), ("gkp,epochs=12", 72.0)):
+        put(results, name, 0, top1=top1, few=top1, ece=1.0)
+    assert "+2.00 (one seed)" in ablation.table("short", results / "ablation.jsonl")
+
+
 def test_a_cell_is_trained_and_not_trained_again(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["gsa-full,radius=x3"]
     for _ in range(2):

@@ -61,6 +61,15 @@ def share_coefficients(sizes_G: Tensor, shares_G: Tensor) -> Tensor:
     return (shares.sum() - shares) / sizes_G.to(shares)
 
 
+def critical_weight(lr: float, momentum: float, strength: float) -> float:
+    """The largest A that descent draws to its anchor without passing it: lr * strength * A = (1 - sqrt(momentum))^2.
+
+    That is critical damping of gap_t+1 = (1 + momentum - lr strength A) gap_t - momentum gap_t-1; beyond it the parameter
+    swings around the anchor for 1 / (1 - momentum) steps and more, and from 2 (1 + momentum) on it diverges.
+    """
+    return (1 - momentum**0.5) ** 2 / max(lr * strength, 1e-12)
+
+
 def build_anchor(theta_star_GD: Tensor, fisher_GD: Tensor, sizes_G: Tensor, lam: float) -> Anchor:
     """Collapse G anchors held at once. sizes_G: `group_sizes(...)`; lam: strength (paper: 10)."""
     coef = anchor_coefficients(sizes_G).to(theta_star_GD.device)

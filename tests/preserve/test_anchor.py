@@ -8,6 +8,7 @@ from ltfast.preserve.anchor import (
     Anchor,
     anchor_coefficients,
     build_anchor,
+    critical_weight,
     group_sizes,
     penalty_by_shares,
     penalty_gradient,
@@ -149,6 +150,25 @@ def test_expanded_leaves_the_rest_alone():
     assert penalty_value(theta, whole) == 0.5 * 10 * 27
     with pytest.raises(ValueError, match="do not fit"):
         anchor.expanded(5, 3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_critical_weight_is_the_largest_that_does_not_overshoot(momentum):
+    def lowest(weight):
+        theta = torch.nn.Parameter(torch.ones((), dtype=torch.float64))  # the anchor lies at 0
+        descent = torch.optim.SGD([theta], lr=0.15, momentum=momentum)
+        gaps = []
+        for _ in range(400):
+            theta.grad = 2.0 * weight * theta.detach()
+            descent.step()
+            gaps.append(theta.item())
+        return min(gaps), gaps[-1]
+
+    limit = critical_weight(0.15, momentum, 2.0)
+    least, last = lowest(limit)
+    assert least > -1e-12
+    assert last < 1e-6
+    assert lowest(1.5 * limit)[0] < -1e-3
 
 
 def test_bad_sizes():
