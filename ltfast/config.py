@@ -34,7 +34,8 @@ class Data:
     imbalance_type: str = _opt("exp", "shape of the long tail", choices=("exp", "step"))
     limit_train: int = _opt(0, "keep this many training images, class proportions kept; 0 = all")
     val_per_class: int = _opt(
-        0, "images a class held out of train for choosing the best checkpoint; 0 = last epoch only"
+        0,
+        "images a class held out of train for choosing the best checkpoint; 0 = the set's own validation split, if any",
     )
     sampler: str = _opt(
         "instance",

@@ -8,6 +8,7 @@ import torch
 
 from ltfast import build
 from ltfast.config import Config
+from ltfast.data.base import split_note
 from ltfast.data.large_source import LargeSource
 from ltfast.data.paths import missing_indices
 from ltfast.data.registry import LARGE
@@ -67,6 +68,8 @@ class Plan:
     """Images of a step in each process."""
     missing: str
     """The first training picture that is not there, or ''."""
+    splits: str
+    """See base.split_note."""
 
 
 def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
@@ -107,6 +110,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         processes=processes,
         images_a_process=config.data.batch // processes,
         missing=first_missing(source) if isinstance(source, LargeSource) else "",
+        splits=split_note(source.sizes, source.test_from),
     )
 
 
@@ -134,6 +138,8 @@ def print_plan(config: Config) -> None:
         "(without activations)",
         "memory bank": f"at most {plan.bank_bytes_max / GIB:.3f} GiB of host memory",
     }
+    if plan.splits:
+        lines["splits"] = plan.splits
     if plan.missing:
         lines["pictures"] = f"not all there: {plan.missing} is missing; see `ltfast data check`"
     width = max(map(len, lines))

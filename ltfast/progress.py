@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ltfast.data.base import split_note
+
 if TYPE_CHECKING:
     from ltfast.train import Trainer
 
@@ -57,6 +59,8 @@ class ConsoleProgress(Progress):
             f"{cfg.data.dataset}: {src.sizes['train']:,} training images, {src.num_classes} classes of "
             f"{int(counts.max())} to {int(counts.min())} images, {src.sizes.get('val', 0):,} validation, {src.sizes['test']:,} test"
         )
+        if note := split_note(src.sizes, src.test_from):
+            self.console.print(note)
         self.console.print(
             f"{cfg.method} on {cfg.model.model} ({trainer.flat.numel:,} parameters), {trainer.device}, "
             f"{cfg.optim.epochs} epochs x {src.steps_per_epoch} steps of {cfg.data.batch} images"

@@ -277,7 +277,16 @@ class Trainer(Durable):
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Accuracy and calibration of the current weights on a split, over all ranks."""
-        return evaluate(self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits)
+        try:
+            return evaluate(self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits)
+        except UserError as error:  # an image of the split cannot be read
+            if self.store is not None:
+                self.store.flush()
+            run = self.config.run.out or "RUN" if self.folder is None else self.folder.path
+            safe = "the trained weights are safe and " if split == "test" else ""
+            raise UserError(
+                f"{error}; {safe}`ltfast train --resume {run} --on-bad-image skip` goes on without it"
+            ) from error
 
 
 def load_bank(run: Path) -> dict[str, Tensor]:
@@ -320,6 +329,7 @@ def train(
             class_names=trainer.source.class_names,
             counts=trainer.source.train_counts.tolist(),
             sizes=trainer.source.sizes,
+            test_from=trainer.source.test_from,
             preprocess=dataclasses.asdict(Preprocess.of(trainer.source)),
         )
     progress.begin(trainer)

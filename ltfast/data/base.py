@@ -6,7 +6,7 @@ have more than 100 training images, medium-shot 20 to 100, few-shot fewer than 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -35,7 +35,8 @@ class Source(Protocol):
     """A data set with its sampler and augmentation, ready to iterate; see `ltfast.data.load`.
 
     train_counts is LongTensor[C] and train_labels LongTensor[n], both on the CPU; sizes maps each split to its number
-    of images.
+    of images (val may have none); test_from is the set's own split that the test images are of, 'val' where the set calls
+    it so, 'train' where they are held out of it.
     """
 
     num_classes: int
@@ -44,6 +45,7 @@ class Source(Protocol):
     train_labels: Tensor
     input_shape: tuple[int, int, int]
     sizes: dict[str, int]
+    test_from: str
     steps_per_epoch: int
 
     def train(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -58,6 +60,15 @@ class Source(Protocol):
     def set_groups(self, group_of_class: Tensor) -> None:
         """Tell the group-stratified sampler which group each class belongs to (LongTensor[C])."""
         ...
+
+
+def split_note(sizes: Mapping[str, int], test_from: str) -> str:
+    """What is unusual about the splits, in one line: no test split of the set's own, no validation; '' for nothing."""
+    test = {"val": "tested on the split named val, there is no other", "train": "tested on images held out of train"}
+    parts = [test[test_from]] if test_from in test else []
+    if not sizes.get("val", 0):
+        parts.append("no validation split, so no best checkpoint is chosen (--val-per-class N holds one out of train)")
+    return "; ".join(parts)
 
 
 def shot_groups(counts_C: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ltfast.data.pack import read_pack
-from ltfast.data.pool import ImageArray, Pool
+from ltfast.data.pool import ImageArray, Pool, check_labels
 from ltfast.data.tree import read_tree
 from ltfast.errors import UserError
 
@@ -22,6 +22,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """The constants of the field's recipes, for both sets (the true per-channel deviation of CIFAR-10 is 0.247 0.243
 0.262)."""
 SIDE = 32
+TEST_SHARE = 1 / 6  # CIFAR's own, for class folders alone
 DEFAULT_DIR = Path("data")
 
 
@@ -75,6 +76,7 @@ def read_cifar(dataset: str, data_dir: Path | None, download: bool = False) -> P
         raise UserError(
             f"{root}: {len(pool.class_names)} classes found, {dataset} has {files.num_classes}; check --dataset"
         )
+    check_labels(pool.test_labels, files.num_classes, f"{root} (test split)")
     if pool.images.shape[2:] != (SIDE, SIDE):
         raise UserError(
             f"{root}: pictures are {pool.images.shape[3]} x {pool.images.shape[2]}, {dataset} has {SIDE} x {SIDE}"
@@ -93,7 +95,7 @@ def _read(files: _Files, root: Path) -> Pool | None:
         return read_pack(packs[0])
     folders = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
     if (root / "train").is_dir() or len(folders) >= files.num_classes:
-        return read_tree(root)
+        return read_tree(root, share=TEST_SHARE)
     return None
 
 

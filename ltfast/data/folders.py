@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -12,47 +16,82 @@ from ltfast.data.longtail import first_of_each_class, limited_counts, long_tail_
 from ltfast.data.paths import PathTable
 from ltfast.errors import UserError
 
+log = logging.getLogger("ltfast.data")
 FOLDER_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".jp2"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+)
 
 
 def scan_folder(root: str | Path) -> dict[str, ImageList]:
     """An image-folder tree: root/train/<class>/..., root/val/..., root/test/...; or root/<class>/... as 'train' alone.
 
     Classes are the sorted folder names of train (folders of the other splits must be among them); files are sorted
-    by name, below a class folder at any depth. Files without an image suffix are ignored.
+    by name, below a class folder at any depth. Hidden files and folders do not count; files without an image suffix
+    are not read, a warning says how many. Links are followed, into each folder of a class once.
     """
     root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
     folders = {split: next((n for n in names if (root / n).is_dir()), None) for split, names in FOLDER_SPLITS.items()}
     if folders["train"] is None:
         folders = {"train": ""}
-    classes = tuple(sorted(entry.name for entry in os.scandir(root / (folders["train"] or "")) if entry.is_dir()))
+    classes = tuple(_subfolders(root / (folders["train"] or "")))
     if not classes:
         raise UserError(
             f"{root / (folders['train'] or '')} holds no class folders; expected <class>/<picture>.jpg below it"
         )
-    return {split: _scan_split(root, name, classes) for split, name in folders.items() if name is not None}
+    unread: Counter[str] = Counter()
+    lists = {split: _scan_split(root, name, classes, unread) for split, name in folders.items() if name is not None}
+    if unread and os.environ.get("RANK", "0") == "0":  # one of several processes is enough
+        kinds = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in unread.most_common())
+        log.warning("%s: files not read, for their suffix: %s", root, kinds)
+    return lists
 
 
-def _scan_split(root: Path, split: str, classes: tuple[str, ...]) -> ImageList:
+def _scan_split(root: Path, split: str, classes: tuple[str, ...], unread: Counter[str]) -> ImageList:
     numbers = {name: label for label, name in enumerate(classes)}
-    extra = sorted(e.name for e in os.scandir(root / split) if e.is_dir() and e.name not in numbers)
+    here = _subfolders(root / split)
+    extra = [name for name in here if name not in numbers]
     if extra:
         raise UserError(
             f"{root / split} holds the class folder {extra[0]!r} that the training folder lacks; remove or add it"
         )
-    names: list[str] = []
+    names, above = [], os.path.join(root, "")
     labels: list[int] = []
-    for name, label in numbers.items():
-        for folder, subfolders, files in os.walk(root / split / name, followlinks=True):
-            subfolders.sort()
-            below = os.path.relpath(folder, root)
-            pictures = [f"{below}/{f}" for f in sorted(files) if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-            names += pictures
-            labels += [label] * len(pictures)
+    for name in here:
+        for file in _files(root / split / name):
+            suffix = os.path.splitext(file)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                names.append(file.removeprefix(above))
+                labels.append(numbers[name])
+            else:
+                unread[suffix] += 1
     return ImageList(root, PathTable.of(names), np.array(labels, dtype=np.int32), str(root / split), classes)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        _unreadable(error)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Files below a class folder, sorted by name in each folder. A folder is visited once, and those above never."""
+    seen = {(s.st_dev, s.st_ino) for s in map(os.stat, folder.resolve().parents)}
+    for place, subfolders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"folder {error.filename} cannot be read: {error.strerror}; check its rights") from error
 
 
 def thin(images: ImageList, imbalance: float, kind: str = "exp") -> ImageList:

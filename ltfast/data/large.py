@@ -89,8 +89,9 @@ def load_large(
     options.
 
     data_dir: root of the pictures, or the shard pattern of webdataset; workers: -1 = as many as cores; imbalance:
-    None or 1 keeps a list as it is, else folder and list are thinned; val_per_class: so many images of each class of
-    train become the validation split; exclude_list: the bad-file list that `data check` wrote; dtype: of GPU views.
+    None or 1 keeps a list as it is, else folder, list and webdataset are thinned; val_per_class: so many images of each
+    class of train become the validation split, which is empty where the set has none; exclude_list: the bad-file list
+    that `data check` wrote; dtype: of GPU views.
     """
     if data_dir is None:
         raise UserError(f"--dataset {dataset} needs --data-dir, the folder that its list's paths start from")
@@ -116,22 +117,21 @@ def load_large(
         "dtype": dtype,
     }
     if dataset == "webdataset":
-        from ltfast.data.webdataset import load_webdataset
+        from ltfast.data.webdataset import read_splits
 
-        patterns = {"val_pattern": val_list, "test_pattern": test_list}
-        return load_webdataset(str(data_dir), limit_train=limit_train, loader=loader, **patterns, **options)
-    lists = find_lists(
-        dataset,
-        data_dir,
-        train_list=train_list,
-        val_list=val_list,
-        test_list=test_list,
-        val_per_class=val_per_class,
-        seed=seed,
-    )
+        lists = read_splits(str(data_dir), val_list, test_list, val_per_class)
+    else:
+        lists = find_lists(
+            dataset,
+            data_dir,
+            train_list=train_list,
+            val_list=val_list,
+            test_list=test_list,
+            val_per_class=val_per_class,
+        )
     lists = _shape(dataset, lists, imbalance, imbalance_type, limit_train, exclude_list)
     choice = choose_loader(loader, device, len(recipes))
-    validate_lists(lists, exist=choice.name != "synthetic")
+    validate_lists(lists, exist=choice.name != "synthetic" and lists["train"].loose)
     return source_class(choice.name)(lists, **options)
 
 

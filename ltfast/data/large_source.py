@@ -88,6 +88,7 @@ class LargeSource:
         self.train_counts = torch.bincount(self.train_labels, minlength=self.num_classes)
         self.input_shape = (3, image_size, image_size)
         self.sizes = {split: len(lists[split]) for split in SPLITS}
+        self.test_from = lists["test"].split or "test"
         self.steps_per_epoch = steps_per_epoch(len(train), batch)
         self.batch, self.sampler, self.seed, self.epochs_total = batch, sampler, seed, epochs_total
         self.rank, self.world, self.eval_batch, self.workers = rank, world, eval_batch, workers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 
 from ltfast.data.decode import read_file
 from ltfast.data.longtail import select_subset
-from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices
+from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices, shared_indices
 from ltfast.errors import UserError
 
 MAX_LABEL_DIGITS = 7
@@ -40,6 +41,8 @@ class ImageList:
     labels: np.ndarray
     source: str
     class_names: tuple[str, ...] | None = None
+    split: str = ""
+    """The data set's own split that the images are of: 'val' for a test split that the set calls val."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -224,19 +227,27 @@ def _parse_json(data: bytes, source: str) -> tuple[PathTable, np.ndarray, tuple[
 def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
     """Checks the splits of one data set together and returns C.
 
-    train must hold every class 0..C-1 at least once; no other split may name a class beyond them; no path twice in a
-    split; with `exist` every file must be there. Raises UserError naming the list, an example and the fix.
+    train must hold every class 0..C-1 at least once, and two of them; no other split may name a class beyond them; test
+    may not be empty; no path twice in a split or in two splits (the names in shards are no paths); with `exist` every
+    file must be there. Raises UserError naming the list, an example and the fix.
     """
     train = lists["train"]
     num_classes = train.num_classes
     empty = np.flatnonzero(train.counts == 0)
     if len(empty):
-        shown = ", ".join(map(str, empty[:5].tolist())) + (", ..." if len(empty) > 5 else "")
+        shown = ", ".join(train.class_names[c] if train.class_names else str(c) for c in empty[:5].tolist())
+        fix = "remove the class or add an image to it" if train.class_names else "labels must be 0..C-1 without gaps"
         raise UserError(
-            f"{train.source}: {len(empty)} of {num_classes} classes have no image (class {shown}); "
-            "labels must be 0..C-1 without gaps"
+            f"{train.source}: {len(empty)} of {num_classes} classes have no image (class {shown}"
+            f"{', ...' if len(empty) > 5 else ''}); {fix}"
         )
+    if num_classes < 2:
+        raise UserError(f"{train.source}: only one class; a classifier needs at least two")
     for split, images in lists.items():
+        if split == "test" and not len(images):
+            raise UserError(
+                f"{images.source}: no image to test on; add some, or remove it: then val, or a tenth of train, is test"
+            )
         if len(images) and int(images.labels.max()) >= num_classes:
             raise UserError(
                 f"{images.source}: label {int(images.labels.max())} in {split}, "
@@ -254,6 +265,13 @@ def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
             raise UserError(
                 f"{images.source}: {len(absent)} of {len(images)} files are not below {images.root}, "
                 f"first {images.paths[absent[0]]!r}; check --data-dir, or see `ltfast data check`"
+            )
+    for (first_split, earlier), (split, images) in itertools.combinations(lists.items(), 2):
+        both = shared_indices(earlier.paths, images.paths) if images.loose else []
+        if both:
+            raise UserError(
+                f"{images.source}: {len(both):,} of {len(images):,} {split} images are in {first_split} too, first "
+                f"{images.paths[both[0]]!r}; take them off one of the two"
             )
     return num_classes
 

@@ -87,6 +87,12 @@ def duplicate_indices(table: PathTable, limit: int | None = None) -> list[tuple[
     return pairs
 
 
+def shared_indices(first: PathTable, second: PathTable) -> list[int]:
+    """Indices of the names of `second` that `first` holds too."""
+    names = set(second.iter_raw()).intersection(first.iter_raw())
+    return [i for i, name in enumerate(second.iter_raw()) if name in names] if names else []
+
+
 def missing_indices(root: Path, table: PathTable, limit: int | None = None) -> list[int]:
     """Indices of names with no directory entry below `root`; at most `limit` of them.
 
@@ -114,6 +120,8 @@ def _entries(folder: bytes) -> set[bytes]:
         return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return set()
+    except OSError as error:
+        raise UserError(f"folder {os.fsdecode(folder)} cannot be read: {error.strerror}; check its rights") from error
 
 
 def contained(names: PathTable, root: Path, source: str) -> PathTable:

@@ -40,6 +40,8 @@ class Pool:
     class_names: tuple[str, ...]
     val: tuple[ImageArray, IntArray] | None = None
     """A validation split of the data's own; None holds val_per_class out of train."""
+    test_from: str = "test"
+    """See base.Source."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Splits:
     images: dict[str, Tensor]
     labels: dict[str, Tensor]
     class_names: tuple[str, ...]
+    test_from: str = "test"
+    """See base.Source."""
 
     @property
     def train_counts(self) -> Tensor:
@@ -56,13 +60,13 @@ class Splits:
         return torch.bincount(self.labels["train"], minlength=len(self.class_names))
 
 
-def check_labels(labels: IntArray, num_classes: int, where: str) -> None:
-    """UserError naming `where` when a label is outside 0..C-1 or a class has no image."""
+def check_labels(labels: IntArray, num_classes: int, where: str, *, complete: bool = True) -> None:
+    """UserError naming `where` when a label is outside 0..C-1, or (complete) a class has no image."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise UserError(f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is outside 0..{num_classes - 1}")
     missing = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
-    if len(missing):
+    if complete and len(missing):
         raise UserError(
             f"{where}: class {missing[0]} has no image; every one of the {num_classes} classes needs at least one"
         )
@@ -85,7 +89,11 @@ def long_tail_splits(
     """
     num_classes = len(pool.class_names)
     check_labels(pool.labels, num_classes, where)
-    check_labels(pool.test_labels, num_classes, f"{where} (test split)")
+    check_labels(pool.test_labels, num_classes, f"{where} (test split)", complete=False)
+    if num_classes < 2:
+        raise UserError(f"{where}: only one class; a classifier needs at least two")
+    if not len(pool.test_labels):
+        raise UserError(f"{where}: no image in the test split; add some")
     present = np.bincount(pool.labels, minlength=num_classes)
     counts = (
         present if imbalance is None else long_tail_counts(int(present.min()), num_classes, imbalance, imbalance_type)
@@ -107,6 +115,7 @@ def long_tail_splits(
         {split: torch.from_numpy(np.ascontiguousarray(array)) for split, array in images.items()},
         {split: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for split, array in labels_of.items()},
         pool.class_names,
+        pool.test_from,
     )
 
 

@@ -4,16 +4,19 @@ set.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ltfast.data.base import SPLITS
 from ltfast.data.folders import scan_folder
 from ltfast.data.lists import ImageList, hold_out, hold_out_each, read_list
+from ltfast.data.longtail import SUBSET_SEED
 from ltfast.errors import UserError
 
-HELD_OUT_SHARE = 0.1  # of each class, when a set has no validation split of its own
+HELD_OUT_SHARE = 0.1  # of each class, to test on when a set has training images only
 LIST_FOLDERS = ("", "lists", "data_txt", "splits", "annotations")
 
 
@@ -63,7 +66,7 @@ PUBLIC: dict[str, PublicSet] = {
     ),
     "inat18": PublicSet(
         "iNaturalist 2018",
-        {"train": _INAT_TRAIN, "val": _INAT_VAL, "test": _INAT_VAL},
+        {"train": _INAT_TRAIN, "val": _INAT_VAL},  # test labels were never published
         _LISTS_FROM + ", or train2018.json and val2018.json of GitHub visipedia/inat_comp",
         "train_val2018.tar.gz of GitHub visipedia/inat_comp (2018)",
         (0.466, 0.471, 0.380),
@@ -90,18 +93,15 @@ def find_lists(
     val_list: str | Path | None = None,
     test_list: str | Path | None = None,
     val_per_class: int | None = None,
-    seed: int = 0,
 ) -> dict[str, ImageList]:
     """The splits 'train', 'val', 'test' of imagenet-lt, inat18, places-lt, list or folder below `data_dir`.
 
     The *_list options name files (relative to the working folder, then to data_dir); a public set also finds its
-    lists by their published names in data_dir, data_dir/lists and the like. val_per_class: so many images of every
-    class of train become val, and a val list of the set's own becomes test where there is none. Without it, a set
-    without val takes test for it, or holds out HELD_OUT_SHARE of each class of train (drawn with `seed`, never a
-    class's last image). A set without test is tested on val.
+    lists by their published names in data_dir, data_dir/lists and the like. See assign_splits for val_per_class and
+    for a split that the set lacks.
     """
     root = Path(data_dir)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
     given = {"train": train_list, "val": val_list, "test": test_list}
     if dataset == "folder":
@@ -114,17 +114,32 @@ def find_lists(
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join([*PUBLIC, 'folder', 'list'])}")
-    own_val = "val" in lists
-    if not own_val and "test" in lists and not val_per_class:
-        lists["val"] = lists["test"]
-    elif not own_val or val_per_class:
-        if own_val:
-            lists.setdefault("test", lists["val"])
-        train = lists["train"]
-        parts = hold_out_each(train, val_per_class) if val_per_class else hold_out(train, HELD_OUT_SHARE, seed)
-        lists["train"], lists["val"] = parts
-    lists.setdefault("test", lists["val"])
-    return lists
+    return assign_splits(lists, val_per_class)
+
+
+def assign_splits(
+    lists: dict[str, ImageList], val_per_class: int | None = None, share: float = HELD_OUT_SHARE
+) -> dict[str, ImageList]:
+    """'train', 'val' and 'test' of what a set has; val may be empty, and never holds test images: it chooses.
+
+    Without a test split, the one named val is test; without both, `share` of each class of train is (a fixed draw,
+    never a class's last image). val_per_class: so many images of each class of the rest become val. UserError where the
+    set has val and test of its own and val_per_class is given.
+    """
+    lists = {split: replace(images, split=split) for split, images in lists.items()}
+    if "test" not in lists and "val" in lists:
+        lists["test"] = lists.pop("val")
+    elif "test" not in lists:
+        lists["train"], lists["test"] = hold_out(lists["train"], share, SUBSET_SEED)
+    if val_per_class:
+        if "val" in lists:
+            raise UserError(
+                f"--val-per-class {val_per_class}: {lists['val'].source} is a validation split of the set's own; "
+                "leave the option out"
+            )
+        lists["train"], lists["val"] = hold_out_each(lists["train"], val_per_class)
+    lists.setdefault("val", lists["test"].select(np.arange(0)))
+    return {split: lists[split] for split in SPLITS}
 
 
 def _locate(name: str | Path, root: Path) -> Path:
@@ -133,11 +148,11 @@ def _locate(name: str | Path, root: Path) -> Path:
 
 
 def _public_lists(public: PublicSet, root: Path, given: dict[str, str | Path | None]) -> dict[str, ImageList]:
+    if "test" not in public.splits:
+        given = {**given, "val": given["val"] or given["test"]}
     lists: dict[str, ImageList] = {}
     for split, facts in public.splits.items():
-        path = _find_public(public, facts, split, root, given[split])
-        repeat = next((images for images in lists.values() if images.source == str(path)), None)
-        lists[split] = repeat or read_list(path, root)
+        lists[split] = read_list(_find_public(public, facts, split, root, given[split]), root)
         _check_facts(public, facts, split, lists[split])
     return lists
 

@@ -50,6 +50,7 @@ class SmallSource:
         self.train_labels = splits.labels["train"]
         self.train_counts = splits.train_counts
         self.sizes = {split: len(splits.labels[split]) for split in SPLITS}
+        self.test_from = splits.test_from
         check_batch(batch, self.sizes["train"], world, name)
         check_sampler(sampler, epochs_total)
         self.device = torch.device(device)

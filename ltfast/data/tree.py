@@ -1,7 +1,6 @@
 """Small pictures from an image-folder tree: root/train/<class>/, optional val/ and test/; or class folders alone.
 
-Without test/, val/ is the test split; with class folders alone a balanced test split is held out, a sixth of the
-smallest class from every class (CIFAR's own share), drawn with the fixed seed of the subset.
+The tree, and what stands in for a split that it lacks, are those of the data set "folder" (folders.py, public.py).
 """
 
 from __future__ import annotations
@@ -14,31 +13,28 @@ from PIL.Image import Image, Resampling
 
 from ltfast.data.decode import BadImage, load_picture
 from ltfast.data.folders import scan_folder
-from ltfast.data.lists import ImageList
+from ltfast.data.lists import ImageList, validate_lists
 from ltfast.data.longtail import IntArray
-from ltfast.data.pool import ImageArray, Pool, check_labels, hold_out_test
+from ltfast.data.pool import ImageArray, Pool
+from ltfast.data.public import HELD_OUT_SHARE, assign_splits
 from ltfast.errors import UserError
 
-TEST_SHARE = 6
 READERS = 8
 """Threads: they overlap the file system's waiting, decoding itself gains little from them."""
 
 
-def read_tree(root: Path, size: int | None = None) -> Pool:
-    """All pictures as RGB squares. size: side to resize to (bilinear); None takes the first picture's shorter side."""
-    lists = scan_folder(root)
+def read_tree(root: Path, size: int | None = None, share: float = HELD_OUT_SHARE) -> Pool:
+    """All pictures as RGB squares. size: side to resize to (bilinear), None takes the first picture's shorter side;
+    share: of each class of train, to test on where there is neither test/ nor val/.
+    """
+    lists = assign_splits(scan_folder(root), share=share)
+    validate_lists(lists, exist=False)
     names = lists["train"].class_names
     assert names is not None
-    for split, images in lists.items():
-        check_labels(images.labels.astype(np.int64), len(names), str(root / split) if len(lists) > 1 else str(root))
     size = size or min(_load(lists["train"].file(0)).size)
     read = {split: _read(images, size) for split, images in lists.items()}
-    if len(read) == 1:
-        per_class = max(1, int(lists["train"].counts.min()) // TEST_SHARE)
-        return hold_out_test(*read["train"], names, per_class, str(root))
-    test = read["test"] if "test" in read else read["val"]
-    val = read["val"] if "test" in read and "val" in read else None
-    return Pool(*read["train"], *test, names, val)
+    val = read["val"] if len(lists["val"]) else None
+    return Pool(*read["train"], *read["test"], names, val, lists["test"].split)
 
 
 def _read(images: ImageList, size: int) -> tuple[ImageArray, IntArray]:

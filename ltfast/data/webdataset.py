@@ -21,15 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ltfast.data.decode import BadImage
-from ltfast.data.folders import IMAGE_SUFFIXES, limit
-from ltfast.data.lists import ImageList, hold_out, validate_lists
+from ltfast.data.folders import IMAGE_SUFFIXES
+from ltfast.data.lists import ImageList
 from ltfast.data.paths import PathTable
-from ltfast.data.public import HELD_OUT_SHARE
+from ltfast.data.public import assign_splits
 from ltfast.errors import UserError
 
 VERSION = "v1.2"
@@ -207,32 +206,9 @@ def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndar
     return names, rows[:, 0].astype(np.int32), rows[:, 1].copy(), rows[:, 2].copy()
 
 
-def load_webdataset(
-    pattern: str,
-    *,
-    val_pattern: str | Path | None = None,
-    test_pattern: str | Path | None = None,
-    limit_train: int | None = None,
-    loader: str = "auto",
-    **options: Any,
-) -> Any:
-    """Shards as a Source; without validation shards HELD_OUT_SHARE of each class is held out. options: of
-    LargeSource.
-    """
-    from ltfast.data.large import choose_loader, source_class
-
-    lists: dict[str, ImageList] = {"train": read_shards(pattern)}
-    for split, other in (("val", val_pattern), ("test", test_pattern)):
-        if other is not None:
-            lists[split] = read_shards(str(other))
-    if "val" not in lists:
-        if "test" in lists:
-            lists["val"] = lists["test"]
-        else:
-            lists["train"], lists["val"] = hold_out(lists["train"], HELD_OUT_SHARE, options.get("seed", 0))
-    lists.setdefault("test", lists["val"])
-    if limit_train is not None:
-        lists["train"] = limit(lists["train"], limit_train)
-    validate_lists(lists, exist=False)
-    choice = choose_loader(loader, options.get("device", "cpu"), len(options["views"]))
-    return source_class(choice.name)(lists, **options)
+def read_splits(
+    pattern: str, val_pattern: str | Path | None, test_pattern: str | Path | None, val_per_class: int | None = None
+) -> dict[str, ImageList]:
+    """The splits 'train', 'val' and 'test' of shards; see public.assign_splits for those that are not given."""
+    given = {"train": pattern, "val": val_pattern, "test": test_pattern}
+    return assign_splits({split: read_shards(str(p)) for split, p in given.items() if p is not None}, val_per_class)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ltfast.data import load
-from ltfast.data.base import Source
+from ltfast.data.base import Source, split_note
 from ltfast.data.dali_pipeline import dali_available
 from ltfast.data.large import CPU_GAIN_OF_DALI, choose_loader, load_large
 from ltfast.errors import UserError
@@ -32,10 +32,11 @@ def test_list_and_folder_are_the_same_set(root):
     for source in (by_list, by_folder):
         assert isinstance(source, Source)
         assert source.train_counts.tolist() == [12, 9, 6, 4]
-        assert source.sizes == {"train": 31, "val": 8, "test": 8}
+        assert source.sizes == {"train": 31, "val": 0, "test": 8}
+        assert source.test_from == "val"
     for a, b in zip(by_list.train(0), by_folder.train(0), strict=True):
         assert torch.equal(a.labels, b.labels)
-    for split in ("train", "val"):
+    for split in ("train", "test"):
         assert sorted(by_list.lists[split].paths) == sorted(by_folder.lists[split].paths)
 
 
@@ -52,13 +53,15 @@ def test_thinning_limiting_holding_out_and_excluding(root, tmp_path):
     assert small(root, val_list="val.txt", imbalance=1.0).train_counts.tolist() == [12, 9, 6, 4]
     assert small(root, val_list="val.txt", limit_train=10).train_counts.sum() == 10
     held = small(root, val_per_class=2)
-    assert held.train_counts.tolist() == [10, 7, 4, 2]
-    assert held.sizes == {"train": 23, "val": 8, "test": 8}
+    assert held.train_counts.tolist() == [8, 6, 3, 1]
+    assert held.sizes == {"train": 18, "val": 8, "test": 5}
+    assert held.test_from == "train"
     own = small(root, val_list="val.txt", val_per_class=1)
     assert own.sizes == {"train": 27, "val": 4, "test": 8}
     assert next(iter(own.lists["test"].paths)).startswith("val/")
     tested = small(root, test_list="val.txt")
-    assert tested.sizes == {"train": 31, "val": 8, "test": 8}
+    assert tested.sizes == {"train": 31, "val": 0, "test": 8}
+    assert split_note(tested.sizes, tested.test_from).startswith("no validation split, so no best checkpoint")
     (tmp_path / "bad.txt").write_text("train/3/0.jpg\ttruncated\n")
     assert small(root, val_list="val.txt", exclude_list=tmp_path / "bad.txt").train_counts.tolist() == [12, 9, 6, 3]
 

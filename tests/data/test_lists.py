@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -151,7 +152,8 @@ def list_of(root: Path, labels: list[int], names: list[str] | None = None) -> Im
 def test_validation_names_gaps_ranges_repeats_and_missing_files(tmp_path):
     touch(tmp_path, "0.jpg", "1.jpg", "2.jpg")
     good = list_of(tmp_path, [0, 1, 1])
-    assert validate_lists({"train": good, "val": list_of(tmp_path, [1])}) == 2
+    touch(tmp_path, "v.jpg")
+    assert validate_lists({"train": good, "val": list_of(tmp_path, [1], ["v.jpg"])}) == 2
     with pytest.raises(UserError, match=r"2 of 4 classes have no image \(class 1, 2\)"):
         validate_lists({"train": list_of(tmp_path, [0, 3, 3])})
     with pytest.raises(UserError, match=r"label 2 in val, but train\.txt has classes 0\.\.1"):
@@ -160,6 +162,12 @@ def test_validation_names_gaps_ranges_repeats_and_missing_files(tmp_path):
         validate_lists({"train": list_of(tmp_path, [0, 1, 1], ["0.jpg", "1.jpg", "0.jpg"])})
     with pytest.raises(UserError, match=r"1 of 3 files are not below .*first 'no/2\.jpg'"):
         validate_lists({"train": list_of(tmp_path, [0, 1, 1], ["0.jpg", "1.jpg", "no/2.jpg"])})
+    with pytest.raises(UserError, match="only one class"):
+        validate_lists({"train": list_of(tmp_path, [0, 0])})
+    with pytest.raises(UserError, match=r"train\.txt: no image to test on"):
+        validate_lists({"train": good, "test": list_of(tmp_path, [])})
+    with pytest.raises(UserError, match=r"1 of 2 test images are in train too, first '1\.jpg'"):
+        validate_lists({"train": good, "test": list_of(tmp_path, [0, 1], ["3.jpg", "1.jpg"])}, exist=False)
     assert missing_indices(tmp_path, PathTable.of(["0.jpg", "0.jpg/x", "z", "y"]), limit=2) == [1, 2]
 
 
@@ -167,9 +175,10 @@ def tree(root: Path) -> None:
     touch(root, "train/cat/1.jpg", "train/cat/deep/2.PNG", "train/ant/3.jpeg", "train/ant/notes.txt", "val/cat/4.jpg")
 
 
-def test_folder_tree(tmp_path):
+def test_folder_tree(tmp_path, caplog):
     tree(tmp_path)
     splits = scan_folder(tmp_path)
+    assert "files not read, for their suffix: 1 .txt" in caplog.text
     assert splits["train"].class_names == ("ant", "cat")
     assert list(splits["train"].paths) == ["train/ant/3.jpeg", "train/cat/1.jpg", "train/cat/deep/2.PNG"]
     assert splits["train"].labels.tolist() == [0, 1, 1]
@@ -182,6 +191,33 @@ def test_folder_tree(tmp_path):
         scan_folder(tmp_path / "train" / "cat" / "deep")
     with pytest.raises(UserError, match="--data-dir"):
         scan_folder(tmp_path / "none")
+
+
+def test_hidden_files_and_loops_of_links_are_no_pictures(tmp_path):
+    tree(tmp_path)
+    touch(tmp_path, "train/.ipynb_checkpoints/1.jpg", "train/cat/.cache/1.jpg", "train/cat/._1.jpg", "train/.DS_Store")
+    (tmp_path / "train/cat/deep/up").symlink_to("..")
+    (tmp_path / "train/ant/all").symlink_to("../..")
+    (tmp_path / "train/linked").symlink_to("ant")
+    train = scan_folder(tmp_path)["train"]
+    assert train.class_names == ("ant", "cat", "linked")
+    assert [name for name in train.paths if "linked" not in name] == [
+        "train/ant/3.jpeg", "train/cat/1.jpg", "train/cat/deep/2.PNG",
+    ]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    tree(tmp_path)
+    listed = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"train/cat/deep cannot be read: Permission denied"):
+        scan_folder(tmp_path)
 
 
 def test_thinning_and_holding_out(tmp_path):
@@ -201,10 +237,12 @@ def test_thinning_and_holding_out(tmp_path):
 def test_finding_the_lists_of_a_set(tmp_path):
     tree(tmp_path)
     lists = find_lists("folder", tmp_path)
-    assert lists["test"] is lists["val"]
+    assert [len(lists[s]) for s in ("train", "val", "test")] == [3, 0, 1]
+    assert lists["test"].split == "val"
     write(tmp_path / "t.txt", "train/cat/1.jpg 0\ntrain/ant/3.jpeg 0\n")
     lists = find_lists("list", tmp_path, train_list="t.txt")
-    assert [len(lists[s]) for s in ("train", "val", "test")] == [1, 1, 1]
+    assert [len(lists[s]) for s in ("train", "val", "test")] == [1, 0, 1]
+    assert lists["test"].split == "train"
     with pytest.raises(UserError, match="--train-list"):
         find_lists("list", tmp_path)
     with pytest.raises(UserError, match="unknown data set 'imagenet'"):

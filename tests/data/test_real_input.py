@@ -124,6 +124,7 @@ def test_the_plan_of_inaturalist_on_eight_gpus(inat: Path, capsys) -> None:
     assert float(lines["memory"].split()[0]) == pytest.approx(9 * 4 * 52_780_096 / 2**30, rel=0.01)
     assert float(lines["memory bank"].split()[2]) == pytest.approx(40 * 4 * 23_508_032 / 2**30, rel=0.01)
     assert "train0.jpg is missing" in lines["pictures"]
+    assert "tested on the split named val" in lines["splits"]
     assert main(["train", "--dry-run", "--dataset", "inat18", "--gpus", "7", "--data-dir", str(inat)]) == 2
     assert "--batch 256 cannot be shared evenly by 7" in capsys.readouterr().err
 

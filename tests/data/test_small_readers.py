@@ -114,10 +114,32 @@ def test_tree_with_splits(tmp_path: Path) -> None:
 def test_tree_of_class_folders_holds_out_a_test_split(tmp_path: Path) -> None:
     small_sets.write_tree(tmp_path, {"": (30, 18, 13)}, side=40)
     source = load("folder-small", data_dir=tmp_path, batch=4, image_size=24, val_per_class=1)
-    assert source.sizes == {"train": 61 - 6 - 3, "val": 3, "test": 6}
+    assert source.sizes == {"train": 61 - 7 - 3, "val": 3, "test": 7}  # a tenth of each class: 3, 2 and 2
     assert source.input_shape == (3, 24, 24)
     assert next(iter(source.train(0))).views[1].shape == (4, 3, 24, 24)
     assert read_tree(tmp_path).images.shape[2:] == (40, 40)
+
+
+@pytest.mark.parametrize("val_per_class", [0, 1])
+@pytest.mark.parametrize(
+    "counts",
+    [{"": (12, 6, 3)}, {"train": (6, 5, 3), "val": (2, 1, 0)}, {"train": (6, 5, 3), "test": (2, 0, 1)}],
+    ids=["alone", "val", "test"],
+)
+def test_a_tree_is_split_alike_small_and_large(
+    tmp_path: Path, counts: dict[str, tuple[int, ...]], val_per_class: int
+) -> None:
+    small_sets.write_tree(tmp_path, counts)
+    (tmp_path / next(iter(counts)) / ".hidden").mkdir()
+    small, large = (
+        load(name, data_dir=tmp_path, batch=4, val_per_class=val_per_class, seed=5)
+        for name in ("folder-small", "folder")
+    )
+    assert small.class_names == large.class_names
+    assert (small.sizes, small.test_from) == (large.sizes, large.test_from)
+    assert small.sizes["val"] == 3 * val_per_class
+    for split in ("train", "test"):
+        assert torch.equal(small.labels[split].sort()[0], torch.from_numpy(large.lists[split].labels).long())
 
 
 def test_cifar_tree(tmp_path: Path) -> None:

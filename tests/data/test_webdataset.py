@@ -92,17 +92,20 @@ def test_an_old_or_broken_index_is_made_anew(loose, tmp_path):
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_shards_show_what_loose_files_show(loose, pattern, loader):
+def test_shards_show_what_loose_files_show(loose, pattern, loader, tmp_path):
     if loader == "dali":
         needs_dali()
     options = {"image_size": 24, "batch": 5, "loader": loader, "workers": 1, "seed": 2}
-    by_file = load_large("list", data_dir=loose.root, train_list=loose.source, val_list=loose.source, **options)
-    by_shard = load_large("webdataset", data_dir=pattern, val_list=pattern, **options)
+    val = pack(read_list(loose.root / "val.txt", loose.root), tmp_path, 1)
+    by_file = load_large("list", data_dir=loose.root, train_list=loose.source, val_list="val.txt", **options)
+    by_shard = load_large("webdataset", data_dir=pattern, val_list=val, **options)
+    assert (by_shard.sizes, by_shard.test_from) == (by_file.sizes, "val")
+    assert load_large("webdataset", data_dir=pattern, val_per_class=1, **options).sizes["val"] == len(COUNTS)
     assert by_shard.train_counts.tolist() == list(COUNTS)
     for a, b in zip(by_file.train(1, 1), by_shard.train(1, 1), strict=True):
         assert torch.equal(a.index, b.index)
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
-    for a, b in zip(by_file.evaluate("val", batch=7), by_shard.evaluate("val", batch=7), strict=True):
+    for a, b in zip(by_file.evaluate("test", batch=7), by_shard.evaluate("test", batch=7), strict=True):
         assert torch.equal(a.views[0], b.views[0])
 
 
