@@ -15,7 +15,9 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `ltfast data` to its parser."""
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=type(parser))
 
-    check = verbs.add_parser("check", help="find missing, truncated, corrupt and odd files; list them")
+    check = verbs.add_parser(
+        "check", help="find missing, truncated, corrupt and odd files; list them; exit code 1 for any that hurt"
+    )
     _add_lists(check)
     check.add_argument("--full", action="store_true", help="decode every picture, not only its headers")
     check.add_argument("--workers", type=int, default=8, metavar="X", help="threads [8]")
@@ -54,14 +56,23 @@ def _lists(args: argparse.Namespace) -> dict[str, ImageList]:
     return find_lists(dataset, args.data_dir, **names)
 
 
+def _print_note(lists: dict[str, ImageList]) -> None:
+    from ltfast.data.base import split_note
+
+    if note := split_note({split: len(images) for split, images in lists.items()}, lists["test"].split):
+        print(note)
+
+
 def command_check(args: argparse.Namespace) -> int:
     from ltfast.data.check import check_dataset, print_check, write_bad_list
 
-    report = check_dataset(_lists(args), full=args.full, workers=args.workers)
+    lists = _lists(args)
+    report = check_dataset(lists, full=args.full, workers=args.workers)
     print_check(report)
+    _print_note(lists)
     if args.bad_list:
         print(f"{write_bad_list(report, args.bad_list)} bad files listed in {args.bad_list}")
-    return 0
+    return int(not report.ok)
 
 
 def command_stats(args: argparse.Namespace) -> int:
@@ -69,6 +80,7 @@ def command_stats(args: argparse.Namespace) -> int:
 
     lists = _lists(args)
     print_stats(dataset_stats(lists))
+    _print_note(lists)
     if args.plot:
         plot_counts(lists, args.plot)
         print(f"class counts drawn in {args.plot}")
@@ -83,6 +95,6 @@ def command_contact(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"--images {args.images}: show at least 1")
     large = {"image_size": args.image_size, "train_list": args.train_list} if args.dataset in LARGE else {}
-    source = load(args.dataset, data_dir=args.data_dir, batch=max(args.images, 8), num_views=3, **large)
+    source = load(args.dataset, data_dir=args.data_dir, batch=1, num_views=3, **large)
     print(f"written {contact_sheet(source, args.picture, n=args.images)}")
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +30,15 @@ CHUNK = 512  # files a task
 SUFFIX_FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
     ".png": "PNG",
     ".webp": "WEBP",
     ".bmp": "BMP",
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".ppm": "PPM",
+    ".pgm": "PPM",
     ".jp2": "JPEG2000",
 }
 
@@ -64,16 +67,19 @@ class SplitReport:
     """Paths that stand more than once."""
     empty_classes: list[int]
     """Labels below the largest without an image."""
+    overlap: dict[str, list[str]]
+    """Earlier split -> paths of the images that it holds too, by that path or by a link to the same file."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """Result of check_dataset; ok when every file decodes and the labels have no gap and no path stands twice."""
+    """Result of check_dataset; ok when every file decodes, labels have no gap, no file stands twice and notes is empty."""
 
     splits: list[SplitReport]
     decoded: bool
     """Whether pictures were decoded fully or only their headers read."""
     notes: list[str] = field(default_factory=list)
+    """What is wrong with the set as a whole."""
 
     @property
     def bad(self) -> int:
@@ -83,7 +89,8 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Nothing that would stop or bend a training run."""
-        return not any(split.bad or split.duplicates for split in self.splits) and not self.splits[0].empty_classes
+        found = any(split.bad or split.duplicates or split.overlap for split in self.splits)
+        return not found and not self.splits[0].empty_classes and not self.notes
 
 
 def inspect(path: str, full: bool = False) -> tuple[str, tuple[str, ...]]:
@@ -136,19 +143,47 @@ def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: i
 
     full: decode every picture (about 1.6 ms each) instead of reading headers (about 30 us); workers: threads.
     """
-    splits = [_check_split(split, images, full, workers) for split, images in distinct(lists)]
-    return CheckReport(splits, full)
+    notes, splits = [], []
+    if lists["train"].num_classes < 2:
+        notes.append("only one class: a classifier needs at least two")
+    if "test" in lists and not len(lists["test"]):
+        notes.append(f"no image to test on in {lists['test'].source}")
+    earlier: dict[str, set[Hashable]] = {}
+    for split, images in distinct(lists):
+        files = _identities(images) if images.loose else []  # names in shards may be equal and the pictures not
+        overlap = {
+            other: [images.paths[i] for i, file in enumerate(files) if file in held]
+            for other, held in earlier.items()
+            if not held.isdisjoint(files)
+        }
+        earlier[split] = set(files)
+        splits.append(_check_split(split, images, full, workers, overlap))
+    return CheckReport(splits, full, notes)
 
 
 def distinct(lists: dict[str, ImageList]) -> list[tuple[str, ImageList]]:
-    """The splits without those that are an earlier one under another name (test is val where a set has no test)."""
+    """The splits without those that are an earlier one under another name, and without an empty val."""
     seen: dict[int, tuple[str, ImageList]] = {}
     for split, images in lists.items():
-        seen.setdefault(id(images), (split, images))
+        if len(images) or split != "val":
+            seen.setdefault(id(images), (split, images))
     return list(seen.values())
 
 
-def _check_split(split: str, images: ImageList, full: bool, workers: int) -> SplitReport:
+def _identities(images: ImageList) -> list[Hashable]:
+    """Device and inode of each file, so that a link is what it leads to; the path of one that is not there."""
+
+    def identity(name: str) -> Hashable:
+        try:
+            status = os.stat(os.path.join(images.root, name))
+        except OSError:
+            return name
+        return status.st_dev, status.st_ino
+
+    return [identity(name) for name in images.paths]
+
+
+def _check_split(split: str, images: ImageList, full: bool, workers: int, overlap: dict[str, list[str]]) -> SplitReport:
     def look_at(start: int) -> list[Finding]:
         stop = min(start + CHUNK, len(images))
         return [Finding(i, *examine(images, i, full)) for i in range(start, stop)]
@@ -163,7 +198,7 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> Spl
                 notes.update(finding.notes)
     duplicates = sorted({images.paths[again] for _, again in duplicate_indices(images.paths)})
     empty = np.flatnonzero(images.counts == 0).tolist()
-    return SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
+    return SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty, overlap)
 
 
 def examine(images: ImageList, index: int, full: bool = False) -> tuple[str, tuple[str, ...]]:
@@ -191,18 +226,26 @@ def print_check(report: CheckReport, console: Console | None = None, examples: i
         rows += [(note, count, "") for note, count in split.notes.items()]
         if split.duplicates:
             rows.append(("duplicate path", len(split.duplicates), split.duplicates[0]))
+        rows += [(f"also in {other}", len(paths), paths[0]) for other, paths in split.overlap.items()]
         if split.empty_classes:
             rows.append(("class without an image", len(split.empty_classes), str(split.empty_classes[0])))
         for row, (finding, count, shown) in enumerate(rows or [("nothing unusual", 0, "")]):
             head = (split.split, f"{split.images:,}") if row == 0 else ("", "")
             table.add_row(*head, finding, f"{count:,}" if count else "", shown)
     console.print(table)
+    for note in report.notes:
+        console.print(note)
 
 
 def write_bad_list(report: CheckReport, path: str | Path) -> int:
-    """Writes '<relative path>TAB<reason>' lines of every bad file, for --exclude-list; returns how many."""
+    """Writes '<relative path>TAB<reason>' lines of every bad file, for --exclude-list; returns how many. UserError where
+    it cannot be written."""
     rows = sorted({row for split in report.splits for row in split.bad})
-    Path(path).write_bytes(b"".join(os.fsencode(f"{name}\t{reason}\n") for name, reason in rows))
+    lines = b"".join(os.fsencode(f"{name}\t{reason}\n") for name, reason in rows)
+    try:
+        Path(path).write_bytes(lines)
+    except OSError as error:
+        raise UserError(f"--bad-list {path}: cannot be written: {error.strerror}") from error
     return len(rows)
 
 

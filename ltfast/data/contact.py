@@ -1,4 +1,4 @@
-"""A picture of what training sees: one row an image of the epoch's first batch, the plain view and then each training
+"""A picture of what training sees: one row an image of the epoch's first ones, the plain view and then each training
 view."""
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltfast.data.base import Source
+from ltfast.data.base import Batch, Source
+from ltfast.errors import UserError
 
 TILE = 96
 """Wanted side of a tile in pixels; small pictures are enlarged by a whole factor, pixel for pixel."""
@@ -17,10 +18,10 @@ GAP, CAPTION, LETTER = 4, 14, 7
 
 
 def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0) -> Path:
-    """Write a PNG with n images of the first training batch, as many classes as it holds; returns the path.
+    """Write a PNG with n images of the first training batches, of as many classes as they hold; returns the path.
 
     The normalisation is undone by `source.mean` and `source.std` where the source has them, else tiles are stretched to
-    the sheet's range.
+    the sheet's range. UserError where it cannot be written.
     """
     from PIL import Image, ImageDraw
 
@@ -38,8 +39,13 @@ def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0)
     for row, name in enumerate(names):
         draw.text((4, _top(row, tile) + tile // 2 - LETTER), name, fill="black")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except (OSError, ValueError) as error:  # ValueError: PIL knows no such suffix
+        raise UserError(
+            f"{path}: the picture cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return path
 
 
@@ -54,7 +60,16 @@ def _tile_side(columns: list[Tensor]) -> int:
 
 def _collect(source: Source, n: int, epoch: int) -> tuple[list[Tensor], list[int]]:
     """The plain pictures and each view of n chosen images, normalised as they come, on the CPU; and their labels."""
-    batch = next(iter(source.train(epoch)))
+    parts: list[Batch] = []
+    for part in source.train(epoch):
+        parts.append(part)
+        if sum(len(p.index) for p in parts) >= n:
+            break
+    batch = Batch(
+        tuple(torch.cat(views) for views in zip(*(p.views for p in parts), strict=True)),
+        torch.cat([p.labels for p in parts]),
+        torch.cat([p.index for p in parts]),
+    )
     labels, index = batch.labels.cpu(), batch.index.cpu()
     seen_before = torch.stack([(labels[:i] == label).sum() for i, label in enumerate(labels)])
     chosen = torch.argsort(seen_before * source.num_classes + labels, stable=True)[:n]

@@ -12,6 +12,7 @@ import torch
 from ltfast.data.base import SHOT_NAMES, shot_groups
 from ltfast.data.check import distinct
 from ltfast.data.lists import ImageList
+from ltfast.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +98,7 @@ def print_stats(stats: list[SplitStats], console: Console | None = None) -> None
 
 def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
     """PNG (or any matplotlib format by suffix): training images of each class, largest first, with the group
-    bounds.
+    bounds. UserError where it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -119,4 +120,7 @@ def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
     axes.set_xlabel(f"classes, largest first ({len(ordered):,})")
     axes.set_ylabel("training images")
     axes.set_title(f"{int(counts.sum()):,} images, imbalance {ordered[0] / max(ordered[ordered > 0][-1], 1):,.0f}")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such suffix
+        raise UserError(f"--plot {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error

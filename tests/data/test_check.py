@@ -80,6 +80,23 @@ def test_a_clean_set_is_ok(tmp_path):
     assert "nothing unusual" in console.export_text()
 
 
+def test_files_of_two_splits_and_what_is_wrong_with_the_whole_are_found(tmp_path):
+    root = make_set(tmp_path, (4, 3))
+    (root / "val/1/link.jpg").symlink_to("../../train/1/2.jpg")
+    names = ["val/0/0.jpg", "val/1/link.jpg", "train/0/1.jpg"]
+    test = ImageList(root, PathTable.of(names), np.array([0, 1, 0], dtype=np.int32), "test.txt")
+    report = check_dataset({"train": read_list(root / "train.txt", root), "test": test})
+    assert report.splits[1].overlap == {"train": ["val/1/link.jpg", "train/0/1.jpg"]}
+    assert not report.ok
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_check(report, console)
+    assert "also in train" in console.export_text()
+    one = test.select(np.array([0]))
+    report = check_dataset({"train": one, "test": one.select(np.arange(0))})
+    assert len(report.notes) == 2
+    assert not report.ok
+
+
 def test_large_files_are_judged_by_head_and_tail(tmp_path):
     rng = np.random.default_rng(0)
     from PIL import Image

@@ -1,0 +1,95 @@
+"""Your own pictures from the command line: which split chooses, what ends a run before it starts, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ltfast.cli import main
+from tests.data.bad_files import bad_files
+from tests.data.small_sets import write_tree
+
+TREE = {"train": (8, 6, 4), "test": (2, 2, 2)}
+QUICK = [
+    "--model", "resnet8", "--image-size", "16", "--batch", "9", "--epochs", "1", "--method", "ce", "--device", "cpu",
+    "--loader", "torch", "--workers", "0", "--no-tensorboard",
+]  # fmt: skip
+
+
+def train(root: Path, *words: str) -> list[str]:
+    return ["train", "--dataset", "folder", "--data-dir", str(root), "--out", str(root / "run"), *QUICK, *words]
+
+
+def test_no_checkpoint_is_chosen_on_test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, {"train": TREE["train"], "val": TREE["test"]})
+    note = "tested on the split named val, there is no other; no validation split"
+    assert main([*train(tmp_path), "--dry-run"]) == 0
+    assert note in capsys.readouterr().out
+    assert main(train(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert note in out
+    assert "best on validation" not in out
+    assert not (tmp_path / "run/checkpoints/best.safetensors").exists()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (data,) = (row for row in rows if row["kind"] == "data")
+    assert (data["sizes"]["val"], data["test_from"]) == (0, "val")
+    assert main([*train(tmp_path, "--val-per-class", "1"), "--out", str(tmp_path / "held")]) == 0
+    assert "best on validation" in capsys.readouterr().out
+
+
+def test_a_broken_test_picture_costs_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, TREE)
+    broken = bad_files()["cut PNG"]
+    assert broken is not None
+    (tmp_path / "test/class001/0001.png").write_bytes(broken)
+    assert main(train(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "test/class001/0001.png cannot be decoded" in error
+    assert "the trained weights are safe" in error
+    words = error.split("`")[1].split()
+    assert words[:2] == ["ltfast", "train"]
+    assert main(words[1:]) == 0
+    assert "run folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"train": (4, 4), "test": ()}, "test: no image to test on"),
+        ({"train": (4,), "test": (1,)}, "only one class"),
+        ({"train": (4, 0), "test": (1, 1)}, "1 of 2 classes have no image (class class001)"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_a_run_folder_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], counts: dict[str, tuple[int, ...]], message: str
+) -> None:
+    write_tree(tmp_path, counts)
+    (tmp_path / "test").mkdir(exist_ok=True)
+    for dataset in ("folder", "folder-small"):
+        loader = [] if dataset == "folder-small" else QUICK[-5:]
+        assert main([*train(tmp_path)[: -len(QUICK)], *QUICK[:-5], *loader, "--dataset", dataset]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["data", "check", str(tmp_path)]) == 1
+
+
+def test_data_commands_say_what_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, TREE)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    nowhere = tmp_path / "train/class000/0000.png/none.png"
+    for words in (
+        ["check", str(tmp_path), "--bad-list", str(nowhere)],
+        ["stats", str(tmp_path), "--plot", str(nowhere)],
+        ["stats", str(tmp_path), "--plot", str(tmp_path / "x.none")],
+        ["contact", str(nowhere)],
+        ["contact", str(tmp_path / "x.none")],
+    ):
+        assert main(["data", *words]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_contact_sheet_shows_the_few_pictures_that_there_are(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"train": (1, 1), "test": (1, 1)})
+    assert main(["data", "contact", str(tmp_path / "x.png"), "--dataset", "folder", "--data-dir", str(tmp_path)]) == 0
