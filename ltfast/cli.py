@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -134,7 +135,7 @@ def build_parser() -> Parser:
 def command_train(args: argparse.Namespace) -> int:
     from ltfast import launch
     from ltfast.recipes import build_config, method_values, named_recipe
-    from ltfast.runs import RunFolder, fresh_name
+    from ltfast.runs import RunFolder, fresh_folder
 
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
     if args.resume:
@@ -161,11 +162,17 @@ def command_train(args: argparse.Namespace) -> int:
         return 0
     count = launch.process_count(config)
     if count > 1 and not launch.launched():
-        out = args.resume or config.run.out or str(fresh_name(config))
+        fresh = None if args.resume or config.run.out else fresh_folder(config)
+        out = args.resume or config.run.out or str(fresh)
         words = ["train", "--resume", out, *launch.words(flags)] if args.resume else [*args.words, "--out", out]
-        return launch.launch(
-            count, words, out=out, max_restarts=config.run.max_restarts, cpu=config.run.device == "cpu"
-        )
+        try:
+            return launch.launch(
+                count, words, out=out, max_restarts=config.run.max_restarts, cpu=config.run.device == "cpu"
+            )
+        finally:
+            if fresh:
+                with contextlib.suppress(OSError):  # it is empty if the run never began
+                    fresh.rmdir()
     return train_here(config, launch.restarted_run(config, args.resume), flags if args.resume else {})
 
 

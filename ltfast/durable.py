@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 from ltfast import checkpoint, resume
@@ -13,6 +14,7 @@ from ltfast.errors import UserError
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import restart_note
 from ltfast.models import LongTailModel
+from ltfast.predict import Preprocess
 from ltfast.progress import Progress
 from ltfast.runs import RunFolder
 from ltfast.store import Store
@@ -57,6 +59,24 @@ class Durable:
         self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
         if self.steps or restart_note():
             self.progress.note(restart_note() + self._where())
+
+    def describe(self) -> None:
+        """What rank 0 writes down, once in a run, before its first step."""
+        if self.folder is None:
+            return
+        if self.folder.unlocked:
+            self.progress.note(
+                f"{self.folder.path}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
+            )
+        if not self.folder.metrics("data"):
+            self.log(
+                "data",
+                class_names=self.source.class_names,
+                counts=self.source.train_counts.tolist(),
+                sizes=self.source.sizes,
+                test_from=self.source.test_from,
+                preprocess=dataclasses.asdict(Preprocess.of(self.source)),
+            )
 
     def _where(self) -> str:
         """At which point the run goes on."""

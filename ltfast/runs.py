@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -10,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,6 +21,8 @@ import ltfast
 from ltfast.checkpoint import PART, write_atomically
 from ltfast.config import Config, load_toml
 from ltfast.errors import UserError
+
+LOCK = "lock"
 
 
 def environment() -> dict[str, Any]:
@@ -94,18 +99,24 @@ def toml_of(values: Mapping[str, Any]) -> str:
 
 
 class RunFolder:
-    """Paths and logs of one run."""
+    """Paths and logs of one run.
+
+    Attributes:
+        unlocked: why `lock` could not lock it, or an empty string.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
+        self.unlocked = ""
+        self._lock: BinaryIO | None = None
         self._events: Any = None
 
     @staticmethod
     def create(config: Config) -> RunFolder:
-        """Make the folder named by --out (or a fresh default one) and write config.toml and env.json.
+        """Make the folder named by --out (or a fresh default one), lock it, and write config.toml and env.json.
 
         Raises:
             UserError: the folder exists and is not empty, or cannot be written; a limit of --max-... makes no sense.
@@ -113,17 +124,56 @@ class RunFolder:
         from ltfast.survive import check_limits
 
         check_limits(config.run)
-        path = Path(config.run.out) if config.run.out else fresh_name(config)
-        if path.exists() and (not path.is_dir() or any(p.suffix != PART for p in path.iterdir())):
-            raise UserError(f"--out {path}: already exists; choose another folder or continue it with --resume {path}")
+        folder = RunFolder(Path(config.run.out) if config.run.out else fresh_folder(config))
+        folder.check_free()
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.lock()
+            folder.check_free()  # again: another process may have been between the first time and the lock
             # Whole and first: who finds it, however this process ends, may --resume.
-            write_atomically(path / "config.toml", [toml_of(config.to_dict()).encode()])
-            RunFolder(path).prepare()
+            write_atomically(folder.path / "config.toml", [toml_of(config.to_dict()).encode()])
+            folder.prepare()
         except OSError as error:
-            raise UserError(f"--out {path}: cannot write there ({error.strerror}); choose another folder") from None
-        return RunFolder(path)
+            folder.close()
+            raise cannot_write(folder.path, error) from None
+        except UserError:
+            folder.close()
+            raise
+        return folder
+
+    def check_free(self) -> None:
+        """UserError unless the path is free for a new run: nothing is there, or what a killed process left at once."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path}: is a file; choose a folder")
+        if self.path.exists() and any(p.suffix != PART and p.name != LOCK for p in self.path.iterdir()):
+            raise UserError(
+                f"--out {self.path}: already exists; choose another folder or continue it with --resume {self.path}"
+            )
+
+    def lock(self) -> None:
+        """Keep every other process from training in this folder, until `close` or the end of this one, however it ends.
+
+        The file RUN/lock stays behind and means nothing by itself: the lock is the operating system's. Where there is
+        none (some network file systems, a folder that cannot be written) `unlocked` says so.
+
+        Raises:
+            UserError: another process is training in it.
+        """
+        try:
+            file = self._lock = open(self.path / LOCK, "ab+", buffering=0)  # noqa: SIM115
+            # Not flock: forked loader workers would share it, and hold it for seconds after this process was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.unlocked = str(error.strerror)
+            if error.errno == errno.EAGAIN:
+                with file:
+                    file.seek(0)
+                    who = file.read().decode(errors="replace") or "another process"
+                raise UserError(f"{self.path}: {who} is training in it; wait until it ends, or stop it") from None
+            return
+        with contextlib.suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}".encode())
 
     @staticmethod
     def open(path: str | Path) -> RunFolder:
@@ -186,16 +236,30 @@ class RunFolder:
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush TensorBoard events."""
+        """Release the lock and flush TensorBoard events."""
+        if self._lock is not None:
+            self._lock.close()
         if self._events is not None:
             self._events.close()
 
 
-def fresh_name(config: Config) -> Path:
-    """runs/<dataset>-<method>-s<seed>, with -2, -3, ... if taken."""
+def fresh_folder(config: Config) -> Path:
+    """Make runs/<dataset>-<method>-s<seed>, with -2, -3, ... if taken. UserError if it cannot be made."""
     base = Path("runs") / f"{config.data.dataset}-{config.method}-s{config.run.seed}"
     path, n = base, 1
-    while path.exists():
-        n += 1
-        path = base.with_name(f"{base.name}-{n}")
-    return path
+    try:
+        base.parent.mkdir(exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                n += 1
+                path = base.with_name(f"{base.name}-{n}")
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The UserError for a run folder that cannot be made or written."""
+    return UserError(f"--out {path}: cannot write there ({error.strerror}); choose another folder")

@@ -30,7 +30,6 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu
 from ltfast.memory import out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
-from ltfast.predict import Preprocess
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
 from ltfast.preserve.anchor import critical_weight
 from ltfast.preserve.bank import WEIGHTS
@@ -315,32 +314,29 @@ def train(
     """Train by `config`, or continue the run folder `resume` with its own config and these `changes`; returns the test
     results, see `Trainer.fit`."""
     ranks, progress = ranks or Ranks(), progress or Progress()
-    if resume:
-        folder = ranks.on_main(lambda: RunFolder.open(resume))
-        values = ranks.share(folder.config.to_dict() if folder is not None else {})
-        trainer = Trainer(on_cpu(Config.from_dict(values, resume).with_(**changes or {})), folder, ranks, progress)
-        trainer.load_state()
-    else:
-        trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
-        trainer.folder = ranks.on_main(lambda: RunFolder.create(config))
-    if trainer.folder is not None and not trainer.folder.metrics("data"):
-        trainer.log(
-            "data",
-            class_names=trainer.source.class_names,
-            counts=trainer.source.train_counts.tolist(),
-            sizes=trainer.source.sizes,
-            test_from=trainer.source.test_from,
-            preprocess=dataclasses.asdict(Preprocess.of(trainer.source)),
-        )
-    progress.begin(trainer)
+    folder, trainer = None, None
     try:
-        return {**trainer.fit(), "folder": str(trainer.folder.path) if trainer.folder else None}
+        if resume:
+            folder = ranks.on_main(partial(RunFolder.open, resume))
+            values = ranks.share(folder.config.to_dict() if folder is not None else {})
+            config = on_cpu(Config.from_dict(values, resume).with_(**changes or {}))
+            ranks.on_main(lambda: folder and folder.lock())
+            trainer = Trainer(config, folder, ranks, progress)
+            trainer.load_state()
+        else:
+            trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
+            trainer.folder = folder = ranks.on_main(lambda: RunFolder.create(config))
+        trainer.describe()
+        progress.begin(trainer)
+        return {**trainer.fit(), "folder": str(folder.path) if folder else None}
     except torch.OutOfMemoryError:
+        if trainer is None:
+            raise
         raise UserError(out_of_memory(trainer)) from None
     finally:
         progress.end()
-        if trainer.store is not None:
+        if trainer is not None and trainer.store is not None:
             trainer.store.close()
-        if trainer.folder is not None:
+        if folder is not None:
             with contextlib.suppress(OSError):
-                trainer.folder.close()
+                folder.close()

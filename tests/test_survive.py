@@ -22,6 +22,7 @@ from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
+from ltfast.runs import RunFolder
 from ltfast.store import Store
 from ltfast.survive import Action, BadSteps, Signals, Watch
 from ltfast.train import train
@@ -151,6 +152,75 @@ def test_max_hours(tmp_path: Path) -> None:
     result = train(quick(tmp_path / "run", max_hours=1e-9))
     assert result["stopped"].startswith("stopped after --max-hours")
     assert Store(tmp_path / "run" / "checkpoints").load() is not None
+
+
+# -- one folder, one run -------------------------------------------------------------------------------------------------
+
+
+class Sleep(Progress):
+    """Stays in the third step, with a forked process beside it as a loader's worker would be."""
+
+    def __init__(self, told: str) -> None:
+        self.told, self.steps = told, 0
+
+    def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
+        self.steps += 1
+        if self.steps == 3:
+            child = os.fork()
+            if child:
+                Path(self.told).write_text(str(child))
+            time.sleep(60)
+            os._exit(0)
+
+
+def train_and_sleep(out: str, told: str) -> None:
+    torch.set_num_threads(1)
+    train(quick(Path(out)), progress=Sleep(told))
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    out, told = tmp_path / "run", tmp_path / "told"
+    first = procs.start(train_and_sleep, str(out), str(told))
+    try:
+        while not (told.exists() and told.read_text()):
+            assert first.is_alive()
+            time.sleep(0.02)
+        with pytest.raises(UserError, match=rf"{out}: process {first.pid} on \S+, since 2.* is training in it"):
+            train(quick(out), resume=str(out))
+        with pytest.raises(UserError, match="already exists"):
+            train(quick(out))
+    finally:
+        first.kill()
+        first.join()
+    try:
+        assert train(quick(out), resume=str(out))["last"], "the forked process still lives"
+    finally:
+        os.kill(int(told.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    notes = Notes()
+    assert train(quick(tmp_path / "run"), progress=notes)["last"]
+    assert [line for line in notes.lines if f"cannot be locked ({os.strerror(number)})" in line]
+
+
+def make_folders(start: float, told: str) -> None:
+    os.chdir(Path(told).parent)
+    time.sleep(max(0.0, start - time.time()))
+    Path(told).write_text(" ".join(str(RunFolder.create(quick(Path("x")).with_(out=None)).path) for _ in range(5)))
+
+
+def test_default_names_are_given_once(tmp_path: Path) -> None:
+    told = [tmp_path / name for name in "abcd"]
+    makers = [procs.start(make_folders, time.time() + 0.5, str(path)) for path in told]
+    assert [procs.wait(maker) for maker in makers] == [0] * 4
+    names = [name for path in told for name in path.read_text().split()]
+    assert len(set(names)) == 20
 
 
 # -- steps without a finite loss -----------------------------------------------------------------------------------------
