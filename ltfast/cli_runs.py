@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -48,12 +47,13 @@ def add_run_commands(commands: Any) -> None:
 def command_eval(args: argparse.Namespace) -> int:
     from ltfast.evaluate import evaluate_run
     from ltfast.metrics import format_table
+    from ltfast.runs import to_json
 
     result, source = evaluate_run(
         args.folder, args.checkpoint, args.split, data_dir=args.data_dir, on_bad_image=args.on_bad_image
     )
     if args.json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {result['n']:,} images")
         print(format_table(result, source.class_names, source.train_counts))
@@ -76,6 +76,7 @@ def command_export(args: argparse.Namespace) -> int:
 
 def command_predict(args: argparse.Namespace) -> int:
     from ltfast.predict import load_trained, predict
+    from ltfast.runs import to_json
 
     problems: list[UserError] = []
 
@@ -86,7 +87,7 @@ def command_predict(args: argparse.Namespace) -> int:
     trained = load_trained(args.model, args.checkpoint)
     for row in predict(trained, args.images, top=args.top, device=args.device, unreadable=unreadable):
         if args.json:
-            print(json.dumps(row))
+            print(to_json(row))
         else:
             pairs = zip(row["classes"], row["probabilities"], strict=True)
             print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))
@@ -103,15 +104,17 @@ def print_result(result: dict[str, Any]) -> None:
     config = folder.config
     info = folder.metrics("data")[-1]
     baseline = baseline_for(config)
-    kind = "best" if "best" in result else "last"
     print(
         f"\ntest split, last checkpoint, {config.method}"
         + (f" beside ce (mean of {baseline['seeds']} seeds)" if baseline else "")
     )
     print(format_table(result["last"], info["class_names"], info["counts"], baseline, headings=(config.method, "ce")))
-    if kind == "best":
+    if "best" in result:
         best = result["best"]
         print(
-            f"\nbest on validation (epoch {best['epoch'] + 1}): top-1 {best['top1']:.2f} %; last: top-1 {result['last']['top1']:.2f} %"
+            f"\nthe checkpoint that was best on validation (epoch {best['epoch'] + 1}): top-1 {best['top1']:.2f} % on test"
         )
+    skipped = folder.metrics("epoch")[-1]["skipped"]
+    if skipped:
+        print(f"steps skipped for a loss or gradient that was not finite: {skipped:,} of {result['steps']:,}")
     print(f"run folder: {folder.path}")

@@ -20,6 +20,7 @@ IGNORED = -1
 TABLE_MAX_CLASSES = 30
 TABLE_WORST_CLASSES = 10
 TABLE_NAME_WIDTH = 28
+TABLE_FIGURE_WIDTH = 12  # or as wide as the longest heading, up to TABLE_NAME_WIDTH
 OVERALL = {
     "top1": "top-1 %",
     "top5": "top-5 %",
@@ -119,8 +120,8 @@ class Accumulator:
         """JSON-able result in percent: top1, top5 (of min(5, C)), macro, many, medium, few, per_class, ece; and n.
 
         None marks what has no test image: an empty group, a class in per_class. ece: expected calibration error,
-        sum_b n_b / n |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017). nonfinite: rows that held
-        NaN or infinity. confusion[c][p], if kept: test images of class c predicted as p, without nonfinite rows.
+        sum_b n_b / n |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017) and the rows that are finite,
+        None without one. nonfinite: rows that held NaN or infinity. confusion[c][p], if kept: test images of class c predicted as p, without nonfinite rows.
         This call waits for the device.
         """
         state = {name: tensor.cpu() for name, tensor in self._state.items()}
@@ -129,7 +130,8 @@ class Accumulator:
         present = seen > 0
         accuracy = 100.0 * correct.double() / seen.clamp_min(1)
         many, few = counts > self.many_above, counts < self.few_below
-        gap = (state["bin_correct"].double() - state["bin_confidence"]).abs().sum()
+        gap = (state["bin_correct"].double() - state["bin_confidence"]).abs().sum()  # 0 of rows that are not finite
+        finite = n - int(state["nonfinite"])
         result: dict[str, Any] = {
             "n": n,
             "top1": 100.0 * int(correct.sum()) / n if n else None,
@@ -139,7 +141,7 @@ class Accumulator:
             "medium": _mean(accuracy, present & ~many & ~few),
             "few": _mean(accuracy, present & few),
             "per_class": [float(a) if p else None for a, p in zip(accuracy, present, strict=True)],
-            "ece": 100.0 * float(gap) / n if n else None,
+            "ece": 100.0 * float(gap) / finite if finite else None,
             "nonfinite": int(state["nonfinite"]),
         }
         if "confusion" in state:
@@ -168,6 +170,7 @@ def format_table(
     """Plain-text table of a to_dict() result, beside a baseline's if given: overall figures first, then classes.
 
     counts [C]: training images. Up to 30 classes each get a row in class order, beyond that the 10 least accurate.
+    A row for images without a finite output comes in where there are any.
     """
     counts = [int(c) for c in counts]
     if not len(counts) == len(class_names) == len(result["per_class"]):
@@ -176,6 +179,9 @@ def format_table(
         )
     runs = [result] if baseline is None else [result, baseline]
     rows = [(label, "", [run[key] for run in runs]) for key, label in OVERALL.items()]
+    if result["nonfinite"]:
+        shares = [100.0 * run.get("nonfinite", 0) / run["n"] if run.get("n") else None for run in runs]
+        rows.append(("images with NaN output %", "", shares))
     order = list(range(len(counts)))
     title = "class"
     if len(order) > TABLE_MAX_CLASSES:
@@ -185,22 +191,23 @@ def format_table(
     classes = [(class_names[c], str(counts[c]), [run["per_class"][c] for run in runs]) for c in order]
     width = min(TABLE_NAME_WIDTH, max(len(name) for name, _, _ in [*rows, *classes, (title, "", [])]))
     columns = list(headings[: len(runs)]) + (["change"] if len(runs) == 2 else [])
-    lines = [_line("", "", columns, width), *(_figures(*row, width) for row in rows)]
-    lines += ["", _line(title, "images", columns, width), *(_figures(*row, width) for row in classes)]
+    wide = min(TABLE_NAME_WIDTH, max(TABLE_FIGURE_WIDTH, *(len(heading) for heading in columns)))
+    lines = [_line("", "", columns, width, wide), *(_figures(*row, width, wide) for row in rows)]
+    lines += ["", _line(title, "images", columns, width, wide), *(_figures(*row, width, wide) for row in classes)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _figures(name: str, images: str, values: list[float | None], width: int) -> str:
+def _figures(name: str, images: str, values: list[float | None], width: int, wide: int) -> str:
     cells = ["-" if v is None else f"{v:.2f}" for v in values]
     if len(values) == 2:
         cells.append("-" if values[0] is None or values[1] is None else f"{values[0] - values[1]:+.2f}")
-    return _line(name, images, cells, width)
+    return _line(name, images, cells, width, wide)
 
 
-def _line(name: str, images: str, cells: Sequence[str], width: int) -> str:
+def _line(name: str, images: str, cells: Sequence[str], width: int, wide: int) -> str:
     if len(name) > width:
         name = name[: width - 3] + "..."
-    return f"{name:<{width}} {images:>8}" + "".join(f" {cell[:12]:>12}" for cell in cells)
+    return f"{name:<{width}} {images:>8}" + "".join(f" {cell[:wide]:>{wide}}" for cell in cells)
 
 
 def _mean(values: Tensor, mask: Tensor) -> float | None:

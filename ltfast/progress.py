@@ -83,6 +83,7 @@ class ConsoleProgress(Progress):
         self.console.print(
             f"epoch {epoch + 1:{width}}/{epochs}  {phase:5}  loss {summary['loss']:.3f}"
             + (f"  val: {figures}" if figures else "") + f"  {summary['seconds']:.1f} s"
+            + (f"  skipped so far: {summary['skipped']:,}" if summary["skipped"] else "")
         )  # fmt: skip
 
     def note(self, text: str) -> None:

@@ -80,6 +80,24 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def plain(value: Any) -> Any:
+    """Numbers of any kind as JSON values: arrays and tensors as lists, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: Python's own writes NaN and Infinity, which JSON has not; here they are null."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
 def toml_of(values: Mapping[str, Any]) -> str:
     """TOML of plain values (str, bool, int, float, lists of them) and of one level of tables; tomllib reads it back."""
 
@@ -201,7 +219,7 @@ class RunFolder:
     def log(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+            file.write(to_json({"kind": kind, **values}) + "\n")
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl."""

@@ -200,6 +200,22 @@ class BadSteps:
         if self._steps % self.limit == 0 and self._read() >= self.limit:
             self._stop()
 
+    def after_epoch(self, epoch: int, weights: Tensor, steps: int) -> None:
+        """Call after every epoch with the weights [N], and after the last one with its number of steps, else with 0.
+
+        Waits for the device, as the epoch's summary does.
+
+        Raises:
+            UserError: the weights are not finite, or none of the last epoch's steps was of use.
+        """
+        if not bool(torch.stack(torch.aminmax(weights)).isfinite().all()):
+            raise UserError(
+                f"the weights are no longer finite after epoch {epoch + 1}: training has diverged. Lower --lr or --rho; "
+                "checkpoints of earlier epochs are untouched"
+            )
+        if steps and int(self.counter) >= min(steps, self.limit):
+            self._stop()
+
     def _read(self) -> float:
         if self._value is None:
             return float(self.counter)

@@ -114,6 +114,8 @@ class Trainer(Durable):
                     self.group()
                 if self.train_epoch(epoch) is Action.STOP:
                     return self.stop()
+                last = epoch + 1 == self.config.optim.epochs
+                self.bad_steps.after_epoch(epoch, self.flat.data, self.source.steps_per_epoch if last else 0)
                 self.remember(epoch)
                 summary = self.summary()
                 self.epoch, self.batch = epoch + 1, 0
@@ -263,10 +265,16 @@ class Trainer(Durable):
             self.save_state()
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the last (and the best-on-validation) weights on the test split; nothing was chosen by it."""
+        """Evaluate the last (and the best-on-validation) weights on the test split; nothing was chosen by it.
+
+        Raises:
+            UserError: they give no finite output on any image.
+        """
         self.save_weights("last")
         result = {"last": self.evaluate("test")}
         self.flush()
+        if result["last"]["nonfinite"] == result["last"]["n"]:
+            raise UserError("the trained network gives NaN or infinity on every test image; lower --lr or --rho")
         if self.best["epoch"] >= 0 and self.ranks.share(self.folder is not None and self.folder.best.exists()):
             self.load_weights("best")
             result["best"] = {**self.evaluate("test"), "epoch": self.best["epoch"]}
@@ -328,7 +336,7 @@ def train(
             trainer.folder = folder = ranks.on_main(lambda: RunFolder.create(config))
         trainer.describe()
         progress.begin(trainer)
-        return {**trainer.fit(), "folder": str(folder.path) if folder else None}
+        return {**trainer.fit(), "steps": trainer.steps, "folder": str(folder.path) if folder else None}
     except torch.OutOfMemoryError:
         if trainer is None:
             raise

@@ -137,6 +137,11 @@ def test_nonfinite_rows_are_wrong_and_counted() -> None:
     assert after["nonfinite"] == 2
     assert after["top1"] == pytest.approx(before["top1"] - 200 / 203)
     assert sum(map(sum, after["confusion"])) == 201
+    rest = [i for i in range(203) if i not in right]
+    assert after["ece"] == pytest.approx(naive_ece(logits[rest], labels[rest]), abs=1e-10)
+    assert "images with NaN output %" in format_table(after, NAMES, COUNTS)
+    assert "NaN" not in format_table(before, NAMES, COUNTS)
+    assert evaluate([(logits * float("nan"), labels)], 7, COUNTS)["ece"] is None
     json.dumps(after, allow_nan=False)
 
 
@@ -204,6 +209,9 @@ def test_table_puts_the_run_beside_the_baseline() -> None:
     assert "a class with a very long ..." in figures
     assert len({len(line) for line in lines if line}) == 1
     assert lines.index("") == 8
+    long = format_table(run, NAMES, COUNTS, baseline, headings=("balanced-softmax+sam+gkp", "ce")).splitlines()
+    assert long[0].split() == ["balanced-softmax+sam+gkp", "ce", "change"]
+    assert len({len(line) for line in long if line}) == 1
     alone = format_table(run, NAMES, COUNTS)
     assert "change" not in alone
     assert "baseline" not in alone

@@ -19,6 +19,7 @@ from torch import Tensor
 from ltfast import checkpoint
 from ltfast.cli import main
 from ltfast.dist import Ranks
+from ltfast.durable import Durable
 from ltfast.errors import UserError
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
@@ -242,17 +243,61 @@ class Poison(Progress):
 
 
 def test_bad_steps_stop_the_run_and_name_the_images(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(UserError, match=r"3 steps in a row .* since batch 0 of epoch 2; their images .*bad_steps.json"):
-        train(quick(out, batch=24, max_bad_steps=3, epochs=9), progress=Poison(3))
+    out, poison = tmp_path / "run", Poison(12)
+    with pytest.raises(UserError, match=r"3 steps in a row .* since batch 3 of epoch 2; their images .*bad_steps.json"):
+        train(quick(out, batch=8, max_bad_steps=3, epochs=9), progress=poison)
     rows = json.loads((out / "bad_steps.json").read_text())["steps"]
-    assert [(row["epoch"], row["batch"], len(row["index"])) for row in rows] == [(1, 0, 24), (1, 1, 24), (1, 2, 24)]
+    assert [(row["epoch"], row["batch"], len(row["index"])) for row in rows] == [(1, 3, 8), (1, 4, 8), (1, 5, 8)]
     assert all(0 <= i < 72 for row in rows for i in row["index"])
+    assert poison.trainer.flat.data.isnan().sum() == 1, "no step has spread it"
+    assert poison.trainer.buffers.data.isfinite().all()
+    assert float(poison.trainer.update.skipped) == 3
+
+
+def test_weights_that_are_not_finite_end_the_run_before_they_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="weights are no longer finite after epoch 2"):
+        train(quick(out, epochs=3), progress=Poison(4))
     state = Store(out / "checkpoints").load()
     assert state is not None
-    assert state[0]["theta"].isnan().sum() == 1, "no step has spread it"
-    assert state[0]["rank.buffers"].isfinite().all()
-    assert float(state[0]["update.skipped"]) == 0
+    assert state[1]["steps"] == 2
+    assert state[0]["theta"].isfinite().all()
+
+
+COMMAND = [
+    "train", "--epochs", "2", "--limit-train", "72", "--batch", "36", "--method", "ce", "--no-tensorboard", "--device", "cpu",
+]  # fmt: skip
+
+
+def test_a_run_of_skipped_steps_alone_does_not_look_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMAND, "--out", str(tmp_path / "run"), "--scale", "1e39"]) == 2
+    text = capsys.readouterr()
+    assert "4 steps in a row had a non-finite loss or gradient, since batch 0 of epoch 1" in text.err
+    assert "skipped so far: 2" in text.out
+    assert "top-1" not in text.out
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"loss": null' in log
+    assert "NaN" not in log
+
+
+def test_skipped_steps_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ill(Poison):
+        def step(self, *args: Any) -> None:
+            if self.after == 0:
+                self.trainer.flat.data[0] = 0.0
+            super().step(*args)
+
+    ill = Ill(1)
+    monkeypatch.setattr("ltfast.progress.ConsoleProgress.step", lambda self, *args: ill.step(*args))
+    monkeypatch.setattr("ltfast.train.Trainer.describe", lambda self: (ill.begin(self), Durable.describe(self)))
+    assert main([*COMMAND, "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("skipped so far: 1\n") == 2
+    assert "not finite: 1 of 4\n" in text
 
 
 def test_bad_steps_in_between_do_not_add_up() -> None:

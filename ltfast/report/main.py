@@ -15,9 +15,10 @@ from ltfast.report import draw_classes, draw_geometry, draw_training, items
 from ltfast.report.budget import Budget
 from ltfast.report.compute import Computed, compute_all
 from ltfast.report.geometry import SIDES
-from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table, to_json
+from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table
 from ltfast.report.runs import Missing, RunView, open_runs
 from ltfast.report.style import look, save
+from ltfast.runs import to_json
 
 PAGE, NUMBERS = "index.html", "report.json"
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
@@ -66,7 +67,7 @@ def report(
     blocks = [("Overview", overview(views, computed))]
     for section in SECTION_ORDER:
         blocks.append((section, "".join(rendered[item.id] for item in entries if item.section == section)))
-    (folder / NUMBERS).write_text(to_json(entries))
+    (folder / NUMBERS).write_text(to_json({item.id: item.data for item in entries}, indent=1) + "\n")
     seconds = time.monotonic() - started
     names = ", ".join(view.name for view in views)
     lead = "What happened in training, which classes gained, and how the loss looks around the solution."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -151,21 +150,3 @@ def render_page(title: str, lead: str, blocks: Sequence[tuple[str, str]], footer
         f'<nav>{nav}</nav><main>{body}</main><footer>{html.escape(footer)}</footer><dialog><img alt=""></dialog>'
         f"<script>{SCRIPT}</script></body></html>\n"
     )
-
-
-def plain(value: Any) -> Any:
-    """Numbers of any kind as JSON values: arrays and tensors as lists, NaN and infinities as None."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
-
-
-def to_json(items: Sequence[Item]) -> str:
-    """All items' numbers by id."""
-    return json.dumps({item.id: plain(item.data) for item in items}, indent=1) + "\n"
