@@ -29,6 +29,10 @@ RESUME_OPTIONS = {
     "checkpoint_minutes",
     "keep_checkpoints",
     "data_dir",
+    "train_list",
+    "val_list",
+    "test_list",
+    "exclude_list",
     "workers",
     "on_bad_image",
 }

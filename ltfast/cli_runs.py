@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from ltfast.errors import UserError
+from ltfast.places import LISTS
 
 
 def add_run_commands(commands: Any) -> None:
@@ -16,6 +17,9 @@ def add_run_commands(commands: Any) -> None:
     evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which split [test]")
     evaluate.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
+    for name in LISTS:
+        flag = "--" + name.replace("_", "-")
+        evaluate.add_argument(flag, default=None, metavar="FILE", help="where this list lies now, if it moved")
     evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=command_eval)
@@ -49,8 +53,9 @@ def command_eval(args: argparse.Namespace) -> int:
     from ltfast.metrics import format_table
     from ltfast.runs import to_json
 
+    lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     result, source = evaluate_run(
-        args.folder, args.checkpoint, args.split, data_dir=args.data_dir, on_bad_image=args.on_bad_image
+        args.folder, args.checkpoint, args.split, data_dir=args.data_dir, on_bad_image=args.on_bad_image, lists=lists
     )
     if args.json:
         print(to_json(result))

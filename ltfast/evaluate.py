@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,18 +46,23 @@ def evaluate(
 
 
 def evaluate_run(
-    folder: str, which: str = "last", split: str = "test", data_dir: str | None = None, on_bad_image: str = "fail"
+    folder: str, which: str = "last", split: str = "test", data_dir: str | None = None, on_bad_image: str = "fail",
+    lists: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.
+
+    data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or its data is missing.
     """
     from ltfast import build, checkpoint
+    from ltfast.places import moved
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
-    config = run.config.with_(on_bad_image=on_bad_image, **({} if data_dir is None else {"data_dir": data_dir}))
+    places = {**({} if data_dir is None else {"data_dir": data_dir}), **(lists or {})}
+    config = moved(run.config, {"on_bad_image": on_bad_image, **places})
     ranks = Ranks()
     device = build.build_device(config, ranks)
     source = build.build_data(config, device, ranks)

@@ -121,7 +121,8 @@ class Accumulator:
 
         None marks what has no test image: an empty group, a class in per_class. ece: expected calibration error,
         sum_b n_b / n |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017) and the rows that are finite,
-        None without one. nonfinite: rows that held NaN or infinity. confusion[c][p], if kept: test images of class c predicted as p, without nonfinite rows.
+        None without one. nonfinite: rows that held NaN or infinity. confusion[c][p], if kept: test images of class c
+        predicted as p, without nonfinite rows.
         This call waits for the device.
         """
         state = {name: tensor.cpu() for name, tensor in self._state.items()}

@@ -21,6 +21,7 @@ import ltfast
 from ltfast.checkpoint import PART, write_atomically
 from ltfast.config import Config, load_toml
 from ltfast.errors import UserError
+from ltfast.places import absolute
 
 LOCK = "lock"
 
@@ -149,7 +150,7 @@ class RunFolder:
             folder.lock()
             folder.check_free()  # again: another process may have been between the first time and the lock
             # Whole and first: who finds it, however this process ends, may --resume.
-            write_atomically(folder.path / "config.toml", [toml_of(config.to_dict()).encode()])
+            write_atomically(folder.path / "config.toml", [toml_of(absolute(config).to_dict()).encode()])
             folder.prepare()
         except OSError as error:
             folder.close()

@@ -30,6 +30,7 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu
 from ltfast.memory import out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
+from ltfast.places import moved
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
 from ltfast.preserve.anchor import critical_weight
 from ltfast.preserve.bank import WEIGHTS
@@ -327,7 +328,7 @@ def train(
         if resume:
             folder = ranks.on_main(partial(RunFolder.open, resume))
             values = ranks.share(folder.config.to_dict() if folder is not None else {})
-            config = on_cpu(Config.from_dict(values, resume).with_(**changes or {}))
+            config = on_cpu(moved(Config.from_dict(values, resume), changes or {}))
             ranks.on_main(lambda: folder and folder.lock())
             trainer = Trainer(config, folder, ranks, progress)
             trainer.load_state()

@@ -23,6 +23,7 @@ from ltfast.models import LongTailModel
 from ltfast.objective import Objective
 from ltfast.observe import head_and_tail
 from ltfast.preserve import sample_indices
+from ltfast.places import moved
 from ltfast.runs import RunFolder
 
 HELD_BYTES = 1 << 30  # of images kept on the device for curvature and landscapes
@@ -163,7 +164,7 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
         raise Missing("no checkpoints/last.safetensors in it")
     config = view.config.with_(device=device, precision="fp32", deterministic=False)
     if data_dir is not None:
-        config = config.with_(data_dir=data_dir)
+        config = moved(config, {"data_dir": data_dir})
     where = build.build_device(config, Ranks())
     try:
         source = build.build_data(config, where, Ranks())

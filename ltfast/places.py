@@ -1,0 +1,37 @@
+"""Where the files of a run lie: absolute, so that it may be gone on with from any folder, and found again once moved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ltfast.config import Config
+
+LISTS = ("train_list", "val_list", "test_list", "exclude_list")
+
+
+def absolute(config: Config) -> Config:
+    """The config with absolute paths, so that the run may be evaluated and continued from any folder.
+
+    What is not there from here stays as it is: the name of a list below data_dir, say. Shard patterns are paths.
+    """
+    shards, values = config.data.dataset == "webdataset", {}
+    for name in ("data_dir", *LISTS, "weights", "bank"):
+        value = getattr(config.model if name == "weights" else config.preserve if name == "bank" else config.data, name)
+        if value and (shards or os.path.exists(value)):
+            parts = value.split("::") if shards else [value]
+            values[name] = "::".join(os.path.abspath(part) for part in parts)
+    return config.with_(**values)
+
+
+def moved(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with `changes`; lists that lay below data_dir are taken from the new one if they are there."""
+    old, new = config.data.data_dir, changes.get("data_dir")
+    found = {}
+    for name in LISTS if old and new else ():
+        value = getattr(config.data, name)
+        if value and Path(value).is_relative_to(old) and (Path(new) / Path(value).relative_to(old)).exists():
+            found[name] = str(Path(new) / Path(value).relative_to(old))
+    return config.with_(**{**found, **changes})
