@@ -138,9 +138,11 @@ def build_parser() -> Parser:
 
 def command_train(args: argparse.Namespace) -> int:
     from ltfast import launch
+    from ltfast.progress import outlive_readers
     from ltfast.recipes import build_config, method_values, named_recipe
     from ltfast.runs import RunFolder, fresh_folder
 
+    outlive_readers()
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
     if args.resume:
         if flags.keys() - RESUME_OPTIONS or args.method or args.config or args.recipe:
@@ -197,6 +199,8 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
             if isinstance(progress, TableProgress):
                 progress.finish(result)
             print_result(result)
+        if ranks.main:
+            launch.tell_ended()
     except RuntimeError as error:
         if ranks.world == 1 or not dist.lost_peer(error):
             raise

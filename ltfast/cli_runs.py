@@ -51,6 +51,7 @@ def add_run_commands(commands: Any) -> None:
 def command_eval(args: argparse.Namespace) -> int:
     from ltfast.evaluate import evaluate_run
     from ltfast.metrics import format_table
+    from ltfast.progress import counted
     from ltfast.runs import to_json
 
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
@@ -60,7 +61,7 @@ def command_eval(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json(result))
     else:
-        print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {result['n']:,} images")
+        print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {counted(result['n'], 'image')}")
         print(format_table(result, source.class_names, source.train_counts))
     return 0
 

@@ -15,7 +15,7 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import restart_note
 from ltfast.models import LongTailModel
 from ltfast.predict import Preprocess
-from ltfast.progress import Progress
+from ltfast.progress import Progress, counted
 from ltfast.runs import RunFolder
 from ltfast.store import Store
 from ltfast.survive import BadSteps, Signals, Watch, check_limits
@@ -84,7 +84,7 @@ class Durable:
             return "there was no checkpoint yet: from the beginning"
         if self.epoch >= self.config.optim.epochs:
             return f"all {self.steps:,} steps are done: evaluating"
-        return f"continuing after {self.steps:,} steps, in epoch {self.epoch + 1}"
+        return f"continuing after {counted(self.steps, 'step')}, in epoch {self.epoch + 1}"
 
     def flush(self) -> None:
         """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""
@@ -101,7 +101,7 @@ class Durable:
             self.save_state()
         self.flush()
         self.progress.note(
-            f"{self.watch.reason} in epoch {self.epoch + 1} after {self.steps:,} steps; checkpoint written"
+            f"{self.watch.reason} in epoch {self.epoch + 1} after {counted(self.steps, 'step')}; checkpoint written"
         )
         return {"stopped": self.watch.reason}
 

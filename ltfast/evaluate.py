@@ -46,7 +46,11 @@ def evaluate(
 
 
 def evaluate_run(
-    folder: str, which: str = "last", split: str = "test", data_dir: str | None = None, on_bad_image: str = "fail",
+    folder: str,
+    which: str = "last",
+    split: str = "test",
+    data_dir: str | None = None,
+    on_bad_image: str = "fail",
     lists: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Where a worker leaves the text of a UserError: it then exits with 0, because no restart can mend a user's mistake.
 MESSAGE = "LTFAST_MESSAGE_FILE"
+ENDED = ".ended"  # beside it: rank 0 has ended in order
 # Seconds a worker has, after SIGTERM, to finish its step and write its checkpoint (torchrun's own default is 30).
 GRACE_SECONDS = 60
 
@@ -94,7 +95,7 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
     """Run `ltfast ARGUMENTS` in `count` processes; returns the exit code.
 
     A worker that dies makes all of them start again from the last checkpoint in `out`, at most `max_restarts` times.
-    SIGTERM and SIGINT go on to the workers, which checkpoint and end.
+    SIGTERM, SIGINT and SIGHUP go on to the workers, which checkpoint and end.
 
     Raises:
         UserError: what a worker raised.
@@ -121,11 +122,15 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
         fields = {field.name for field in dataclasses.fields(config)}
         if "shutdown_timeout" in fields:  # torch 2.11 has none and waits 30 s
             config.shutdown_timeout = GRACE_SECONDS
+        if "signals_to_handle" in fields and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            config.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"  # nohup: torch would handle SIGHUP all the same
         code = 0
         try:
             elastic_launch(config, sys.executable)("-m", "ltfast", *arguments)
         except SignalException as stop:
-            code = _stopped(stop, isinstance(stop.__context__, SignalException), out)
+            at_once = isinstance(stop.__context__, SignalException) or not message.with_suffix(ENDED).exists()
+            if at_once and not message.exists():
+                code = _stopped(stop, out)
         except ChildFailedError as error:
             if not message.exists():
                 print(f"ltfast: {_failure(error, max_restarts, out)}", file=sys.stderr)
@@ -148,15 +153,19 @@ def _quiet(message: Path) -> None:
             logging.getLogger(name).addFilter(worth_showing)
 
 
-def _stopped(stop: SignalException, again: bool, out: str) -> int:
-    """The exit code after a signal; `again`: a second one came before the workers had ended."""
+def _stopped(stop: SignalException, out: str) -> int:
+    """The exit code after a signal that the workers had no time to act upon: they started, or a second one came."""
     began = (Path(out) / "config.toml").exists()
-    if again or not began:
-        when = "at once" if began else "before the run had begun"
-        how = f"; continue from the last checkpoint with: ltfast train --resume {out}" if began else ""
-        print(f"ltfast: stopped by {stop.sigval.name} {when}{how}", file=sys.stderr)
-        return 128 + stop.sigval
-    return 0 if stop.sigval in (signal.SIGTERM, signal.SIGINT) else 128 + stop.sigval
+    when = "at once" if began else "before the run had begun"
+    how = f"; continue from the last checkpoint with: ltfast train --resume {out}" if began else ""
+    print(f"ltfast: stopped by {stop.sigval.name} {when}{how}", file=sys.stderr)
+    return 128 + stop.sigval
+
+
+def tell_ended() -> None:
+    """Tell the launcher that the run has ended in order: it is finished, or has stopped with a checkpoint."""
+    if MESSAGE in os.environ:
+        Path(os.environ[MESSAGE]).with_suffix(ENDED).touch()
 
 
 def _failure(error: ChildFailedError, max_restarts: int, out: str) -> str:

@@ -28,10 +28,11 @@ def absolute(config: Config) -> Config:
 
 def moved(config: Config, changes: Mapping[str, Any]) -> Config:
     """The config with `changes`; lists that lay below data_dir are taken from the new one if they are there."""
-    old, new = config.data.data_dir, changes.get("data_dir")
-    found = {}
+    old, new, found = config.data.data_dir or "", changes.get("data_dir") or "", {}
     for name in LISTS if old and new else ():
         value = getattr(config.data, name)
-        if value and Path(value).is_relative_to(old) and (Path(new) / Path(value).relative_to(old)).exists():
-            found[name] = str(Path(new) / Path(value).relative_to(old))
+        if value and Path(value).is_relative_to(old):
+            place = Path(new, Path(value).relative_to(old))
+            if place.exists():
+                found[name] = str(place)
     return config.with_(**{**found, **changes})

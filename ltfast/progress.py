@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +17,46 @@ if TYPE_CHECKING:
 
 # Seconds between reads of device values: the only regular host synchronisation of a run.
 REFRESH = 0.5
+
+
+class Lasting:
+    """A text stream that outlives its reader: once it cannot be written (terminal closed, `| head`), all is dropped."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # also for what is buffered, and for C
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def counted(n: int, noun: str) -> str:
+    """'1 step', '2,000 steps'."""
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+
+
+def outlive_readers() -> None:
+    """From now on no print of this process can fail: a run is worth more than its output."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, Lasting):
+            setattr(sys, name, Lasting(stream))
 
 
 class Progress:
@@ -36,7 +79,7 @@ class Progress:
 
 
 class ConsoleProgress(Progress):
-    """Rich progress bar on stderr (only on a terminal) and plain lines on stdout."""
+    """On stdout: plain lines, and on a terminal a rich progress bar below them."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -50,20 +93,21 @@ class ConsoleProgress(Progress):
             disable=not self.console.is_terminal,
         )  # fmt: skip
         self.read_at = 0.0
+        self.task: Any = None  # once begun
 
     def begin(self, trainer: Trainer) -> None:
         cfg, src = trainer.config, trainer.source
         steps = cfg.optim.epochs * src.steps_per_epoch
         counts = src.train_counts
         self.console.print(
-            f"{cfg.data.dataset}: {src.sizes['train']:,} training images, {src.num_classes} classes of "
+            f"{cfg.data.dataset}: {counted(src.sizes['train'], 'training image')}, {src.num_classes} classes of "
             f"{int(counts.max())} to {int(counts.min())} images, {src.sizes.get('val', 0):,} validation, {src.sizes['test']:,} test"
         )
         if note := split_note(src.sizes, src.test_from):
             self.console.print(note)
         self.console.print(
             f"{cfg.method} on {cfg.model.model} ({trainer.flat.numel:,} parameters), {trainer.device}, "
-            f"{cfg.optim.epochs} epochs x {src.steps_per_epoch} steps of {cfg.data.batch} images"
+            f"{counted(cfg.optim.epochs, 'epoch')} x {counted(src.steps_per_epoch, 'step')} of {counted(cfg.data.batch, 'image')}"
         )
         if trainer.folder is not None:
             self.console.print(f"run folder {trainer.folder.path}")
@@ -90,7 +134,8 @@ class ConsoleProgress(Progress):
         self.console.print(text)
 
     def end(self) -> None:
-        self.bar.stop()
+        if self.task is not None:
+            self.bar.stop()
 
 
 def json_only(result: dict[str, Any]) -> dict[str, Any]:

@@ -195,15 +195,18 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}".encode())
 
     @staticmethod
-    def open(path: str | Path) -> RunFolder:
-        """An existing run folder.
+    def open(path: str | Path, *, lock: bool = False) -> RunFolder:
+        """An existing run folder, locked if it is to be written.
 
         Raises:
-            UserError: it is missing or holds no config.toml.
+            UserError: it is missing or holds no config.toml; another process is training in it.
         """
         if not (Path(path) / "config.toml").is_file():
             raise UserError(f"{path}: not a run folder (no config.toml in it)")
-        return RunFolder(Path(path))
+        folder = RunFolder(Path(path))
+        if lock:
+            folder.lock()
+        return folder
 
     def prepare(self) -> None:
         """Make what a process that was killed while it created the folder did not come to. OSError if it cannot."""

@@ -212,7 +212,10 @@ class Store:
             self.written = path.name
             return result
         if problem is not None:
-            raise UserError(f"{self.folder}: every training state is damaged or unreadable; last problem: {problem}")
+            raise UserError(
+                f"{self.folder}: every training state is damaged or unreadable ({problem}); start a new run with: "
+                f"ltfast train --config {self.folder.parent}/config.toml --out NEW"
+            )
         return None
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ travel in the background and are counted a few steps later, at the same step on 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
@@ -26,6 +27,7 @@ from ltfast.config import Run
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.launch import launched as is_launched
+from ltfast.progress import counted
 
 # Seconds between the ranks' votes: the answer to a signal takes up to two of them. One tiny message on the host each.
 VOTE_SECONDS = 0.5
@@ -45,7 +47,8 @@ def check_limits(run: Run) -> None:
 
 
 class Signals:
-    """While active, the first SIGTERM or SIGINT is remembered in `received`, and the second ends the process at once.
+    """While active, the first SIGTERM, SIGINT or SIGHUP (unless nohup has it ignored) is remembered in `received`, and the
+    second ends the process at once.
 
     A context manager; outside the main thread (where Python installs no handlers) it does nothing. In a process that a
     launcher has started (default: as `launched` finds), signals within SAME_SIGNAL_SECONDS are one.
@@ -56,12 +59,14 @@ class Signals:
         self._main = main
         self._same = SAME_SIGNAL_SECONDS if (is_launched() if launched is None else launched) else 0.0
         self._first = 0.0
+        self._process = os.getpid()
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -77,8 +82,9 @@ class Signals:
         if self.received:
             os._exit(128 + number)
         self.received, self._first = number, time.monotonic()
-        if self._main:  # os.write: print is not safe here
-            os.write(2, b"\nstopping after this step and a checkpoint; once more to stop at once\n")
+        if self._main and os.getpid() == self._process:  # loader workers are forked with this handler
+            with contextlib.suppress(OSError):  # the terminal is gone; os.write: print is not safe here
+                os.write(2, b"\nstopping after this step and a checkpoint; once more to stop at once\n")
 
 
 class Action(enum.IntEnum):
@@ -245,6 +251,6 @@ class BadSteps:
                 where = f"; {path} could not be written ({error.strerror})"
         epoch, batch, _ = steps[0]
         raise UserError(
-            f"{count} steps in a row had a non-finite loss or gradient, since batch {batch} of epoch {epoch + 1}{where}. "
+            f"{counted(count, 'step')} in a row had a non-finite loss or gradient, since batch {batch} of epoch {epoch + 1}{where}. "
             "Weights were not touched by them: look at those images, lower --lr or --rho, or raise --max-bad-steps"
         )

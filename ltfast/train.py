@@ -326,10 +326,9 @@ def train(
     folder, trainer = None, None
     try:
         if resume:
-            folder = ranks.on_main(partial(RunFolder.open, resume))
+            folder = ranks.on_main(lambda: RunFolder.open(resume, lock=True))
             values = ranks.share(folder.config.to_dict() if folder is not None else {})
             config = on_cpu(moved(Config.from_dict(values, resume), changes or {}))
-            ranks.on_main(lambda: folder and folder.lock())
             trainer = Trainer(config, folder, ranks, progress)
             trainer.load_state()
         else:

@@ -48,7 +48,9 @@ def test_a_run_by_relative_paths_goes_on_from_anywhere(
 ) -> None:
     make_set(tmp_path / "set", (4, 3, 2), size=(20, 20))
     monkeypatch.chdir(tmp_path)
-    words = "--model resnet8 --image-size 16 --batch 4 --epochs 1 --workers 0 --loader torch --device cpu --no-tensorboard"
+    words = (
+        "--model resnet8 --image-size 16 --batch 4 --epochs 1 --workers 0 --loader torch --device cpu --no-tensorboard"
+    )
     lists = ["--train-list", "set/train.txt", "--test-list", "set/val.txt"]
     train = ["train", "--dataset", "list", "--data-dir", "set", *lists, "--method", "ce", *words.split()]
     assert main([*train, "--out", "run"]) == 0

@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -33,6 +35,11 @@ from tests.test_resume import SMALL, StopAt, assert_same_run, weights
 QUICK = {**SMALL, "epochs": 2, "limit_train": 72}
 
 
+COMMAND = [
+    "train", "--epochs", "2", "--limit-train", "72", "--batch", "36", "--method", "ce", "--no-tensorboard", "--device", "cpu",
+]  # fmt: skip
+
+
 def quick(out: Path, method: str = "ce", **values: Any) -> Any:
     return build_config("digits-lt", method, {}, {**QUICK, "out": str(out), **values})
 
@@ -47,6 +54,42 @@ def test_the_first_signal_is_remembered_and_handlers_are_put_back() -> None:
         signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_hangup_is_a_signal_as_others_unless_it_is_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with Signals(main=False) as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Signals(main=False) as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.received, "nohup"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_forked_workers_do_not_repeat_the_message(capfd: pytest.CaptureFixture[str]) -> None:
+    with Signals():
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert capfd.readouterr().err == ""
+        signal.raise_signal(signal.SIGINT)
+        assert "once more to stop at once" in capfd.readouterr().err
+
+
+def test_a_run_outlives_those_who_read_its_output(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ltfast", *COMMAND, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert b"digits-lt" in process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(procs.TIMEOUT) == 0
+    assert RunFolder(tmp_path / "run").metrics("test")
 
 
 def test_outside_the_main_thread_it_does_nothing() -> None:
@@ -264,11 +307,6 @@ def test_weights_that_are_not_finite_end_the_run_before_they_are_kept(tmp_path: 
     assert state[0]["theta"].isfinite().all()
 
 
-COMMAND = [
-    "train", "--epochs", "2", "--limit-train", "72", "--batch", "36", "--method", "ce", "--no-tensorboard", "--device", "cpu",
-]  # fmt: skip
-
-
 def test_a_run_of_skipped_steps_alone_does_not_look_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,7 +417,6 @@ def with_quota(out: str, limit: int, answer: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     words = ["train", "--out", out, "--method", "ce", "--epochs", "2", "--no-tensorboard", "--device", "cpu"]
     errors, real = [], os.write
-    import sys
 
     class Collect:
         def write(self, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class Budget:
 
 
 class Progress:
-    """A rich bar on a terminal's stderr, nothing elsewhere; `with Progress(total) as p:` then `p.part(...)`, `p.tick()`."""
+    """A rich bar on a terminal's stderr, a line for each part on any other; `with Progress(parts) as p:`, `p.part(...)`."""
 
     def __init__(self, parts: int, quiet: bool = False) -> None:
         from rich.console import Console
@@ -59,6 +60,7 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             console=console, transient=True, disable=quiet or not console.is_terminal,
         )  # fmt: skip
+        self.lines = not quiet and not console.is_terminal
         self.whole = self.bar.add_task("report", total=parts)
         self.task: Any = None
 
@@ -74,6 +76,8 @@ class Progress:
     @contextmanager
     def part(self, name: str, ticks: int | None = None) -> Iterator[Callable[[], None]]:
         """One part of the report; yields the function to call after each of its (at most) `ticks` units of work."""
+        if self.lines:
+            print(f"report: {name}", file=sys.stderr, flush=True)
         task = self.bar.add_task(name, total=ticks)
         try:
             yield lambda: self.bar.advance(task)

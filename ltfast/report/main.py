@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def report(
         out: default: RUN/report for one run, <folder of the first run>/report-<names> for several.
         max_minutes: curvature and landscapes stop refining in time, and say so where nothing came of it; None: no limit.
         device, data_dir: where to compute; where the data lies now, if it moved.
-        quiet: no progress bar.
+        quiet: nothing on stderr about the progress.
 
     Raises:
         UserError: a folder that is no run, or has no metrics; an `out` that cannot be written; a limit <= 0.
@@ -54,6 +55,8 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from None
+    if not quiet:
+        print("report: drawing what the logs hold", file=sys.stderr, flush=True)
     drawing = time.monotonic()
     with look():
         entries = [build(views) for build in items.LOG_ITEMS]

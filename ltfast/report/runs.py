@@ -22,8 +22,8 @@ from ltfast.errors import UserError
 from ltfast.models import LongTailModel
 from ltfast.objective import Objective
 from ltfast.observe import head_and_tail
-from ltfast.preserve import sample_indices
 from ltfast.places import moved
+from ltfast.preserve import sample_indices
 from ltfast.runs import RunFolder
 
 HELD_BYTES = 1 << 30  # of images kept on the device for curvature and landscapes

@@ -19,6 +19,7 @@ from ltfast.config import Config
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.recipes import build_config
+from ltfast.runs import RunFolder
 from ltfast.train import train
 from tests.procs import run_ranks
 from tests.test_resume import assert_same_run, log
@@ -119,6 +120,31 @@ def test_sigterm_then_torchrun(tmp_path: Path) -> None:
     epochs = [row["epoch"] for row in log(run) if row["kind"] == "epoch"]
     assert epochs == list(range(len(epochs)))
     assert len([row for row in log(run) if row["kind"] == "data"]) == 1
+
+
+@pytest.mark.dist
+def test_sigterm_before_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunFolder.create(build_config("digits-lt", "ce", {}, {"out": str(run), "device": "cpu"})).close()
+    with started([*TRAIN[:4], "--procs", "2", "--resume", str(run)]) as process:
+        until(lambda: workers(process.pid), process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, (out, err)
+    assert err == f"ltfast: stopped by SIGTERM at once; continue from the last checkpoint with: ltfast train --resume {run}\n"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_hangup_of_the_launcher(tmp_path: Path, nohup: bool) -> None:
+    run = tmp_path / "run"
+    words = [*TRAIN, "--procs", "2", "--epochs", "4" if nohup else "30", "--out", str(run)]
+    with started([*(["nohup"] if nohup else []), *words]) as process:
+        until(lambda: list((run / "checkpoints").glob("state-*")), process)
+        process.send_signal(signal.SIGHUP)
+        out = finish(process)
+    assert ("stopped by SIGHUP" in out) is not nohup
+    assert bool(RunFolder(run).metrics("test")) is nohup
 
 
 @pytest.mark.dist
