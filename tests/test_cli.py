@@ -12,7 +12,9 @@ import pytest
 
 from ltfast.baselines import baseline_for
 from ltfast.cli import main
+from ltfast.progress import counted
 from ltfast.recipes import build_config
+from ltfast.report.budget import Progress as ReportProgress
 from ltfast.runs import RunFolder
 
 QUICK = ["--epochs", "2", "--scout", "0.5", "--fisher-budget", "32", "--no-tensorboard"]
@@ -125,6 +127,8 @@ def test_an_existing_run_is_not_overwritten(run: Path, capsys) -> None:
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert main(["train", "--out", str(run)]) == 2
     assert "already exists" in capsys.readouterr().err
+    assert main(["train", "--out", str(run / "config.toml")]) == 2
+    assert "is a file; choose a folder" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
@@ -177,3 +181,14 @@ def test_the_baseline_is_of_runs_as_long() -> None:
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {})) is not None
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"epochs": 3})) is None
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"imbalance": 10.0})) is None
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    assert [counted(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
+
+
+def test_a_report_without_a_terminal_tells_its_parts(capsys) -> None:
+    for quiet in (False, True):
+        with ReportProgress(1, quiet) as progress, progress.part("run: curvature"):
+            pass
+        assert capsys.readouterr().err == ("" if quiet else "report: run: curvature\n")
