@@ -42,6 +42,9 @@ class AtEpoch(Progress):
     def __init__(self, number: int, deed: Any) -> None:
         self.number, self.deed, self.lines = number, deed, list[str]()
 
+    def begin(self, trainer: Any) -> None:
+        self.trainer = trainer
+
     def epoch(self, epoch: int, epochs: int, phase: str, summary: Any, val: Any) -> None:
         if epoch + 1 == self.number:
             self.deed()
@@ -85,6 +88,8 @@ def read_only(folder: Path, out: Path) -> dict[str, Any]:
     mount("-o", "remount,size=64m", str(folder))
 
     def remount() -> None:
+        assert quiet.trainer.folder is not None
+        quiet.trainer.folder.close()  # a disk that fails turns read-only by force, `mount` waits for open files: the lock
         for _ in range(100):  # busy while a checkpoint is being written
             if subprocess.run(["mount", "-o", "remount,ro", str(folder)], capture_output=True).returncode == 0:
                 return
