@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +18,17 @@ from typing import Any, get_args, get_type_hints
 
 from ltfast.errors import UserError
 
+# Bounds of a number, in the words of the error. Options that bound each other are compared where they are used.
+LIMITS = {
+    "least": (operator.ge, "at least"), "above": (operator.gt, "more than"),
+    "most": (operator.le, "at most"), "below": (operator.lt, "less than"),
+}  # fmt: skip
+SEED_MAX = 2**32 - 1  # numpy's and torch's generators take more, but not the products made of it
+DEVICES = r"auto|cpu|cuda(:\d+)?"
 
-def _opt(default: Any, text: str, *, paper: str = "", choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": text, "paper": paper, "choices": choices})
+
+def _opt(default: Any, text: str, *, paper: str = "", choices: tuple[str, ...] = (), **limits: float) -> Any:
+    return field(default=default, metadata={"help": text, "paper": paper, "choices": choices, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,14 @@ class Data:
         None,
         "largest over smallest class count of a thinned set, 1 = balanced; default 100 for digits and CIFAR",
         paper="100",
+        least=1,
     )
     imbalance_type: str = _opt("exp", "shape of the long tail", choices=("exp", "step"))
-    limit_train: int = _opt(0, "keep this many training images, class proportions kept; 0 = all")
+    limit_train: int = _opt(0, "keep this many training images, class proportions kept; 0 = all", least=0)
     val_per_class: int = _opt(
         0,
         "images a class held out of train for choosing the best checkpoint; 0 = the set's own validation split, if any",
+        least=0,
     )
     sampler: str = _opt(
         "instance",
@@ -43,17 +56,21 @@ class Data:
         choices=("instance", "class-balanced", "sqrt", "progressive", "group-stratified"),
         paper="instance",
     )
-    batch: int = _opt(256, "global batch size (over all processes)", paper="256")
+    batch: int = _opt(256, "global batch size (over all processes)", paper="256", least=1)
     views: str = _opt(
-        "auto", "augmentation recipe; auto = the dataset's", choices=("auto", "digits", "cifar", "imagenet", "plain")
+        "auto",
+        "augmentation recipe; auto = the dataset's, imagenet and crop = of large pictures, the others of small ones",
+        choices=("auto", "digits", "cifar", "plain", "imagenet", "crop"),
     )
-    image_size: int | None = _opt(None, "side of pictures in pixels; default 224, folder-small 32", paper="224")
+    image_size: int | None = _opt(
+        None, "side of pictures in pixels; default 224, folder-small 32", paper="224", least=1
+    )
     loader: str = _opt(
         "auto",
         "input pipeline of large images; synthetic = generated pictures in their place, no file is read",
         choices=("auto", "dali", "torch", "synthetic"),
     )
-    workers: int = _opt(-1, "loader threads or workers; -1 = number of cores")
+    workers: int = _opt(-1, "loader threads or workers; -1 = number of cores", least=-1)
     on_bad_image: str = _opt(
         "auto",
         "an unreadable image is left out (skip) or ends the run (fail); auto = skip in training, counted, fail elsewhere",
@@ -74,9 +91,9 @@ class Model:
         "resnet32", "encoder: resnet8|resnet20|resnet32 (CIFAR style) or a torchvision classifier", paper="resnet32"
     )
     classifier: str = _opt("cosine", "classifier layer", choices=("cosine", "linear"), paper="cosine")
-    scale: float = _opt(30.0, "scale of the cosine classifier", paper="30")
-    projection_hidden: int = _opt(512, "hidden width of the projection heads", paper="512 (CIFAR), 2048")
-    projection_out: int = _opt(128, "output width of the projection heads", paper="128 (CIFAR), 1024")
+    scale: float = _opt(30.0, "scale of the cosine classifier", paper="30", above=0)
+    projection_hidden: int = _opt(512, "hidden width of the projection heads", paper="512 (CIFAR), 2048", least=1)
+    projection_out: int = _opt(128, "output width of the projection heads", paper="128 (CIFAR), 1024", least=1)
     weights: str | None = _opt(None, "start from these encoder weights (.safetensors or state dict)")
 
 
@@ -85,10 +102,10 @@ class Loss:
     """The base loss."""
 
     loss: str = _opt("bcl", "base loss", choices=("ce", "balanced-softmax", "bcl"), paper="bcl")
-    a_ce: float = _opt(1.0, "weight of the classification term of bcl", paper="2.0 (CIFAR), 1.0")
-    a_scl: float = _opt(0.35, "weight of the contrastive term of bcl", paper="0.6 (CIFAR), 0.35")
-    temperature: float = _opt(0.07, "temperature of the contrastive term", paper="0.1 (CIFAR), 0.07")
-    tau: float = _opt(1.0, "strength of the log prior in balanced softmax", paper="1.0")
+    a_ce: float = _opt(1.0, "weight of the classification term of bcl", paper="2.0 (CIFAR), 1.0", least=0)
+    a_scl: float = _opt(0.35, "weight of the contrastive term of bcl", paper="0.6 (CIFAR), 0.35", least=0)
+    temperature: float = _opt(0.07, "temperature of the contrastive term", paper="0.1 (CIFAR), 0.07", above=0)
+    tau: float = _opt(1.0, "strength of the log prior in balanced softmax", paper="1.0", least=0)
 
 
 @dataclass(frozen=True)
@@ -96,25 +113,37 @@ class Sharpness:
     """Sharpness-aware minimisation (GSA and its relatives)."""
 
     sharpness: str = _opt("none", "rule (see `ltfast methods`); none = plain descent")
-    direction: str | None = _opt(None, "override: joint, none, orthogonal, projected, friendly", paper="orthogonal")
-    objective: str | None = _opt(None, "override: shared or per_group", paper="per_group")
-    scope: str | None = _opt(None, "override: all or classifier")
+    direction: str | None = _opt(
+        None, "override", choices=("joint", "none", "orthogonal", "projected", "friendly"), paper="orthogonal"
+    )
+    objective: str | None = _opt(None, "override", choices=("shared", "per_group"), paper="per_group")
+    scope: str | None = _opt(None, "override", choices=("all", "classifier"))
     adaptive: bool | None = _opt(None, "override: scale perturbations by |theta|", paper="true")
-    rho: float | None = _opt(None, "override: fixed radius instead of Eq. 13")
-    radius_C: float | None = _opt(None, "override: C of Eq. 13", paper="0.1")
-    rho_min: float | None = _opt(None, "override: lower clip of the radius", paper="2e-3")
-    rho_max: float | None = _opt(None, "override: upper clip of the radius", paper="3e-3")
-    sigma: float | None = _opt(None, "override: strength of the moving average removed by `friendly`", paper="1")
-    lmbda: float | None = _opt(None, "override: decay of that moving average", paper="0.9")
-    aggregate: str | None = _opt(None, "override: uniform or share averaging of groups in a shared perturbation")
-    gram_every: int | None = _opt(None, "override: steps between exact group gradients; 1 = every step")
-    gram_ema: float | None = _opt(None, "override: weight of the old Gram matrix at a refresh")
-    ascent_every: int | None = _opt(None, "inexact, faster: climb every k-th step only, reuse the perturbation between")
-    ascent_views: int | None = _opt(None, "inexact, faster: 1 = climb on the classification view alone; 0 = all views")
-    ascent_fraction: float | None = _opt(None, "inexact, faster: share of the batch that the ascent sees")
-    tail_below: int = _opt(20, "imbsam: classes with fewer training images than this are tail")
-    focal_gamma: float = _opt(1.0, "focal-sam: t_c = focal_strength * (1 - pi_c) ** focal_gamma")
-    focal_strength: float = _opt(0.5, "focal-sam: see focal_gamma")
+    rho: float | None = _opt(None, "override: fixed radius instead of Eq. 13", least=0)
+    radius_C: float | None = _opt(None, "override: C of Eq. 13", paper="0.1", least=0)
+    rho_min: float | None = _opt(None, "override: lower clip of the radius", paper="2e-3", least=0)
+    rho_max: float | None = _opt(None, "override: upper clip of the radius", paper="3e-3", least=0)
+    sigma: float | None = _opt(
+        None, "override: strength of the moving average removed by `friendly`", paper="1", least=0
+    )
+    lmbda: float | None = _opt(None, "override: decay of that moving average", paper="0.9", least=0, most=1)
+    aggregate: str | None = _opt(
+        None, "override: averaging of groups in a shared perturbation", choices=("uniform", "share")
+    )
+    gram_every: int | None = _opt(None, "override: steps between exact group gradients; 1 = every step", least=1)
+    gram_ema: float | None = _opt(None, "override: weight of the old Gram matrix at a refresh", least=0, below=1)
+    ascent_every: int | None = _opt(
+        None, "inexact, faster: climb every k-th step only, reuse the perturbation between", least=1
+    )
+    ascent_views: int | None = _opt(
+        None, "inexact, faster: 1 = climb on the classification view alone; 0 = all views", least=0, most=1
+    )
+    ascent_fraction: float | None = _opt(
+        None, "inexact, faster: share of the batch that the ascent sees", above=0, most=1
+    )
+    tail_below: int = _opt(20, "imbsam: classes with fewer training images than this are tail", least=0)
+    focal_gamma: float = _opt(1.0, "focal-sam: t_c = focal_strength * (1 - pi_c) ** focal_gamma", least=0)
+    focal_strength: float = _opt(0.5, "focal-sam: see focal_gamma", least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -122,21 +151,23 @@ class Preserve:
     """Memory bank, grouping and grouped knowledge preservation (GKP)."""
 
     gkp: bool = _opt(False, "add the GKP anchor", paper="true")
-    groups: int = _opt(4, "number of class groups G", paper="4")
-    scout: float = _opt(0.4, "share of the epochs that scouts: base loss only, filling the bank")
-    regroup: int = _opt(0, "epochs between regroupings; 0 = once, after scouting", paper="0")
+    groups: int = _opt(4, "number of class groups G", paper="4", least=1)
+    scout: float = _opt(0.4, "share of the epochs that scouts: base loss only, filling the bank", least=0, most=1)
+    regroup: int = _opt(0, "epochs between regroupings; 0 = once, after scouting", paper="0", least=0)
     center: bool = _opt(False, "subtract the initial weights before comparing snapshots", paper="false")
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
-    gkp_lambda: float = _opt(10.0, "strength lambda of GKP", paper="10")
+    gkp_lambda: float = _opt(10.0, "strength lambda of GKP", paper="10", least=0)
     gkp_normalise: str = _opt(
         "classes", "divide by classes or training images of a group", choices=("classes", "samples"), paper="classes"
     )
     fisher: str = _opt(
         "per-sample", "squares of per-sample gradients or of batch means", choices=("per-sample", "batch")
     )
-    fisher_budget: int = _opt(512, "training images a group used for its Fisher")
-    alpha_start: float = _opt(0.9, "weight of GSA against GKP at the start (cosine schedule)", paper="0.9")
-    alpha_end: float = _opt(0.8, "the same at the end", paper="0.8")
+    fisher_budget: int = _opt(512, "training images a group used for its Fisher", least=1)
+    alpha_start: float = _opt(
+        0.9, "weight of GSA against GKP at the start (cosine schedule)", paper="0.9", least=0, most=1
+    )
+    alpha_end: float = _opt(0.8, "the same at the end", paper="0.8", least=0, most=1)
     bank: str | None = _opt(None, "start from the memory bank of this earlier run: grouped before training")
 
 
@@ -144,19 +175,19 @@ class Preserve:
 class Optim:
     """Descent."""
 
-    epochs: int = _opt(200, "passes over the training images", paper="200 (CIFAR), 90, 100, 30")
+    epochs: int = _opt(200, "passes over the training images", paper="200 (CIFAR), 90, 100, 30", least=1)
     optimizer: str = _opt("sgd", "base optimizer", choices=("sgd", "adamw"), paper="sgd")
-    lr: float = _opt(0.15, "peak learning rate", paper="0.15 (CIFAR), 0.1, 0.2")
+    lr: float = _opt(0.15, "peak learning rate", paper="0.15 (CIFAR), 0.1, 0.2", least=0)
     schedule: str = _opt(
         "multistep",
         "multistep: x0.1 at 80 % and 90 % of the epochs; cosine: to 0",
         choices=("multistep", "cosine", "constant"),
     )
-    warmup: float = _opt(5.0, "epochs of linear warm-up", paper="5 (CIFAR), 0")
-    momentum: float = _opt(0.9, "momentum of sgd, beta1 of adamw", paper="0.9")
+    warmup: float = _opt(5.0, "epochs of linear warm-up", paper="5 (CIFAR), 0", least=0)
+    momentum: float = _opt(0.9, "momentum of sgd, beta1 of adamw", paper="0.9", least=0, below=1)
     nesterov: bool = _opt(False, "Nesterov momentum", paper="false")
-    weight_decay: float = _opt(5e-4, "weight decay", paper="5e-4 (iNaturalist 1e-4)")
-    clip: float = _opt(0.0, "clip the norm of the final gradient; 0 = off", paper="0")
+    weight_decay: float = _opt(5e-4, "weight decay", paper="5e-4 (iNaturalist 1e-4)", least=0)
+    clip: float = _opt(0.0, "clip the norm of the final gradient; 0 = off", paper="0", least=0)
 
 
 @dataclass(frozen=True)
@@ -164,7 +195,7 @@ class Run:
     """Where and how it runs."""
 
     out: str | None = _opt(None, "run folder; default runs/<dataset>-<method>-s<seed>, numbered if taken")
-    seed: int = _opt(0, "seed of weights, order and augmentation", paper="0")
+    seed: int = _opt(0, "seed of weights, order and augmentation", paper="0", least=0, most=SEED_MAX)
     device: str = _opt("auto", "auto, cpu, cuda or cuda:N")
     precision: str = _opt(
         "auto", "auto = bf16 autocast on GPU, fp32 on CPU", choices=("auto", "fp32", "tf32", "bf16", "fp16")
@@ -174,19 +205,25 @@ class Run:
         "auto", "record whole steps as CUDA graphs; auto = small pictures on one GPU", choices=("auto", "on", "off")
     )
     deterministic: bool = _opt(False, "bit-reproducible kernels")
-    checkpoint_every: int = _opt(1, "epochs between checkpoints")
-    checkpoint_minutes: float = _opt(15.0, "also checkpoint after this many minutes in mid-epoch; 0 = off")
-    keep_checkpoints: int = _opt(2, "training states kept for --resume")
-    max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off")
-    max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row")
+    checkpoint_every: int = _opt(1, "epochs between checkpoints", least=1)
+    checkpoint_minutes: float = _opt(15.0, "also checkpoint after this many minutes in mid-epoch; 0 = off", least=0)
+    keep_checkpoints: int = _opt(2, "training states kept for --resume", least=1)
+    max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off", least=0)
+    max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row", least=1)
     tensorboard: bool = _opt(True, "write TensorBoard events")
     table: bool = _opt(
         False, "print a table row an epoch, with the seconds of training so far, as cifar10-airbench does"
     )
-    untimed_steps: int = _opt(0, "steps taken and undone before the clock starts: they compile, tune and record")
-    gpus: int = _opt(-1, "GPUs of this machine, one process each; -1 = all for large data sets, else one; 0 = CPU")
-    procs: int = _opt(0, "processes on the CPU instead of GPUs; 0 = one process")
-    max_restarts: int = _opt(3, "times that all processes start again from the last checkpoint after one has died")
+    untimed_steps: int = _opt(
+        0, "steps taken and undone before the clock starts: they compile, tune and record", least=0
+    )
+    gpus: int = _opt(
+        -1, "GPUs of this machine, one process each; -1 = all for large data sets, else one; 0 = CPU", least=-1
+    )
+    procs: int = _opt(0, "processes on the CPU instead of GPUs; 0 = one process", least=0)
+    max_restarts: int = _opt(
+        3, "times that all processes start again from the last checkpoint after one has died", least=0
+    )
     sync_bn: bool = _opt(False, "BatchNorm statistics over all processes; off = each its own part of the batch")
     ascent: str = _opt(
         "local",
@@ -217,7 +254,7 @@ class Config:
         """A copy with these fields changed, each found by its (unique) name.
 
         Raises:
-            UserError: unknown field (the nearest name is suggested), wrong type or a value outside the choices.
+            UserError: unknown field (the nearest name is suggested), wrong type or a value outside choices or range.
         """
         changed: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
@@ -279,30 +316,46 @@ def check(name: str, value: Any) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{name}={value!r}: needs {kind.__name__}, got {type(value).__name__}")
-    choices = f.metadata["choices"]
+    _check_range(name, value, **f.metadata)
+    return value
+
+
+def _check_range(name: str, value: Any, choices: tuple[str, ...], limits: Mapping[str, float], **_: Any) -> None:
     if choices and value not in choices:
         raise UserError(f"{name}={value!r}: choose from {', '.join(choices)}{nearest(str(value), choices)}")
-    return value
+    if name == "device" and not re.fullmatch(DEVICES, value):
+        raise UserError(f"device={value!r}: use auto, cpu, cuda or cuda:N")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value!r}: needs a finite number")
+    if not all(LIMITS[word][0](value, limit) for word, limit in limits.items()):
+        raise UserError(f"{name}={value!r}: use {' and '.join(f'{LIMITS[w][1]} {n}' for w, n in limits.items())}")
 
 
 def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Nested TOML to flat fields.
 
     Raises:
-        UserError: unknown section or key, or a key in the wrong section, naming `where` and the nearest name.
+        UserError: unknown section or key, a key in the wrong section or a value that does not fit, naming `where`.
     """
     flat: dict[str, Any] = {}
     for section, fields in values.items():
         if section == "method":
+            if not isinstance(fields, str):
+                raise UserError(f"{where}: method={fields!r}: needs the name of a method, see `ltfast methods`")
             continue
         if section not in SECTIONS:
             raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{where}: {section}={fields!r}: this is the name of a section, [{section}]")
         for name, value in fields.items():
             if name not in FIELDS:
                 raise UserError(f"{where}: unknown key {section}.{name}{nearest(name, FIELDS)}")
             if FIELDS[name][0] != section:
                 raise UserError(f"{where}: {name} belongs in [{FIELDS[name][0]}], not [{section}]")
-            flat[name] = value
+            try:
+                flat[name] = check(name, value)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
     return flat
 
 
@@ -310,11 +363,13 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     """Parse a TOML config file.
 
     Raises:
-        UserError: it is missing or not TOML.
+        UserError: it is missing, cannot be read or is not TOML.
     """
     try:
         return tomllib.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a config file ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None

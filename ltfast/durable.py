@@ -18,7 +18,7 @@ from ltfast.predict import Preprocess
 from ltfast.progress import Progress, counted
 from ltfast.runs import RunFolder
 from ltfast.store import Store
-from ltfast.survive import BadSteps, Signals, Watch, check_limits
+from ltfast.survive import BadSteps, Signals, Watch
 from ltfast.update import Update
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class Durable:
     def guard(self, signals: Signals) -> None:
         """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
         run = self.config.run
-        check_limits(run)
         if self.store is None and self.folder is not None:
             self.store = Store(self.folder.checkpoints, keep=run.keep_checkpoints, note=self.progress.note)
         self.watch = Watch(

@@ -57,8 +57,6 @@ def process_count(config: Config) -> int:
     gpus, procs, visible = config.run.gpus, config.run.procs, torch.cuda.device_count()
     if gpus >= 0 and procs:
         raise UserError("--gpus and --procs exclude each other: --gpus N runs on N GPUs, --procs N on the CPU")
-    if procs < 0 or gpus < -1:
-        raise UserError(f"--{'procs' if procs < 0 else 'gpus'} {min(procs, gpus)}: use 0 or more")
     if gpus > visible:
         raise UserError(
             f"--gpus {gpus}: {visible} CUDA devices are visible; use at most that, or --procs {gpus} for the CPU"

@@ -138,11 +138,8 @@ class RunFolder:
         """Make the folder named by --out (or a fresh default one), lock it, and write config.toml and env.json.
 
         Raises:
-            UserError: the folder exists and is not empty, or cannot be written; a limit of --max-... makes no sense.
+            UserError: the folder exists and is not empty, or cannot be written.
         """
-        from ltfast.survive import check_limits
-
-        check_limits(config.run)
         folder = RunFolder(Path(config.run.out) if config.run.out else fresh_folder(config))
         folder.check_free()
         try:

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltfast.config import Run
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.launch import launched as is_launched
@@ -34,16 +33,6 @@ VOTE_SECONDS = 0.5
 VOTE_STEPS_MAX = 64
 # A scheduler signals workers and launcher alike, and the launcher hands it on: what comes that soon is the same signal.
 SAME_SIGNAL_SECONDS = 3.0
-
-
-def check_limits(run: Run) -> None:
-    """UserError for a number that would stop a run at once, or never let it checkpoint."""
-    for name, least in (("max_bad_steps", 1), ("keep_checkpoints", 1), ("checkpoint_every", 1)):
-        if getattr(run, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(run, name)}: use {least} or more")
-    for name in ("checkpoint_minutes", "max_hours", "max_restarts"):
-        if not getattr(run, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(run, name)}: use 0 or more")
 
 
 class Signals:

@@ -8,9 +8,11 @@ import tomllib
 
 import pytest
 
-from ltfast.config import FIELDS, SECTIONS, Config, flatten, load_toml
+from ltfast.config import FIELDS, SECTIONS, TYPES, Config, check, flatten, load_toml
+from ltfast.data.augment import RECIPES as SMALL_VIEWS
+from ltfast.data.large_views import RECIPES as LARGE_VIEWS
 from ltfast.errors import UserError
-from ltfast.optim.rules import RULES
+from ltfast.optim.rules import DIRECTIONS, RULES, Rule
 from ltfast.recipes import ALIASES, BASES, RECIPES, SHARPNESS_SOURCES, build_config, method_values, rule_of
 from ltfast.runs import toml_of
 
@@ -57,6 +59,10 @@ def test_later_layers_win() -> None:
         ({"optim": {"epoch": 3}}, r"unknown key optim.epoch \(did you mean epochs\?\)"),
         ({"optm": {"epochs": 3}}, r"unknown section \[optm\] \(did you mean optim\?\)"),
         ({"data": {"lr": 0.1}}, r"lr belongs in \[optim\], not \[data\]"),
+        ({"data": {"batch": "x"}}, "my.toml: batch='x': needs int"),
+        ({"optim": {"lr": -1}}, "my.toml: lr=-1.0: use at least 0"),
+        ({"data": 3}, r"my.toml: data=3: this is the name of a section, \[data\]"),
+        ({"method": 3}, "my.toml: method=3: needs the name of a method"),
     ],
 )
 def test_mistakes_in_a_file_are_named(values: dict, message: str) -> None:
@@ -71,11 +77,38 @@ def test_mistakes_in_a_file_are_named(values: dict, message: str) -> None:
         ("epochs", 2.5, "epochs=2.5: needs int"),
         ("sampler", "instnce", r"choose from .* \(did you mean instance\?\)"),
         ("epoch", 1, r"unknown option 'epoch' \(did you mean epochs\?\)"),
+        ("epochs", 0, "epochs=0: use at least 1"),
+        ("momentum", 2.0, "momentum=2.0: use at least 0 and less than 1"),
+        ("temperature", 0.0, "temperature=0.0: use more than 0"),
+        ("scout", 2, "scout=2.0: use at least 0 and at most 1"),
+        ("seed", 2**32, "use at least 0 and at most 4294967295"),
+        ("lambda_q", math.nan, "lambda_q=nan: needs a finite number"),
+        ("lr", math.inf, "lr=inf: needs a finite number"),
+        ("direction", "orthogonl", r"choose from .* \(did you mean orthogonal\?\)"),
+        ("device", "tpu", "device='tpu': use auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:x", "device='cuda:x': use"),
     ],
 )
 def test_bad_values_are_refused(name: str, value: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Config().with_(**{name: value})
+
+
+@pytest.mark.parametrize("name", [n for n, kind in TYPES.items() if kind in (int, float, int | None, float | None)])
+def test_every_number_has_a_range_that_holds_its_default(name: str) -> None:
+    default = FIELDS[name][1].default
+    assert default is None or check(name, default) == default
+    if name != "lambda_q":  # any sign has a meaning
+        with pytest.raises(UserError, match=f"{name}=-2"):
+            Config().with_(**{name: -2})
+
+
+def test_choices_in_two_places_agree() -> None:
+    assert FIELDS["direction"][1].metadata["choices"] == DIRECTIONS
+    assert set(FIELDS["views"][1].metadata["choices"]) == {"auto", *SMALL_VIEWS, *LARGE_VIEWS}
+    for name in ("objective", "scope", "aggregate"):
+        for choice in FIELDS[name][1].metadata["choices"]:
+            Rule(**{name: choice})
 
 
 def test_every_method_builds() -> None:

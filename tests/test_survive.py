@@ -348,20 +348,6 @@ def test_bad_steps_in_between_do_not_add_up() -> None:
         BadSteps(0, counter, Ranks(), None)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"max_bad_steps": 0}, {"keep_checkpoints": 0}, {"checkpoint_every": 0}, {"checkpoint_minutes": -1.0},
-        {"max_hours": float("nan")}, {"max_restarts": -1},
-    ],
-)  # fmt: skip
-def test_limits_without_a_meaning_leave_no_folder(tmp_path: Path, values: dict[str, Any]) -> None:
-    (name,) = values
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .*: use [01] or more"):
-        train(quick(tmp_path / "run", **values))
-    assert not (tmp_path / "run").exists()
-
-
 # -- disks that fail -----------------------------------------------------------------------------------------------------
 
 

@@ -175,12 +175,7 @@ def test_process_count(monkeypatch: pytest.MonkeyPatch, values: dict[str, object
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [
-        ({"gpus": 9}, "--gpus 9: 8 CUDA"),
-        ({"gpus": 1, "procs": 2}, "exclude"),
-        ({"procs": -1}, "--procs -1"),
-        ({"gpus": -2}, "--gpus -2"),
-    ],
+    [({"gpus": 9}, "--gpus 9: 8 CUDA"), ({"gpus": 1, "procs": 2}, "exclude")],
 )
 def test_process_count_refuses(monkeypatch: pytest.MonkeyPatch, values: dict[str, object], message: str) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
