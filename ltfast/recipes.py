@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ltfast.config import Config, nearest
+from ltfast.config import FIELDS, Config, nearest
 from ltfast.errors import UserError
-from ltfast.optim.rules import RULES, Rule
+
+if TYPE_CHECKING:
+    from ltfast.optim.rules import Rule
 
 Values = dict[str, Any]
 
@@ -73,6 +75,17 @@ NAMED: dict[str, tuple[str, str, Callable[[], Values]]] = {
     "cifar10-lt-speedrun": ("cifar10-lt", "balanced-softmax", cifar10_speedrun),
 }
 
+# Options of [data] that other data sets than these would not read.
+LISTED = ("imagenet-lt", "inat18", "places-lt", "list")
+FOLDERS = (*LISTED, "folder", "folder-small")
+READ_BY: dict[str, tuple[str, ...]] = {
+    "data_dir": (*FOLDERS, "cifar10-lt", "cifar100-lt", "webdataset"), "train_list": LISTED,
+    "val_list": (*LISTED, "webdataset"), "test_list": (*LISTED, "webdataset"), "exclude_list": (*LISTED, "folder"),
+    "image_size": (*FOLDERS, "webdataset"), "download": ("cifar10-lt", "cifar100-lt"),
+    "imbalance": ("digits-lt", "cifar10-lt", "cifar100-lt", *FOLDERS),
+    "val_per_class": ("digits-lt", "cifar10-lt", "cifar100-lt", *FOLDERS),
+}  # fmt: skip
+
 # Parts that a method name joins with "+": a base loss, at most one sharpness rule, gkp.
 BASES: dict[str, tuple[Values, str]] = {
     "ce": ({"loss": "ce"}, "plain cross-entropy on one view: the baseline"),
@@ -113,12 +126,12 @@ def method_values(name: str) -> Values:
     for part in parts:
         if part in BASES:
             kind, new = "base loss", BASES[part][0]
-        elif part in RULES:
+        elif part in SHARPNESS_SOURCES:
             kind, new = "sharpness rule", {"sharpness": part}
         elif part == "gkp":
             kind, new = "gkp", {"gkp": True}
         else:
-            known = [*BASES, *RULES, *ALIASES, "gkp"]
+            known = [*BASES, *SHARPNESS_SOURCES, *ALIASES, "gkp"]
             raise UserError(f"--method {name}: unknown part {part!r}{nearest(part, known)}; see `ltfast methods`")
         if kind in seen:
             raise UserError(f"--method {name}: names more than one {kind}; keep one")
@@ -140,15 +153,28 @@ def named_recipe(name: str) -> tuple[str, str, Values]:
 
 
 def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> Config:
-    """Defaults < recipe < method < config file < flags."""
+    """Defaults < recipe < method < config file < flags.
+
+    Raises:
+        UserError: unknown data set or method, a value that does not fit, or an option that the data set does not read.
+    """
     if dataset not in RECIPES:
         raise UserError(f"--dataset {dataset}: unknown{nearest(dataset, RECIPES)}; see `ltfast datasets`")
     layers = {**RECIPES[dataset](), **method_values(method), **file_values, **flags, "dataset": dataset}
-    return dataclasses.replace(Config().with_(**layers), method=method)
+    config = Config().with_(**layers)
+    for name, datasets in READ_BY.items():
+        if dataset not in datasets and getattr(config.data, name) != FIELDS[name][1].default:
+            raise UserError(
+                f"{name}={getattr(config.data, name)!r}: {dataset} does not read it (only {', '.join(datasets)}); "
+                "leave it out or choose another --dataset"
+            )
+    return dataclasses.replace(config, method=method)
 
 
 def rule_of(config: Config) -> Rule | None:
     """The sharpness rule of a config with its overrides, or None for plain descent."""
+    from ltfast.optim.rules import RULES, Rule
+
     sharp = config.sharpness
     if sharp.sharpness == "none":
         return None

@@ -147,7 +147,13 @@ def _shape(
     lists = dict(lists)
     if exclude_list is not None:
         bad = read_bad_list(exclude_list)
-        lists = {split: images.without(bad) for split, images in lists.items()}
+        whole, lists = lists, {split: images.without(bad) for split, images in lists.items()}
+        if bad and all(len(lists[split]) == len(whole[split]) for split in lists):
+            raise UserError(
+                f"--exclude-list {exclude_list}: none of its {len(bad):,} paths is in the data set; it has "
+                f"{min(bad).decode(errors='replace')!r}, the train split {whole['train'].paths[0]!r}; write the list with "
+                "`ltfast data check --bad-list` on the same folder"
+            )
     if imbalance is not None and imbalance != 1:
         if dataset in PUBLIC:
             raise UserError(f"--imbalance {imbalance:g}: {dataset} is long-tailed as it is; use it with folder or list")

@@ -66,6 +66,14 @@ def test_thinning_limiting_holding_out_and_excluding(root, tmp_path):
     assert small(root, val_list="val.txt", exclude_list=tmp_path / "bad.txt").train_counts.tolist() == [12, 9, 6, 3]
 
 
+def test_an_exclude_list_of_other_pictures_is_refused(root, tmp_path):
+    (tmp_path / "bad.txt").write_text("other/3/0.jpg\ttruncated\n")
+    with pytest.raises(UserError, match=r"none of its 1 paths is in the data set; it has 'other/3/0.jpg', .* 'train/"):
+        small(root, exclude_list=tmp_path / "bad.txt")
+    (tmp_path / "bad.txt").write_text("")  # `data check` found none
+    assert small(root, val_list="val.txt", exclude_list=tmp_path / "bad.txt").train_counts.tolist() == [12, 9, 6, 4]
+
+
 def test_user_errors(root):
     cases = [
         ({"train_list": None}, "--train-list"),
