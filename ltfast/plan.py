@@ -59,6 +59,9 @@ class Plan:
     parameters: int
     encoder_parameters: int
     groups: int
+    """Of the ascent, 1 without one."""
+    bank_groups: int
+    """Of the memory bank; 0 where nothing needs them."""
     flops_vs_sgd: float
     state_bytes: int
     """Of one process: weights, gradient rows, optimizer state, copies."""
@@ -87,7 +90,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     flat = FlatParameters(model.parameters())
     needs_groups = config.preserve.gkp or (rule is not None and rule.groups == "bank")
     kinds = {"bank": config.preserve.groups, "class": source.num_classes, "head-tail": 2, "focal": 2}
-    groups = kinds.get(rule.groups, 1) if rule else 1
+    groups = kinds.get(rule.groups, 1) if rule else 1  # of the ascent; GKP's are always those of the bank
     rows = gradient_rows(rule, groups)
     slots = 1 if config.optim.optimizer == "sgd" else 2
     kept = rule is not None and rule.scope == "all"
@@ -104,6 +107,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         parameters=flat.numel,
         encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
         groups=groups,
+        bank_groups=config.preserve.groups if needs_groups else 0,
         flops_vs_sgd=flops_ratio(rule, groups, 3 if config.loss.loss == "bcl" else 1),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
         bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if needs_groups else 0,
@@ -121,18 +125,25 @@ def first_missing(source: LargeSource) -> str:
     return train.file(found[0]) if found else ""
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
 def print_plan(config: Config) -> None:
     """Print the plan for a person."""
     plan = make_plan(config)
-    optim = config.optim
+    epochs, steps = _count(config.optim.epochs, "epoch"), _count(plan.steps_per_epoch, "step")
+    groups = f"{plan.bank_groups or plan.groups}"
+    if plan.bank_groups and 1 < plan.groups != plan.bank_groups:
+        groups += f" of GKP, {plan.groups} of the ascent"
     lines = {
         "method": f"{config.method} on {config.model.model}",
         "data": f"{config.data.dataset}, {plan.train_images:,} training images, {plan.classes:,} classes",
-        "steps": f"{optim.epochs} epochs x {plan.steps_per_epoch:,} steps of {config.data.batch} images = {plan.steps:,}"
-        + (f"; the first {plan.scouting_epochs} epochs scout" if plan.scouting_epochs else ""),
-        "processes": f"{plan.processes}, each {plan.images_a_process} images a step",
+        "steps": f"{epochs} x {steps} of {_count(config.data.batch, 'image')} = {plan.steps:,}"
+        + (f"; scouting: the first {_count(plan.scouting_epochs, 'epoch')}" if plan.scouting_epochs else ""),
+        "processes": f"{plan.processes}, each {_count(plan.images_a_process, 'image')} a step",
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
-        "groups": str(plan.groups),
+        "groups": groups,
         "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch (after scouting)",
         "memory": f"{plan.state_bytes / GIB:.3f} GiB a process for weights, gradients, optimizer state and anchor "
         "(without activations)",
