@@ -10,20 +10,15 @@ from ltfast.config import Config
 from ltfast.metrics import OVERALL
 from ltfast.recipes import build_config
 
-# Settings that change the split or its test images; with any of them different the figures would not compare.
-SPLIT = ("dataset", "imbalance", "imbalance_type", "limit_train", "val_per_class", "data_dir")
-
 
 def baseline_for(config: Config) -> dict[str, Any] | None:
-    """Mean test figures of `--method ce` on the same split, trained as long (made by benchmarks/figures.py), or None."""
+    """Mean test figures of `--method ce` on the same data, network and descent (made by benchmarks/figures.py), or None."""
     path = Path(__file__).with_name("baselines.json")
     table = json.loads(path.read_text()) if path.exists() else {}
     found = table.get(config.data.dataset)
     if found is None:
         return None
     measured = build_config(config.data.dataset, "ce", {}, {})
-    if config.optim.epochs != measured.optim.epochs:
-        return None
-    if any(getattr(config.data, name) != getattr(measured.data, name) for name in SPLIT):
+    if (config.data, config.model, config.optim) != (measured.data, measured.model, measured.optim):
         return None
     return {**dict.fromkeys(OVERALL), **found}
