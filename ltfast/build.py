@@ -28,6 +28,7 @@ from ltfast.step import Taken
 MEMBERSHIP_KIND = {"one": "single", "class": "classes", "head-tail": "head-tail", "focal": "focal", "bank": "groups"}
 # CC-SAM evaluates one perturbed classifier a class; above this many classes that is more work than the encoder.
 CLASS_GROUPS_MAX = 128
+TORCHVISION_SIDE = 224  # what its models are made for; each takes pictures of this size
 
 
 def build_device(config: Config, ranks: Ranks) -> torch.device:
@@ -134,7 +135,7 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     """The network on the CPU, its weights drawn from the run's seed.
 
     Raises:
-        UserError: unknown model, or weights that do not fit.
+        UserError: unknown model, one that cannot take so small pictures, or weights that do not fit.
     """
     from pathlib import Path
 
@@ -147,11 +148,28 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     imagenet_resnet = cfg.model.startswith(("resnet", "resnext", "wide_resnet")) and not is_cifar_encoder(cfg.model)
     stem = "small" if side <= 40 and imagenet_resnet else "default"
     encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side)
+    if side < TORCHVISION_SIDE and not is_cifar_encoder(cfg.model):
+        check_size(cfg.model, encoder, input_shape)
     projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None
     model = LongTailModel(encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier)
     if cfg.weights:
         checkpoint.load_weights(model.encoder, Path(cfg.weights))
     return model
+
+
+def check_size(name: str, encoder: torch.nn.Module, input_shape: tuple[int, int, int]) -> None:
+    """UserError where nothing is left of a picture before the encoder's last layer; found by trying one."""
+    encoder.eval()  # nothing is drawn or counted
+    try:
+        with torch.no_grad():
+            encoder(torch.zeros(1, *input_shape))
+    except RuntimeError as error:
+        side, reason = input_shape[-1], str(error).partition("\n")[0]
+        raise UserError(
+            f"--model {name}: it cannot take pictures of {side} x {side} pixels ({reason}); use larger pictures or a "
+            "model such as resnet32"
+        ) from None
+    encoder.train()
 
 
 def build_objective(config: Config, counts: Tensor, agreement: Agreement | None = None) -> Objective:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -53,9 +54,9 @@ class Parser(argparse.ArgumentParser):
         return self
 
     def error(self, message: str) -> Any:
-        unknown = next((word for word in message.split() if word.startswith("--")), "")
-        known = [option for action in self._actions for option in action.option_strings]
-        hint = nearest(unknown.split("=")[0], known) if "unrecognized" in message else ""
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized.*?(--[^ =]+)", message)
+        known = [word for action in self._actions for word in (*action.option_strings, *(action.choices or ()))]
+        hint = nearest(wrong[1] or wrong[2], known) if wrong else ""
         raise UserError(f"{message}{hint}; see `{self.prog} --help`")
 
 
@@ -287,3 +288,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a file or folder that nobody before could say more about
+        from ltfast import launch
+
+        if launch.launched() or error.strerror is None:
+            raise  # a worker's may pass: it is started again
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return launch.report(UserError(f"{where}{error.strerror}"))

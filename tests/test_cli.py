@@ -100,6 +100,7 @@ BAD = [
     (["train", "--dataset", "cifar10-lt", "--data-dir", "/nowhere"], "/nowhere"),
     (["train", "--config", "/nowhere.toml"], "no such config file"),
     (["train", "--model", "resnt8"], "resnt8"),
+    (["train", "--model", "squeezenet1_1", "--dry-run"], "it cannot take pictures of 8 x 8 pixels"),
     (["train", "--device", "cuda:7"], "cuda"),
     (["train", "--resume", "/nowhere"], "not a run folder"),
     (["train", "--bank", "/nowhere"], "not a run folder"),
@@ -107,6 +108,15 @@ BAD = [
     (["train", "--weights", "/nowhere.pt"], "no such file"),
     (["eval", "/nowhere"], "not a run folder"),
     (["fly"], "invalid choice"),
+    (["trian"], "did you mean train?"),
+    (["train", "--epochs", "0"], "epochs=0: use at least 1"),
+    (["train", "--dry-run", "--lr", "nan"], "lr=nan: needs a finite number"),
+    (["train", "--dry-run", "--device", "tpu"], "use auto, cpu, cuda or cuda:N"),
+    (["train", "--config", "."], "cannot be read as a config file"),
+    (["train", "--data-dir", "x"], "data_dir='x': digits-lt does not read it"),
+    (["train", "--dataset", "folder", "--test-list", "x"], "test_list='x': folder does not read it"),
+    (["train", "--out", "x" * 300], "File name too long"),
+    (["data", "contact", "/dev/null/sheet.png"], "/dev/null: File exists"),
 ]
 
 
@@ -177,10 +187,28 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_baseline_is_of_runs_as_long() -> None:
+def test_the_listing_of_methods_needs_no_torch() -> None:
+    code = "import sys; from ltfast.cli import main; main(['methods']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("method", "groups"), [("ce", "1"), ("gkp", "4"), ("imbsam", "2"), ("imbsam+gkp", "4 of GKP, 2 of the ascent")]
+)
+def test_dry_run_counts_the_groups_of_gkp(method: str, groups: str, capsys) -> None:
+    assert main(["train", "--dry-run", "--method", method, "--epochs", "1"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["groups"].strip() == groups
+    assert "1 epoch x 6 steps" in lines["steps"]
+
+
+def test_the_baseline_is_of_the_same_data_network_and_descent() -> None:
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {})) is not None
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"epochs": 3})) is None
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"imbalance": 10.0})) is None
+    assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"model": "resnet20"})) is None
+    assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"lr": 0.01})) is None
 
 
 def test_counts_agree_with_their_nouns() -> None:
