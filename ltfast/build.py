@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltfast.compiled import Compiler, Report, quiet
-from ltfast.config import Config
+from ltfast.config import Config, check
 from ltfast.data.base import Batch, Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
@@ -31,18 +31,26 @@ CLASS_GROUPS_MAX = 128
 TORCHVISION_SIDE = 224  # what its models are made for; each takes pictures of this size
 
 
-def build_device(config: Config, ranks: Ranks) -> torch.device:
-    """The device of this process; sets TF32 and determinism.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of `--device NAME`.
 
     Raises:
-        UserError: CUDA was asked for and is not there.
+        UserError: no device is called so, or it is not there.
     """
-    name = config.run.device
+    check("device", name)
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
-    device = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" else name)
+        name = "cuda" if visible else "cpu"
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type == "cuda" and device.index >= visible:
+        there = f"CUDA devices 0 to {visible - 1} are visible" if visible else "no CUDA device is visible"
+        raise UserError(f"--device {name}: {there}; use {'one of them' if visible else '--device cpu'}")
+    return device
+
+
+def build_device(config: Config, ranks: Ranks) -> torch.device:
+    """The device of this process, see `pick_device`; sets TF32 and determinism."""
+    device = pick_device(config.run.device, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     tf32 = config.run.precision != "fp32"

@@ -43,7 +43,7 @@ def add_run_commands(commands: Any) -> None:
     predict.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
     predict.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights of a run [last]")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print [5]")
-    predict.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
+    predict.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N [cpu]")
     predict.add_argument("--json", action="store_true", help="print one JSON object a picture")
     predict.set_defaults(run=command_predict)
 

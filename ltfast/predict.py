@@ -145,12 +145,11 @@ def predict(
     unreadable: told of each picture that cannot be read, which is then left out.
 
     Raises:
-        UserError: a picture cannot be read, and nobody is to be told.
+        UserError: no such device; or a picture cannot be read, and nobody is to be told.
     """
     if top < 1:
         raise UserError(f"--top {top}: use 1 or more")
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
+    device = build.pick_device(device) if isinstance(device, str) else device
     model, waiting = trained.model.to(device), list(paths)
     for start in range(0, len(waiting), batch):
         read = list(_read(trained.preprocess, waiting[start : start + batch], unreadable))

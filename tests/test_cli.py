@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ltfast.baselines import baseline_for
+from ltfast.build import pick_device
 from ltfast.cli import main
+from ltfast.errors import UserError
 from ltfast.progress import counted
 from ltfast.recipes import build_config
 from ltfast.report.budget import Progress as ReportProgress
@@ -131,6 +134,17 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert error.startswith("ltfast: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_device_that_is_not_there(run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto", 1) == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda:2: CUDA devices 0 to 1 are visible; use one of them"):
+        pick_device("cuda:2")
+    assert main(["predict", str(run), "x.png", "--device", "tpu"]) == 2
+    assert "use auto, cpu, cuda or cuda:N" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten(run: Path, capsys) -> None:
