@@ -278,11 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         return int(args.run(args))
-    except (UserError, PermissionError) as error:
+    except UserError as error:
         from ltfast import launch
 
-        if isinstance(error, PermissionError):
-            error = UserError(f"{error.filename or error}: permission denied; check its rights")
         return launch.report(error)
     except KeyboardInterrupt:  # before or after training; in it, a checkpoint comes first
         return 130

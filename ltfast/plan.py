@@ -16,6 +16,7 @@ from ltfast.data.small import check_batch
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.optim.rules import Rule
+from ltfast.progress import counted
 from ltfast.recipes import rule_of
 from ltfast.schedule import scouting_epochs
 
@@ -125,23 +126,19 @@ def first_missing(source: LargeSource) -> str:
     return train.file(found[0]) if found else ""
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
-
-
 def print_plan(config: Config) -> None:
     """Print the plan for a person."""
     plan = make_plan(config)
-    epochs, steps = _count(config.optim.epochs, "epoch"), _count(plan.steps_per_epoch, "step")
+    epochs, steps = counted(config.optim.epochs, "epoch"), counted(plan.steps_per_epoch, "step")
     groups = f"{plan.bank_groups or plan.groups}"
     if plan.bank_groups and 1 < plan.groups != plan.bank_groups:
         groups += f" of GKP, {plan.groups} of the ascent"
     lines = {
         "method": f"{config.method} on {config.model.model}",
         "data": f"{config.data.dataset}, {plan.train_images:,} training images, {plan.classes:,} classes",
-        "steps": f"{epochs} x {steps} of {_count(config.data.batch, 'image')} = {plan.steps:,}"
-        + (f"; scouting: the first {_count(plan.scouting_epochs, 'epoch')}" if plan.scouting_epochs else ""),
-        "processes": f"{plan.processes}, each {_count(plan.images_a_process, 'image')} a step",
+        "steps": f"{epochs} x {steps} of {counted(config.data.batch, 'image')} = {plan.steps:,}"
+        + (f"; scouting: the first {counted(plan.scouting_epochs, 'epoch')}" if plan.scouting_epochs else ""),
+        "processes": f"{plan.processes}, each {counted(plan.images_a_process, 'image')} a step",
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": groups,
         "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch (after scouting)",

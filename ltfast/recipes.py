@@ -76,14 +76,14 @@ NAMED: dict[str, tuple[str, str, Callable[[], Values]]] = {
 }
 
 # Options of [data] that other data sets than these would not read.
+CIFAR = ("cifar10-lt", "cifar100-lt")
 LISTED = ("imagenet-lt", "inat18", "places-lt", "list")
-FOLDERS = (*LISTED, "folder", "folder-small")
+FILES = (*LISTED, "folder", "webdataset")
 READ_BY: dict[str, tuple[str, ...]] = {
-    "data_dir": (*FOLDERS, "cifar10-lt", "cifar100-lt", "webdataset"), "train_list": LISTED,
-    "val_list": (*LISTED, "webdataset"), "test_list": (*LISTED, "webdataset"), "exclude_list": (*LISTED, "folder"),
-    "image_size": (*FOLDERS, "webdataset"), "download": ("cifar10-lt", "cifar100-lt"),
-    "imbalance": ("digits-lt", "cifar10-lt", "cifar100-lt", *FOLDERS),
-    "val_per_class": ("digits-lt", "cifar10-lt", "cifar100-lt", *FOLDERS),
+    "data_dir": (*FILES, "folder-small", *CIFAR), "train_list": LISTED, "val_list": (*LISTED, "webdataset"),
+    "test_list": (*LISTED, "webdataset"), "exclude_list": FILES, "image_size": (*FILES, "folder-small"), "download": CIFAR,
+    "imbalance": ("digits-lt", *CIFAR, *FILES, "folder-small"),
+    "val_per_class": ("digits-lt", *CIFAR, *FILES, "folder-small"),
 }  # fmt: skip
 
 # Parts that a method name joins with "+": a base loss, at most one sharpness rule, gkp.
