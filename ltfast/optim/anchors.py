@@ -33,3 +33,19 @@ def attach_anchor(
     for block in blocks:
         weight, target = ([pairs[p][i] for p in block.flat.params] for i in (0, 1))
         block.anchor = (block.flat.flatten(weight), block.flat.flatten(target), strength)
+
+
+def export_anchor(
+    blocks: Sequence[Block], params: Sequence[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor | None], float | Tensor] | None:
+    """(weights, targets, strength) of the anchor that the blocks hold, as `attach_anchor` takes them; None: no anchor."""
+    found: list[dict[Tensor, Tensor]] = [{}, {}]
+    strength: float | Tensor | None = None
+    for block in blocks:
+        if block.anchor is not None:
+            strength = block.anchor[2]
+            for held, flat in zip(found, block.anchor[:2], strict=True):
+                held.update(zip(block.flat.params, (v.clone() for v in block.flat.views(flat)), strict=True))
+    if strength is None:
+        return None
+    return [found[0].get(p) for p in params], [found[1].get(p) for p in params], strength

@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ltfast.kernels import gram_partials
-from ltfast.optim.anchors import attach_anchor
+from ltfast.optim.anchors import attach_anchor, export_anchor
 from ltfast.optim.inner import (
     Block,
     Present,
@@ -180,9 +180,9 @@ class FlatOptimizer(Optimizer):
         if any(block.flat.params[0].device != block.flat.device for block in self.blocks):
             if self.climbed or any(block.anchor is not None for block in self.blocks):
                 raise RuntimeError("the model moved to another device in mid-step or with an anchor set")
-            extra, kept = export_extra(self), (self.check_finite, self._model, self._ascent)
+            extra, settings = export_extra(self), self._settings()
             self._setup()
-            self.check_finite, self._model, self._ascent = kept
+            self.__dict__.update(settings)
             if self._fused:
                 adopt_state(self.base_optimizer, self.blocks)
             import_extra(self, extra)
@@ -322,16 +322,20 @@ class FlatOptimizer(Optimizer):
     ) -> None:
         """Add strength * A * (theta - T) to the gradient in the update's own pass (GKP); `set_anchor(None)` removes it.
 
+        Copies and pickles of the optimizer keep it; a state dict does not hold it.
+
         Args:
             weights, targets: A and T for each parameter in the order of the param groups; None: that one is free.
             strength: (1 - alpha) * lambda; a 0-dim device tensor may be changed in place.
             alpha: factor of the loss gradient; None is 1.
         """
-        if weights is None or targets is None:
+        if weights is None:
             for block in self.blocks:
                 block.anchor = None
             self.alpha = None
             return
+        if targets is None:
+            raise ValueError("targets is None: pass T for each parameter, or set_anchor(None) to remove the anchor")
         params = [p for group in self.param_groups for p in group["params"]]
         attach_anchor(self.blocks, params, list(weights), list(targets), strength)
         self.alpha = alpha
@@ -364,21 +368,33 @@ class FlatOptimizer(Optimizer):
         import_extra(self, extra)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.climbed:  # a copy of the parameters would take theta + eps for theta
+            raise RuntimeError("copied between the two passes: call restore() before, or copy after second_step()")
         return {
             **super().__getstate__(),
             "base": self.base_optimizer,
             "own": self._own_state(),
+            "settings": self._settings(),
+            "anchor": export_anchor(self.blocks, [p for group in self.param_groups for p in group["params"]]),
             "extra": export_extra(self),
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """What users set on the optimizer itself and `_setup` would forget."""
+        return {name: getattr(self, name) for name in ("check_finite", "alpha", "_model", "_ascent")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" not in state:  # Optimizer.load_state_dict
             super().__setstate__(state)
             return
         own, extra, self.base_optimizer = state.pop("own"), state.pop("extra"), state.pop("base")
+        settings, anchor = state.pop("settings"), state.pop("anchor")
         super().__setstate__(state)
         self.__dict__.update(own)
         self._setup()
+        if anchor is not None:
+            self.set_anchor(*anchor)
+        self.__dict__.update(settings)
         if self._fused:
             adopt_state(self.base_optimizer, self.blocks)
         import_extra(self, extra)

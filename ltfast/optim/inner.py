@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -34,8 +35,10 @@ class Run:
 
     group: int
     first: int  # index of the first parameter
+    end: int  # index behind the last one
     span: slice  # of the flat buffer
     present: int
+    published: bool = False  # base.state shows the state of these parameters
 
 
 class Block:
@@ -46,7 +49,9 @@ class Block:
         kept: [N] theta as it was before the ascent, bit for bit; meaningful while `climbed`.
         group_of: index of each parameter's group.
         slots: flat optimizer state by torch's name.
-        counters: each parameter's number of updates, 0-dim; parameters always updated together share one tensor.
+        counters: each parameter's number of updates (SGD: of its momentum buffer), 0-dim; parameters always updated
+            together share one tensor.
+        counting: the counters are up to date; SGD without dampening has no use for them.
         anchor: (A, T, strength) of a quadratic penalty, or None.
     """
 
@@ -60,8 +65,8 @@ class Block:
         self.views: dict[str, list[Tensor]] = {}
         self.counters = [torch.zeros((), device=self.flat.device, dtype=torch.float32)] * len(self.flat.params)
         self.expected = [p.requires_grad for p in self.flat.params]
+        self.counting = False
         self.anchor: Anchor | None = None
-        self.published: set[Present] = set()  # whose state base.state already shows
         self._runs: dict[Present, list[Run]] = {}
 
     @property
@@ -100,7 +105,7 @@ class Block:
         start = 0
         for end in range(1, len(keys) + 1):
             if end == len(keys) or keys[end] != keys[start]:
-                runs.append(Run(keys[start][0], start, self.bounds(start, end), keys[start][1]))
+                runs.append(Run(keys[start][0], start, end, self.bounds(start, end), keys[start][1]))
                 start = end
         if split_counters:
             if len(self._runs) >= 64:  # parameters used in ever new combinations: do not hoard
@@ -136,7 +141,6 @@ class Block:
     def forget(self) -> None:
         """The counters have changed: drop what was derived from them."""
         self._runs.clear()
-        self.published.clear()
 
     def set_counters(self, values: list[float]) -> None:
         """Start counting from `values`; equal ones share a tensor."""
@@ -174,11 +178,13 @@ def fused_step(base: Optimizer, block: Block, row: int, present: Present, scale:
     names = SLOTS[type(base)]  # type: ignore[index]
     kind = type(base)
     first: dict[int, Tensor] = {}
-    if kind is AdamW or any(group.get("dampening") for group in base.param_groups):
+    if kind is AdamW:
         block.split_counters(present)
-        if kind is SGD:
-            first = {id(c): (c == 0).float() for c in set(block.counters)}
         block.count(present, skip)
+    elif any(group.get("dampening") for group in base.param_groups):
+        first = _count_buffers(base, block, present, skip)
+    else:
+        block.counting = False
     theta, grad = block.flat.data, block.flat.grads[row]
     for run in block.runs(present):
         s = run.span
@@ -206,8 +212,28 @@ def fused_step(base: Optimizer, block: Block, row: int, present: Present, scale:
             moments = [block.slot(name)[s] for name in names]
             step = block.counters[run.first]
             adamw_step(theta[s], grad[s], *moments, step, lr, group["betas"], group["eps"], **common)
+        if not run.published and (kind is AdamW or group["momentum"]):
+            publish(base, block, range(run.first, run.end))
+            run.published = True
     block.climbed = False
-    publish(base, block, present)
+
+
+def _count_buffers(base: Optimizer, block: Block, present: Present, skip: Tensor | None) -> dict[int, Tensor]:
+    """Count the updates of SGD's momentum buffers; 0-dim flag by id of each counter: this update begins the buffer.
+
+    As in torch a buffer begins with the whole gradient, and only at an update with momentum. Steps without dampening do
+    not count; those that have a buffer by then are known by the state they show.
+    """
+    if not block.counting:
+        shown = ["momentum_buffer" in base.state.get(p, ()) for p in block.flat.params]
+        block.set_counters([float(begun) for begun in shown])
+        block.counting = True
+    moving = [bool(group["momentum"]) for group in base.param_groups]
+    counted = tuple(bool(here) and moving[g] for g, here in zip(block.group_of, present, strict=True))
+    block.split_counters(counted)
+    first = {id(c): (c == 0).float() for c in set(block.counters)}
+    block.count(counted, skip)
+    return first
 
 
 def _rate(lr: float | Tensor, theta: Tensor) -> float | Tensor:
@@ -215,19 +241,15 @@ def _rate(lr: float | Tensor, theta: Tensor) -> float | Tensor:
     return float(lr) if isinstance(lr, Tensor) and lr.device != theta.device else lr
 
 
-def publish(base: Optimizer, block: Block, present: Present) -> None:
-    """Show the flat state of present parameters in base.state, under torch's names."""
-    if present in block.published:
-        return
+def publish(base: Optimizer, block: Block, indices: Iterable[int]) -> None:
+    """Show the flat state of these parameters in base.state, under torch's names."""
     names = [name for name in SLOTS[type(base)] if name in block.slots]  # type: ignore[index]
-    for i, (p, here) in enumerate(zip(block.flat.params, present, strict=True)):
-        if here and names:
-            state = base.state[p]
-            for name in names:
-                state[name] = block.views[name][i]
-            if type(base) is AdamW:
-                state["step"] = block.counters[i]
-    block.published.add(present)
+    for i in indices if names else ():
+        state = base.state[block.flat.params[i]]
+        for name in names:
+            state[name] = block.views[name][i]
+        if type(base) is AdamW:
+            state["step"] = block.counters[i]
 
 
 def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
@@ -249,7 +271,8 @@ def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
             if "step" in state:
                 counts[i] = float(state["step"])
         block.set_counters(counts)
-        publish(base, block, tuple(count > 0 for count in counts))
+        block.counting = False
+        publish(base, block, [i for i, count in enumerate(counts) if count > 0])
 
 
 def release_state(base: Optimizer) -> None:
