@@ -409,6 +409,9 @@ class FlatOptimizer(Optimizer):
         """State beyond the base optimizer's, for "ltfast" of the state dict."""
         return {}
 
+    def _check_extra(self, extra: dict[str, Any]) -> None:
+        """ValueError if `_import` could not take `extra`."""
+
     def _import(self, extra: dict[str, Any]) -> None:
         """Take over what `_export` gave."""
 

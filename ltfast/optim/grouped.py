@@ -24,7 +24,7 @@ from ltfast.optim.base import FlatOptimizer, several
 from ltfast.optim.fresh import FreshGradients
 from ltfast.optim.inner import Block
 from ltfast.optim.rules import Rule
-from ltfast.optim.state import averages_by_index, load_averages
+from ltfast.optim.state import averages_by_index, check_averages, load_averages
 
 Losses = tuple[Tensor, Tensor]
 Closure = Callable[[], Losses]
@@ -325,6 +325,15 @@ class GroupAscent(FlatOptimizer):
             g = self._counts.numel()
             extra["averages"] = averages_by_index(self, self._first_row + g, g, self._climbing)
         return extra
+
+    def _check_extra(self, extra: dict[str, Any]) -> None:
+        g = self._counts.numel()
+        for name, shape in (("seen", (g,)), ("memory", (g, g))):
+            held = extra.get("engine", {}).get(name)
+            if held is not None and held.shape != shape:
+                raise ValueError(f"state_dict is of {len(held)} groups, this optimizer has {g}: call set_groups before")
+        if self.rule.direction == "friendly":
+            check_averages(self, extra.get("averages", {}), g)
 
     def _import(self, extra: dict[str, Any]) -> None:
         self.ascent.start(self._counts)

@@ -122,16 +122,8 @@ class Block:
 
     def split_counters(self, present: Present) -> None:
         """Give the present parameters counters of their own where absent ones share them."""
-        sharing: dict[int, list[int]] = defaultdict(list)
-        for i, counter in enumerate(self.counters):
-            sharing[id(counter)].append(i)
-        for members in sharing.values():
-            updated = [i for i in members if present[i]]
-            if updated and len(updated) < len(members):
-                counter = self.counters[updated[0]].clone()
-                for i in updated:
-                    self.counters[i] = counter
-                self.forget()
+        if split_shared(self.counters, present):
+            self.forget()
 
     def count(self, present: Present, skip: Tensor | None) -> None:
         """One more update of the present parameters (none if skip is nonzero)."""
@@ -150,6 +142,22 @@ class Block:
                 shared[v] = torch.full((), float(v), device=self.flat.device, dtype=torch.float32)
         self.counters = [shared[v] for v in values]
         self.forget()
+
+
+def split_shared(tensors: list[Tensor], present: Present) -> bool:
+    """Give present members tensors of their own where absent ones share them, in place; True if any did."""
+    sharing: dict[int, list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        sharing[id(tensor)].append(i)
+    found = False
+    for members in sharing.values():
+        updated = [i for i in members if present[i]]
+        if updated and len(updated) < len(members):
+            own = tensors[updated[0]].clone()
+            for i in updated:
+                tensors[i] = own
+            found = True
+    return found
 
 
 def check_options(group: dict[str, Any]) -> None:

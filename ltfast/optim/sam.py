@@ -19,11 +19,10 @@ from torch.optim import Optimizer
 
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
 from ltfast.optim.base import FlatOptimizer, several
-from ltfast.optim.inner import Block, Present
-from ltfast.optim.state import averages_by_index, indices, load_averages
+from ltfast.optim.inner import Block, Present, split_shared
+from ltfast.optim.state import averages_by_index, check_averages, indices, load_averages
 
 Closure = Callable[[], Any]
-ABSENT, KNOWN, NEW = 0, 1, 2  # no gradient; has a moving average; its first gradient
 
 
 class SAM(FlatOptimizer):
@@ -238,9 +237,14 @@ class FriendlySAM(SAM):
 
     def _setup(self) -> None:
         super()._setup()
-        self._averaged: set[Tensor] = set()
-        # 1 once an average has begun
-        self._seen = torch.zeros((), device=self.blocks[0].flat.device, dtype=torch.float32)
+        self._begun: dict[Block, list[Tensor]] = {}
+
+    def _begun_in(self, block: Block) -> list[Tensor]:
+        """0-dim flag of each parameter, 1 once its average has begun; parameters that came together share one."""
+        if block not in self._begun:
+            flag = torch.zeros((), device=block.flat.device, dtype=torch.float32)
+            self._begun[block] = [flag] * len(block.flat.params)
+        return self._begun[block]
 
     def _sigma(self) -> float | Tensor:
         return self.sigma
@@ -254,26 +258,37 @@ class FriendlySAM(SAM):
         alone where w = 0 even if g is infinite."""
         super()._climb()
         ok = 1.0 - self.stats["bad"]
-        known = ok * torch.where(self._seen > 0, 1 - self.lmbda, 1.0)
-        weights = {KNOWN: torch.stack((known, -known)), NEW: torch.stack((ok, -ok))}
         for block, present in zip(self.blocks, self._present, strict=True):
-            status = tuple(
-                ABSENT if not here else KNOWN if p in self._averaged or not self._averaged else NEW
-                for p, here in zip(block.flat.params, present, strict=True)
-            )
-            for run in block.runs(status, split_counters=False):
-                if run.present != ABSENT:
+            begun = self._begun_in(block)
+            split_shared(begun, present)
+            flags = {id(flag): flag for flag, here in zip(begun, present, strict=True) if here}
+            weights = {}
+            for key, flag in flags.items():
+                weight = ok * torch.where(flag > 0, 1 - self.lmbda, 1.0)
+                weights[key] = torch.stack((weight, -weight))
+                torch.maximum(flag, ok, out=flag)
+            which = tuple(id(flag) if here else 0 for flag, here in zip(begun, present, strict=True))
+            for run in block.runs(which, split_counters=False):
+                if run.present:
                     rows = block.flat.grads[:2, run.span]
                     perturb(rows[1], rows, weights[run.present], out=rows[1])
-            self._averaged.update(p for p, here in zip(block.flat.params, present, strict=True) if here)
-        self._seen = torch.maximum(self._seen, ok)
 
     def _export(self) -> dict[str, Any]:
-        known = {i for p, i in indices(self).items() if p in self._averaged}
-        return {"averages": {i: t for i, t in averages_by_index(self, 1, 1, self.blocks).items() if i in known}}
+        averages, order = averages_by_index(self, 1, 1, self.blocks), indices(self)
+        begun: set[int] = set()
+        for block in self.blocks:
+            flags = self._begun_in(block)
+            known = {flag: bool(flag) for flag in set(flags)}  # few: each is a wait for the device
+            begun |= {order[p] for p, flag in zip(block.flat.params, flags, strict=True) if known[flag]}
+        return {"averages": {i: average for i, average in averages.items() if i in begun}}
+
+    def _check_extra(self, extra: dict[str, Any]) -> None:
+        check_averages(self, extra.get("averages", {}), 1)
 
     def _import(self, extra: dict[str, Any]) -> None:
-        averages = extra.get("averages", {})
+        averages, order = extra.get("averages", {}), indices(self)
         load_averages(self, averages, 1, 1, self.blocks)
-        self._averaged = {p for p, i in indices(self).items() if i in averages}
-        self._seen.fill_(bool(averages))
+        for block in self.blocks:
+            off = torch.zeros((), device=block.flat.device, dtype=torch.float32)
+            on = torch.ones_like(off)
+            self._begun[block] = [on if order[p] in averages else off for p in block.flat.params]

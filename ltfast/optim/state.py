@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ltfast.optim.inner import SLOTS, Block
+from ltfast.optim.inner import SLOTS, Block, check_options
 
 if TYPE_CHECKING:
     from ltfast.optim.base import FlatOptimizer
@@ -45,6 +45,8 @@ def merge_groups(optimizer: FlatOptimizer, state_dict: dict[str, Any]) -> tuple[
         {**{k: v for k, v in ours.items() if k != "params"}, **theirs}
         for ours, theirs in zip(optimizer.param_groups, groups, strict=True)
     ]
+    for group in merged:
+        check_options(group)
     extra = dict(state_dict.get("ltfast", {}))
     state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
     names = SLOTS.get(type(optimizer.base_optimizer))
@@ -52,12 +54,10 @@ def merge_groups(optimizer: FlatOptimizer, state_dict: dict[str, Any]) -> tuple[
     for index, values in state.items():
         if not isinstance(values, dict):
             continue
-        values.pop(OLD_P, None)
-        if names is None:
-            continue
-        if AVERAGE in values:
+        ascended = values.pop(OLD_P, None) is not None
+        if AVERAGE in values and (names is not None or ascended):  # else it may be state of an unknown base
             averages[index] = values.pop(AVERAGE)[None]
-        strange = set(values) - {*names, "step", "max_exp_avg_sq"}
+        strange = set() if names is None else set(values) - {*names, "step", "max_exp_avg_sq"}
         if strange:
             kind = type(optimizer.base_optimizer).__name__
             raise ValueError(f"state_dict holds {', '.join(sorted(strange))}, which is not state of {kind}")
@@ -65,6 +65,7 @@ def merge_groups(optimizer: FlatOptimizer, state_dict: dict[str, Any]) -> tuple[
         extra.setdefault("averages", averages)
     state = {index: values for index, values in state.items() if values != {}}
     _check_shapes(optimizer, state)
+    optimizer._check_extra(extra)
     return {**{k: v for k, v in state_dict.items() if k != "ltfast"}, "param_groups": merged, "state": state}, extra
 
 
@@ -89,6 +90,16 @@ def import_extra(optimizer: FlatOptimizer, extra: dict[str, Any]) -> None:
     """Take over what `export_extra` gave (or part of it: an empty dict starts afresh)."""
     optimizer._skips.set(extra.get("skipped", 0.0))
     optimizer._import(extra)
+
+
+def check_averages(optimizer: FlatOptimizer, averages: dict[int, Tensor], rows: int) -> None:
+    """ValueError if `load_averages` could not take these."""
+    for p, index in indices(optimizer).items():
+        held = averages.get(index)
+        if held is not None and held.shape != (rows, *p.shape):
+            raise ValueError(
+                f"state_dict: the moving average of parameter {index} is {tuple(held.shape)}, not {(rows, *p.shape)}"
+            )
 
 
 def averages_by_index(optimizer: FlatOptimizer, first: int, rows: int, blocks: list[Block]) -> dict[int, Tensor]:
