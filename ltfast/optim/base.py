@@ -7,6 +7,7 @@ costs no pass of its own and is exact to the bit. Parameters' storage is set onc
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,7 @@ from ltfast.optim.inner import (
     Block,
     Present,
     adopt_state,
+    check_fused,
     check_options,
     foreign_step,
     fused,
@@ -78,6 +80,10 @@ class FlatOptimizer(Optimizer):
         check_options({**defaults, **base_kwargs})
         super().__init__(params, {**defaults, **base_kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        closure = inspect.signature(type(self.base_optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            name = type(self.base_optimizer).__name__
+            raise ValueError(f"base_optimizer {name} evaluates the loss itself (its step needs a closure): use another")
         self.defaults.update(self.base_optimizer.defaults)
         self._setup()
 
@@ -87,13 +93,15 @@ class FlatOptimizer(Optimizer):
         self.state = self.base_optimizer.state
         for group in self.param_groups:
             check_options(group)
+        self._fused = fused(self.base_optimizer)
+        if self._fused:
+            check_fused(self.base_optimizer)
         self.blocks = self._make_blocks()
         self.check_finite = False
         self.stats: dict[str, Tensor] = {}
         self.alpha: float | Tensor | None = None
         self._first_bad: Tensor | None = None
         self._first_pass = _FirstPass(self)
-        self._fused = fused(self.base_optimizer)
         self._watch_base()
         self._skips = SkipCounter(self.blocks[0].flat.device)
         self._model: nn.Module | None = None
@@ -126,6 +134,8 @@ class FlatOptimizer(Optimizer):
         if not self._ready:
             return
         try:
+            if self._fused:
+                check_fused(self.base_optimizer)
             block = self._block([len(self.param_groups) - 1])
             if block.flat.device != self.blocks[0].flat.device:
                 raise ValueError(f"params of the new group lie on {block.flat.device}, the others elsewhere")
@@ -260,8 +270,11 @@ class FlatOptimizer(Optimizer):
         try:
             for group in self.param_groups:
                 check_options(group)
+            covered = fused(self.base_optimizer)
+            if covered:
+                check_fused(self.base_optimizer)
             skip = self._skip(row, found_inf, check)
-            self._switch(fused(self.base_optimizer))
+            self._switch(covered)
             if self._fused:
                 for block, present in zip(self.blocks, presents, strict=True):
                     fused_step(self.base_optimizer, block, row, present, scale, skip)

@@ -19,6 +19,7 @@ from torch.amp import GradScaler
 
 from ltfast.flat import GradientRows
 from ltfast.kernels import gram_partials, perturb
+from ltfast.kernels.common import MAX_ROWS
 from ltfast.optim.ascent import Ascent, Stale
 from ltfast.optim.base import FlatOptimizer, several
 from ltfast.optim.fresh import FreshGradients
@@ -50,7 +51,7 @@ class GroupAscent(FlatOptimizer):
         base_kwargs: dict[str, Any],
     ) -> None:
         self.rule = rule
-        self._counts = _as_counts(counts)
+        self._counts = self._checked(counts)
         if rule.direction == "friendly" and rule.gram_every > 1:
             raise ValueError(
                 "gram_every must be 1 with direction 'friendly', whose averages need every group's gradient"
@@ -58,6 +59,18 @@ class GroupAscent(FlatOptimizer):
         if rule.objective == "per_group" and rule.gram_every > 1:
             raise ValueError("gram_every must be 1 with objective 'per_group', which needs every group's gradient")
         super().__init__(params, base_optimizer, options, base_kwargs)
+
+    def _checked(self, counts: Any) -> Tensor:
+        """[G] counts as a tensor of our own."""
+        counts = torch.as_tensor(counts).detach().clone()
+        if counts.ndim != 1 or counts.numel() < 1 or not bool(((counts >= 0) & counts.isfinite()).all()):
+            raise ValueError(f"counts must be one-dimensional, training images of each group, all >= 0, not {counts}")
+        most = MAX_ROWS // 2 if self.rule.direction == "friendly" else MAX_ROWS
+        if counts.numel() > most and self.rule.groups != "class":  # classes are taken one after the other
+            raise ValueError(
+                f"counts has {counts.numel()} groups; direction {self.rule.direction!r} takes up to {most}"
+            )
+        return counts
 
     def _own_state(self) -> dict[str, Any]:
         return {"rule": self.rule, "_counts": self._counts}
@@ -118,7 +131,7 @@ class GroupAscent(FlatOptimizer):
 
     def set_groups(self, counts: Any) -> None:
         """Start afresh with groups of `counts` [G] training images (after regrouping)."""
-        self._counts, self._last = _as_counts(counts), []
+        self._counts, self._last = self._checked(counts), []
         self.restore()
         for block in self.blocks:
             block.flat.resize_rows(self._rows_of(block))
@@ -188,6 +201,9 @@ class GroupAscent(FlatOptimizer):
         if self.rule.gram_every > 1:
             return ascent.refreshed(matrix.sum(0), theta_sq.sum(), shares, self._fresh_gram(rows))
         coef = ascent.coefficients(matrix, theta_sq, shares)
+        if self.rule.split:  # coefficients look at groups that are present and perturbed, the update takes them all
+            whole = matrix.sum()
+            ascent.stats["bad"] = torch.maximum(ascent.stats["bad"], (whole - whole).ne(0))
         if self.rule.direction == "friendly":
             self._pending = ascent.average_weights(shares)
         return coef
@@ -342,13 +358,6 @@ class GroupAscent(FlatOptimizer):
         if self.rule.direction == "friendly":
             g = self._counts.numel()
             load_averages(self, extra.get("averages", {}), self._first_row + g, g, self._climbing)
-
-
-def _as_counts(counts: Any) -> Tensor:
-    counts = torch.as_tensor(counts).detach().clone()
-    if counts.ndim != 1 or counts.numel() < 1 or bool((counts < 0).any()):
-        raise ValueError(f"counts must be one-dimensional, training images of each group, all >= 0, not {counts}")
-    return counts
 
 
 def _holding(rows: Tensor) -> Tensor:

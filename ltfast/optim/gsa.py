@@ -64,13 +64,16 @@ class GroupedOptimizer(GroupAscent):
         """
         if closure is None:
             if not self.climbed:
+                self._forget_scaler(None)
                 raise ValueError("closure is None: pass a function that returns (group losses, batch shares)")
             self._descend()
             return None
         closures = [closure] if callable(closure) else list(closure)
+        if not closures:
+            raise ValueError("closure is an empty list: pass at least one micro-batch")
         self.restore()
         self._sync_rule()
-        with self._whole_step(scaler):
+        with torch.enable_grad(), self._whole_step(scaler):
             loss = self._passes(closures, scaler) if head is None else self._head_passes(closures, head, scaler)
             if on_gradient is not None:
                 if scaler is not None:
@@ -289,6 +292,8 @@ class CCSAM(GroupedOptimizer):
         with self._unreduced():
             losses, shares = self._evaluate(closures[0])
         present = [k for k, share in enumerate(shares.tolist()) if share > 0]
+        if not present:
+            raise ValueError(f"closure: no batch share is above 0: {shares.tolist()}")
         self._attach()
         bad, holders = [], [block.flat.rows for block in self._climbing]
         self.ascent.n_elements = sum(block.flat.numel for block in self._climbing)

@@ -170,6 +170,21 @@ def check_options(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value}; it must be a finite number >= 0")
 
 
+def check_fused(base: Optimizer) -> None:
+    """ValueError for an option of any group that the kernels would refuse, before the first group is written."""
+    for group in base.param_groups:
+        if type(base) is AdamW:
+            beta1, beta2 = group["betas"]
+            if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+                raise ValueError(f"betas are {beta1} and {beta2}; both must be in [0, 1)")
+        elif group["dampening"] or group["nesterov"]:
+            if not math.isfinite(group["dampening"]):
+                raise ValueError(f"dampening is {group['dampening']}; it must be finite")
+            if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+                values = f"{group['momentum']} and {group['dampening']}"
+                raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {values}")
+
+
 def fused(base: Optimizer) -> bool:
     """True if the kernels cover every option of `base`."""
     if type(base) not in SLOTS:

@@ -18,6 +18,8 @@ coefficients c differ (docs/method.md). What is then minimised is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral
 
 DIRECTIONS = ("joint", "none", "orthogonal", "projected", "friendly")
 
@@ -68,10 +70,13 @@ class Rule:
             ("objective", self.objective in ("shared", "per_group"), "shared or per_group"),
             ("scope", self.scope in ("all", "classifier"), "all or classifier"),
             ("aggregate", self.aggregate in ("uniform", "share"), "uniform or share"),
-            ("rho", self.rho is None or self.rho >= 0, "None or a number >= 0"),
-            ("radius_C", self.radius_C >= 0, "a number >= 0"),
+            ("rho", self.rho is None or 0 <= self.rho < inf, "None or a finite number >= 0"),
+            ("radius_C", 0 <= self.radius_C < inf, "a finite number >= 0"),
             ("rho_min", 0 <= self.rho_min <= self.rho_max, "0 <= rho_min <= rho_max"),
-            ("gram_every", self.gram_every >= 1, "an integer >= 1"),
+            ("rho_max", self.rho_max < inf, "a finite number"),
+            ("sigma", 0 <= self.sigma < inf, "a finite number >= 0"),
+            ("lmbda", 0 <= self.lmbda <= 1, "a number in [0, 1]"),
+            ("gram_every", isinstance(self.gram_every, Integral) and self.gram_every >= 1, "an integer >= 1"),
             ("gram_ema", 0 <= self.gram_ema < 1, "a number in [0, 1)"),
             ("ascent_every", self.ascent_every >= 1, "an integer >= 1"),
             ("ascent_views", self.ascent_views in (0, 1), "0 (all views) or 1 (the classification view)"),

@@ -60,6 +60,7 @@ class SAM(FlatOptimizer):
         super()._setup()
         device = self.blocks[0].flat.device
         self._one = torch.ones(1, device=device, dtype=torch.float32)
+        self._scaler: GradScaler | None = None  # that of the first pass
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -79,6 +80,7 @@ class SAM(FlatOptimizer):
             if not 0 <= group["rho"] < float("inf"):
                 raise ValueError(f"rho is {group['rho']}; it must be a finite number >= 0")
         self._climb()
+        self._scaler = scaler
         if zero_grad:
             self.zero_grad()
 
@@ -87,7 +89,12 @@ class SAM(FlatOptimizer):
         """Go back to theta and take the base optimizer's step by the gradients there are.
 
         Without a first step before it, this is the base optimizer's plain step. p.grad stays as it is.
+
+        Raises:
+            ValueError: the first step had a GradScaler, which has not unscaled these gradients. Theta is back then.
         """
+        if self._scaler is not None and self.climbed:
+            self._check_unscaled(self._scaler)
         self._descend()
         if zero_grad:
             self.zero_grad()
@@ -105,7 +112,11 @@ class SAM(FlatOptimizer):
         """
         if closure is None:
             if not self.climbed:
-                raise ValueError("closure is None: pass a function that runs forward and backward, or call first_step")
+                self._forget_scaler(None)
+                raise ValueError(
+                    "closure is None: pass a function that runs forward and backward, or call first_step before step() or "
+                    "scaler.step(optimizer)"
+                )
             with torch.no_grad():
                 self._descend()
             return None
@@ -143,6 +154,15 @@ class SAM(FlatOptimizer):
             self._divide(scaler.scale(self._one.reshape(())))
         else:
             scaler.unscale_(self._first_pass)  # type: ignore[arg-type]
+
+    def _check_unscaled(self, scaler: GradScaler) -> None:
+        if scaler.is_enabled() and not scaler._per_optimizer_states[id(self)]["found_inf_per_device"]:
+            self.restore()
+            self._forget_scaler(scaler)
+            raise ValueError(
+                "second_step after first_step(scaler=...): the gradients are still scaled; call scaler.step(optimizer) "
+                "instead, or scaler.unscale_(optimizer) before"
+            )
 
     def _divide(self, scale: Tensor) -> None:
         grads = [p.grad for block in self.blocks for p in block.flat.params if p.grad is not None]

@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 
 from ltfast.kernels import adamw_step, blocks, gram_partials, sgd_step
 from ltfast.losses import group_losses
-from ltfast.optim import GSA, SAM, ImbSAM
+from ltfast.optim import CCSAM, GSA, SAM, ImbSAM
 
 SGD = torch.optim.SGD
 
@@ -269,3 +269,159 @@ def test_options_that_only_another_optimizer_understands_are_left_to_it() -> Non
     assert not torch.equal(weights(model), before)
     with pytest.raises(ValueError, match=r"rho is 0\.05"):
         SAM(net().parameters(), SGD, rho="0.05", lr=0.1)  # type: ignore[arg-type]
+
+
+def test_second_step_with_gradients_that_are_still_scaled_is_refused() -> None:
+    model, scaler = net(), GradScaler("cpu", init_scale=1024.0)
+    optimizer = SAM(model.parameters(), SGD, lr=0.1)
+    before, closure = weights(model), plain_closure(model, scaler=scaler)
+    closure()
+    optimizer.first_step(zero_grad=True, scaler=scaler)
+    closure()
+    with pytest.raises(ValueError, match=r"call scaler.step\(optimizer\)"):
+        optimizer.second_step()
+    assert torch.equal(weights(model), before)
+    optimizer.zero_grad()
+    closure()
+    optimizer.first_step(zero_grad=True, scaler=scaler)  # the scaler has forgotten the step that was broken off
+    closure()
+    scaler.unscale_(optimizer)
+    optimizer.second_step(zero_grad=True)
+    assert 0 < float((weights(model) - before).norm()) < 1
+    plain_closure(model)()
+    optimizer.second_step()  # a plain step needs no scaler
+    off = GradScaler("cpu", enabled=False)
+    optimizer.first_step(scaler=off)
+    optimizer.second_step()
+
+
+@pytest.mark.parametrize("kind", [SAM, ImbSAM])
+def test_a_refused_scaler_step_leaves_no_scale_behind(kind: Any) -> None:
+    def update(refused: bool) -> Tensor:
+        model, scaler = net(), GradScaler("cpu", init_scale=1024.0)
+        optimizer = kind(model.parameters(), SGD, lr=0.1)
+        if refused:
+            plain_closure(model, scaler=scaler)()
+            with pytest.raises(ValueError, match="closure is None"):
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        plain_closure(model)()
+        optimizer._descend()
+        return weights(model)
+
+    assert torch.equal(update(True), update(False))
+
+
+@pytest.mark.parametrize(
+    ("base", "bad", "named"),
+    [
+        (torch.optim.AdamW, {"betas": (0.9, 1.5)}, "betas"),
+        (SGD, {"nesterov": True, "momentum": 0.0}, "nesterov"),
+        (SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov"),
+        (SGD, {"dampening": float("nan")}, "dampening"),
+    ],
+)
+def test_an_option_of_a_later_group_is_refused_before_the_first_is_written(base: Any, bad: Any, named: str) -> None:
+    model = net()
+    before, address = weights(model), model[0].weight.data_ptr()  # type: ignore[index]
+    first, second = ({"params": layer.parameters()} for layer in (model[0], model[2]))  # type: ignore[index]
+    with pytest.raises(ValueError, match=named):
+        SAM([{**first}, {**second, **bad}], base, lr=0.1)
+    assert model[0].weight.data_ptr() == address  # type: ignore[index]
+    optimizer = SAM([{"params": model[0].parameters()}, {"params": model[2].parameters()}], base, lr=0.1)  # type: ignore[index]
+    plain_closure(model)()
+    optimizer.first_step()
+    optimizer.param_groups[1].update(bad)
+    with pytest.raises(ValueError, match=named):
+        optimizer.second_step()
+    assert torch.equal(weights(model), before)
+    optimizer.param_groups[1].update(dict(optimizer.base_optimizer.defaults))
+    with pytest.raises(ValueError, match=named):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], **bad})
+    assert len(optimizer.param_groups) == len(optimizer.blocks) + 1
+
+
+def test_a_base_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = net()
+    address = model[0].weight.data_ptr()  # type: ignore[index]
+    with pytest.raises(ValueError, match="LBFGS"):
+        SAM(model.parameters(), torch.optim.LBFGS, lr=0.1)
+    assert model[0].weight.data_ptr() == address  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("named", "options"),
+    [
+        ("gram_every", {"gram_every": 1.5}),
+        ("sigma", {"direction": "friendly", "sigma": -1.0}),
+        ("sigma", {"sigma": float("inf")}),
+        ("lmbda", {"direction": "friendly", "lmbda": 1.5}),
+        ("radius_C", {"C": float("inf")}),
+        ("rho_max", {"rho_max": float("inf")}),
+        ("counts", {"counts": [1.0, float("nan")]}),
+        ("counts", {"counts": [1.0, float("inf")]}),
+        ("counts has 65", {"counts": [1] * 65}),
+        ("counts has 33", {"counts": [1] * 33, "direction": "friendly"}),
+    ],
+)
+def test_bad_options_of_gsa_are_refused_at_once(named: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=named):
+        GSA(net().parameters(), SGD, **{"counts": [9, 1], "lr": 0.1, **options})
+
+
+def test_more_classes_than_rows_are_fine_for_cc_sam_and_not_for_new_groups() -> None:
+    CCSAM(net().parameters(), SGD, [1] * 200, scope="all", lr=0.1)
+    optimizer = GSA(net().parameters(), SGD, [9, 1], lr=0.1)
+    with pytest.raises(ValueError, match="counts has 65"):
+        optimizer.set_groups([1] * 65)
+
+
+def test_closures_that_hold_nothing_are_named() -> None:
+    with pytest.raises(ValueError, match="closure is an empty list"):
+        ImbSAM(net().parameters(), SGD, lr=0.1).step([])
+    model, (x, y) = net(), batch()
+    optimizer = CCSAM(model.parameters(), SGD, [1] * 5, scope="all", lr=0.1)
+    for share in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="no batch share is above 0"):
+            optimizer.step(lambda share=share: (F.cross_entropy(model(x), y).repeat(5), torch.full((5,), share)))
+
+
+@pytest.mark.parametrize(
+    "absent", [lambda loss, rare: loss[rare].mean(), lambda loss, rare: (loss * rare).sum() / rare.sum()]
+)
+def test_the_nan_loss_of_an_absent_group_never_reaches_the_weights(absent: Any) -> None:
+    """The first is NaN without a gradient; the gradient of the second is NaN, which only skipping can keep out."""
+    model, (x, y) = net(), batch()
+    optimizer = ImbSAM(model.parameters(), SGD, lr=0.1)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(model(x), y, reduction="none")
+        return torch.stack((loss.mean(), absent(loss, y > 9))), torch.tensor([1.0, 0.0])
+
+    before = weights(model)
+    optimizer.step(closure)
+    assert torch.isfinite(weights(model)).all()
+    assert torch.equal(weights(model), before) == bool(optimizer.skipped)
+
+
+@pytest.mark.parametrize("options", [{}, {"gram_every": 4}, {"objective": "per_group"}])
+def test_a_grouped_step_under_no_grad_is_the_same_step(options: dict[str, Any]) -> None:
+    def update(grad: bool) -> Tensor:
+        model, (x, y) = net(), batch()
+        optimizer = GSA(model.parameters(), SGD, [90, 10], lr=0.1, **options)
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                optimizer.step(lambda: group_losses(F.cross_entropy(model(x), y, reduction="none"), halves(y)))
+        return weights(model)
+
+    assert torch.equal(update(False), update(True))
+
+
+def test_an_anchor_without_targets_is_refused() -> None:
+    model = net()
+    optimizer = SAM(model.parameters(), SGD, lr=0.1)
+    pulls = [torch.ones_like(p) for p in model.parameters()]
+    optimizer.set_anchor(pulls, pulls)
+    with pytest.raises(ValueError, match="targets is None"):
+        optimizer.set_anchor(pulls, None)
+    assert optimizer.blocks[0].anchor is not None
