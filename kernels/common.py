@@ -170,6 +170,17 @@ def _check_like(name: str, tensor: Tensor, like: Tensor | None, dtypes: Sequence
         raise ValueError(f"{name} lies on {tensor.device}, the other arrays on {like.device}")
 
 
+def check_apart(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
+    """ValueError if an array that is written shares memory with another one; None: absent. For the body of an op: tracing
+    has no addresses."""
+    spans = [(name, t.data_ptr(), t.nbytes) for name, t in (*written.items(), *read.items()) if t is not None]
+    outputs = sum(t is not None for t in written.values())
+    for i, (name, start, size) in enumerate(spans[:outputs]):
+        for other, first, length in spans[i + 1 :]:
+            if start < first + length and first < start + size:
+                raise ValueError(f"{other} shares memory with {name}, which is written: pass a copy")
+
+
 def check_small(name: str, tensor: Tensor, length: int, device: torch.device) -> Tensor:
     """A [length] array of numbers on `device`."""
     if not isinstance(tensor, Tensor):

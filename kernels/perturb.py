@@ -26,6 +26,7 @@ from .common import (
     Coefficients,
     as_coefficients,
     cdiv,
+    check_apart,
     check_rows,
     check_vector,
     count,
@@ -113,10 +114,27 @@ def _perturb_cpu(
     in_blocks(work, theta_N, grads_GN, out, keep)
 
 
+def _check_memory(theta_N: Tensor, grads_GN: Tensor, out: Tensor, keep: Tensor | None) -> None:
+    """out may be theta or one of the rows, element for element, or lie between rows; keep is an array of its own."""
+    start, itemsize = grads_GN.data_ptr(), grads_GN.element_size()
+    length, stride = grads_GN.shape[1] * itemsize, grads_GN.stride(0) * itemsize
+    end = start + (grads_GN.shape[0] - 1) * stride + length
+    for name, array in (("out", out), ("keep", keep)):
+        if array is None or not start - array.nbytes < array.data_ptr() < end:
+            continue
+        place = (array.data_ptr() - start) % stride if stride >= length else array.data_ptr() - start
+        is_row = name == "out" and place == 0 and out.dtype == grads_GN.dtype
+        if not is_row and not length <= place <= stride - array.nbytes:
+            raise ValueError(f"{name} shares memory with grads_GN: pass a copy (out may also be one of the rows)")
+    apart = out if out.data_ptr() != theta_N.data_ptr() or out.dtype != theta_N.dtype else None
+    check_apart({"out": apart, "keep": keep}, {"theta_N": theta_N})
+
+
 @torch.library.custom_op("ltfast::perturb", mutates_args={"out", "keep"})
 def _perturb(
     theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None
 ) -> None:
+    _check_memory(theta_N, grads_GN, out, keep)
     count("perturb", 1, [theta_N, grads_GN], [out, keep])
     rows, n = grads_GN.shape
     if use_kernel(theta_N):
@@ -153,14 +171,14 @@ def perturb(
         grads_GN: [G, N] gradient rows, float32 or bfloat16, 1 <= G <= 64.
         coef_G: [G] coefficients on the same device (python numbers are copied there: not inside a CUDA graph).
         adaptive: s = |theta| (as ASAM) instead of 1.
-        out: [N] float32 or bfloat16, may be theta_N; allocated like theta_N if None.
+        out: [N] float32 or bfloat16, may be theta_N or one of the rows; allocated like theta_N if None.
         keep: [N] float32, gets theta as it was, bit for bit, so that an ascent in place can be taken back.
 
     Returns:
         out.
 
     Raises:
-        ValueError: shape, dtype, device mix or a python coefficient that is not finite, naming the argument.
+        ValueError: shape, dtype, device mix, shared memory or a python coefficient that is not finite, naming the argument.
     """
     check_vector("theta_N", theta_N, dtypes=(torch.float32,))
     check_rows("grads_GN", grads_GN, theta_N)
@@ -170,7 +188,5 @@ def perturb(
     check_vector("out", out, theta_N)
     if keep is not None:
         check_vector("keep", keep, theta_N, dtypes=(torch.float32,))
-        if keep.data_ptr() in (theta_N.data_ptr(), out.data_ptr()):
-            raise ValueError("keep must be an array of its own")
     _perturb(theta_N, grads_GN, coef_G, bool(adaptive), out, keep)
     return out

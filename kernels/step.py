@@ -30,6 +30,7 @@ from .common import (
     WARPS,
     Number,
     cdiv,
+    check_apart,
     check_vector,
     count,
     jit,
@@ -178,6 +179,11 @@ def _update_in_blocks(
     in_blocks(work, theta, source, grad, anchor, target, mirror, *state)
 
 
+def _moved(source: Tensor | None, theta: Tensor) -> Tensor | None:
+    """The source if it is another array than theta."""
+    return None if source is None or source.data_ptr() == theta.data_ptr() else source
+
+
 @torch.library.custom_op("ltfast::sgd_step", mutates_args={"theta", "buf", "mirror"})
 def _sgd_step(
     theta: Tensor, source: Tensor | None, grad: Tensor, buf: Tensor | None, anchor: Tensor | None, target: Tensor | None,
@@ -186,6 +192,10 @@ def _sgd_step(
     momentum: float, weight_decay: float, nesterov: bool,
 ) -> None:  # fmt: skip
     """`X` and `X_t` are one number: on the host, or (not None) on the device. keep = 1 - dampening."""
+    check_apart(
+        {"theta_N": theta, "momentum_N": buf, "mirror": mirror},
+        {"grad_N": grad, "anchor[0] (A)": anchor, "anchor[1] (T)": target, "source": _moved(source, theta)},
+    )
     source = theta if source is None else source
     count("sgd_step", 1, [source, grad, buf, anchor, target], [theta, buf, mirror])
     if use_kernel(theta):
@@ -224,6 +234,10 @@ def _adamw_step(
     beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """`X` and `X_t` are one number: on the host, or (not None) on the device."""
+    check_apart(
+        {"theta_N": theta, "exp_avg_N": exp_avg, "exp_avg_sq_N": exp_avg_sq, "mirror": mirror},
+        {"grad_N": grad, "anchor[0] (A)": anchor, "anchor[1] (T)": target, "source": _moved(source, theta)},
+    )
     source = theta if source is None else source
     count("adamw_step", 1, [source, grad, exp_avg, exp_avg_sq, anchor, target], [theta, exp_avg, exp_avg_sq, mirror])
     if use_kernel(theta):
@@ -340,7 +354,8 @@ def sgd_step(
         first_step: torch starts the buffer with the whole gradient, undampened; matters only with dampening.
 
     Raises:
-        ValueError: a bad argument, by name; then nothing has been written.
+        ValueError: a bad argument, or one that shares memory with what is written (source may be theta_N), by name; then
+            nothing has been written.
     """
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {momentum} and {dampening}")

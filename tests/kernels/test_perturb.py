@@ -102,3 +102,26 @@ def test_bad_arguments_are_named_and_nothing_is_written():
         with pytest.raises(ValueError, match=name):
             perturb(*arguments)
     assert (out == 5).all()
+
+
+def test_memory_that_is_shared_out_of_place_is_refused():
+    buffer = torch.arange(40.0)
+    before = buffer.clone()
+    theta, rows, coef = buffer[:8], buffer[16:].view(3, 8), torch.ones(3)
+    for name, arguments in {
+        "out shares memory with grads_GN": (theta, buffer[4:28].view(3, 8), coef, False, theta),
+        "out shares memory with grads_GN:": (theta, rows, coef, False, buffer[28:36]),
+        "theta_N shares memory with out": (theta, rows, coef, False, buffer[2:10]),
+        "out shares": (theta, rows[::2], torch.ones(2), False, buffer[20:28]),
+        "keep shares memory with grads_GN": (theta, rows, coef, False, theta, rows[1]),
+        "theta_N shares memory with keep": (theta, rows, coef, False, buffer[8:16], theta),
+        "keep shares memory with out": (theta, rows, coef, False, buffer[6:14], buffer[8:16]),
+        "theta_N shares memory with out,": (theta, rows, coef, False, theta.view(torch.bfloat16)[:8]),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            perturb(*arguments)
+    assert torch.equal(buffer, before)
+    expected = theta + rows[0] + rows[2]
+    for out in (buffer[8:16], rows[1], rows[2], theta):  # apart, between the rows, one of them, theta itself
+        buffer.copy_(before)
+        assert torch.equal(perturb(theta, rows[::2], torch.ones(2), out=out), expected)

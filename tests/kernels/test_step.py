@@ -192,3 +192,26 @@ def test_bad_arguments_are_named_and_nothing_is_written():
         adamw_step(theta, grad, buf, buf[:7], 1, 0.1)
     assert (theta == 1).all()
     assert (buf == 1).all()
+
+
+def test_memory_shared_with_what_is_written_is_refused():
+    """With a source, theta is overwritten before the gradient is read; a momentum buffer would lose its past."""
+    buffer = torch.arange(1.0, 65.0)
+    before = buffer.clone()
+    theta, grad, one, two, source = buffer[:8], buffer[8:16], buffer[16:24], buffer[24:32], buffer[32:40]
+    for name, arguments, options in (
+        ("grad_N shares memory with theta_N", (theta, theta), {"source": source}),
+        ("grad_N shares memory with theta_N", (theta, buffer[4:12]), {}),
+        ("grad_N shares memory with (momentum_N|exp_avg_N)", (theta, one), {}),
+        ("(momentum_N|exp_avg_N) shares memory with theta_N", (one, grad), {}),
+        (r"anchor\[1\] \(T\) shares memory with theta_N", (theta, grad), {"anchor": (source, theta, 1.0)}),
+        ("source shares memory with theta_N", (theta, grad), {"source": buffer[1:9]}),
+        ("mirror shares memory with theta_N", (theta, grad), {"mirror": buffer[1:9]}),
+    ):
+        with pytest.raises(ValueError, match=name):
+            sgd_step(*arguments, one, 0.1, 0.9, **options)
+        with pytest.raises(ValueError, match=name):
+            adamw_step(*arguments, one, two, 1, 0.1, **options)
+    assert torch.equal(buffer, before)
+    sgd_step(theta, grad, one, 0.1, 0.9, source=theta, mirror=buffer[40:48])
+    assert torch.equal(theta, buffer[40:48])
