@@ -163,8 +163,8 @@ def check_rows(name: str, tensor: Tensor, like: Tensor | None = None, dtypes: Se
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor | None, dtypes: Sequence[torch.dtype]) -> None:
-    allowed = (*dtypes, torch.float64) if like is None or like.dtype == torch.float64 else tuple(dtypes)
-    if tensor.dtype not in allowed:
+    double = tensor.dtype == torch.float64 and (like is None or like.dtype == torch.float64)
+    if tensor.dtype not in dtypes and not double:
         raise ValueError(f"{name} is {tensor.dtype}; supported: {', '.join(map(str, dtypes))}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} lies on {tensor.device}, the other arrays on {like.device}")

@@ -126,8 +126,9 @@ def _check_memory(theta_N: Tensor, grads_GN: Tensor, out: Tensor, keep: Tensor |
         is_row = name == "out" and place == 0 and out.dtype == grads_GN.dtype
         if not is_row and not length <= place <= stride - array.nbytes:
             raise ValueError(f"{name} shares memory with grads_GN: pass a copy (out may also be one of the rows)")
-    apart = out if out.data_ptr() != theta_N.data_ptr() or out.dtype != theta_N.dtype else None
-    check_apart({"out": apart, "keep": keep}, {"theta_N": theta_N})
+    same = out is theta_N or (out.data_ptr() == theta_N.data_ptr() and out.dtype == theta_N.dtype)
+    if keep is not None or not same:
+        check_apart({"out": None if same else out, "keep": keep}, {"theta_N": theta_N})
 
 
 @torch.library.custom_op("ltfast::perturb", mutates_args={"out", "keep"})

@@ -187,10 +187,17 @@ class GradientRows:
             p.grad = view if wanted else None
         return self.data[row]
 
-    @torch.no_grad()
     def collect(self, row: int = 0) -> tuple[bool, ...]:
-        """Make `row` hold every parameter's gradient, zero where there is none; returns which parameters have one."""
+        """Make `row` hold every parameter's gradient, zero where there is none; returns which parameters have one.
+
+        To be called under no_grad: gradients of create_graph=True have a graph of their own.
+        """
         views, attached, dirty = self._views[row], self._attached[row], self._dirty[row]
+        grads = [p.grad for p in self.params]
+        if all(grad is not None and grad is not view for grad, view in zip(grads, views, strict=True)):
+            self._gather(views, grads)  # nearly every step: all of them are tensors of autograd's own
+            self._dirty[row] = [True] * len(views)
+            return (True,) * len(views)
         writes = [0] * len(views)
         strays, absent = [], []
         for i, (p, view) in enumerate(zip(self.params, views, strict=True)):

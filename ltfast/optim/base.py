@@ -204,12 +204,12 @@ class FlatOptimizer(Optimizer):
 
     # -- the descent ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Bring theta back, bit for bit, if an ascent left theta + eps in the parameters."""
         if self.climbed:
-            for block in self.blocks:
-                block.restore()
+            with torch.no_grad():
+                for block in self.blocks:
+                    block.restore()
             self._moved()
 
     @property

@@ -164,6 +164,8 @@ def check_options(group: dict[str, Any]) -> None:
     """ValueError for an option that no update could use, before anything is written."""
     for name in ("lr", "momentum", "weight_decay", "eps", "rho"):
         value = group.get(name, 0.0)
+        if type(value) is float and 0 <= value < math.inf:
+            continue  # as nearly always; what follows is slow
         if isinstance(value, Tensor) or (name != "rho" and not isinstance(value, Real)):
             continue  # a number on the device; what another optimizer understands by eps (a pair, None)
         if not (isinstance(value, Real) and 0 <= float(value) < math.inf):

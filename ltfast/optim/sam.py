@@ -84,7 +84,6 @@ class SAM(FlatOptimizer):
         if zero_grad:
             self.zero_grad()
 
-    @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Go back to theta and take the base optimizer's step by the gradients there are.
 
