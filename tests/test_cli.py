@@ -119,7 +119,7 @@ BAD = [
     (["train", "--data-dir", "x"], "data_dir='x': digits-lt does not read it"),
     (["train", "--dataset", "folder", "--test-list", "x"], "test_list='x': folder does not read it"),
     (["train", "--out", "x" * 300], "File name too long"),
-    (["data", "contact", "/dev/null/sheet.png"], "/dev/null: File exists"),
+    (["data", "contact", "/dev/null/sheet.png"], "/dev/null/sheet.png: the picture cannot be written: File exists"),
 ]
 
 
