@@ -156,7 +156,7 @@ def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flag
     """Defaults < recipe < method < config file < flags.
 
     Raises:
-        UserError: unknown data set or method, a value that does not fit, or an option that the data set does not read.
+        UserError: unknown data set or method, a value that does not fit, or an option that does nothing here.
     """
     if dataset not in RECIPES:
         raise UserError(f"--dataset {dataset}: unknown{nearest(dataset, RECIPES)}; see `ltfast datasets`")
@@ -168,6 +168,8 @@ def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flag
                 f"{name}={getattr(config.data, name)!r}: {dataset} does not read it (only {', '.join(datasets)}); "
                 "leave it out or choose another --dataset"
             )
+    if config.optim.nesterov and config.optim.momentum == 0:
+        raise UserError("nesterov=True: it needs momentum; set --momentum above 0 or leave --nesterov out")
     return dataclasses.replace(config, method=method)
 
 

@@ -115,6 +115,7 @@ BAD = [
     (["train", "--epochs", "0"], "epochs=0: use at least 1"),
     (["train", "--dry-run", "--lr", "nan"], "lr=nan: needs a finite number"),
     (["train", "--dry-run", "--device", "tpu"], "use auto, cpu, cuda or cuda:N"),
+    (["train", "--dry-run", "--nesterov", "--momentum", "0"], "it needs momentum"),
     (["train", "--config", "."], "cannot be read as a config file"),
     (["train", "--data-dir", "x"], "data_dir='x': digits-lt does not read it"),
     (["train", "--dataset", "folder", "--test-list", "x"], "test_list='x': folder does not read it"),
