@@ -27,6 +27,7 @@ from ablation_cells import SWEEPS, Cell, baseline_of, same
 
 FIGURES = ("top1", "medium", "few", "ece")
 FIXED = {"device": "cpu", "compile": "off", "tensorboard": False, "checkpoint_every": 10**6}
+Runs = dict[tuple[str, int, str], dict[str, Any]]  # (cell, seed, version of torch) -> metric -> value
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 LEVEL = 0.95
 
@@ -113,15 +114,25 @@ def mechanics(run: Any) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def rows(path: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """(cell, seed) -> metric -> value; the last row of a case and metric wins, since files are append-only."""
-    table: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
-    if path.exists():
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            cell, seed = row["case"].removeprefix("digits-lt/").rsplit("/seed=", 1)
-            table[cell, int(seed)][row["metric"]] = row["value"]
-    return dict(table)
+def read(path: Path) -> Runs:
+    """All runs, later ones later, with their version of torch as "torch"; the last row of a metric wins."""
+    runs: Runs = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        cell, seed = row["case"].removeprefix("digits-lt/").rsplit("/seed=", 1)
+        key = cell, int(seed), row.get("torch", "")
+        runs[key] = {**runs.pop(key, {"torch": key[2]}), row["metric"]: row["value"]}
+    return runs
+
+
+def newest(runs: Runs) -> dict[tuple[str, int], dict[str, Any]]:
+    """(cell, seed) -> metric -> value of the last run."""
+    return {(cell, seed): run for (cell, seed, _), run in runs.items()}
+
+
+def rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """(cell, seed) -> metric -> value of the last run in a file."""
+    return newest(read(path))
 
 
 def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
@@ -136,21 +147,19 @@ def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
 
 def table(sweep: str, path: Path) -> str:
     """Markdown of one sweep: mean top-1 and few, and the paired difference to BCL with its 95 % interval."""
-    found = rows(path)
+    found = read(path)
     lines = [
         "| cell | seeds | top-1 % | few % | top-1 against bcl | few against bcl | ECE % | mechanics |",
         "|" + "---|" * 8,
     ]
     for name in SWEEPS[sweep]:
-        runs = {seed: run for (cell, seed), run in found.items() if cell == same(name)}
+        runs = [run for (cell, _), run in newest(found).items() if cell == same(name)]
         if not runs:
             lines.append(f"| `{name}` | 0 | not measured |" + " |" * 5)
             continue
-        cells = [f"`{name}`", str(len(runs))] + [mean_of(runs.values(), figure) for figure in ("top1", "few")]
-        cells += [paired(name, runs, found, figure) for figure in ("top1", "few")] + [
-            mean_of(runs.values(), "ece"),
-            mechanics_text(runs.values()),
-        ]
+        cells = [f"`{name}`", str(len(runs)), *(mean_of(runs, figure) for figure in ("top1", "few"))]
+        cells += [paired(same(name), found, figure) for figure in ("top1", "few")]
+        cells += [mean_of(runs, "ece"), mechanics_text(runs)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -160,19 +169,17 @@ def mean_of(runs: Iterable[Mapping[str, float]], figure: str) -> str:
     return f"{statistics.fmean(run[figure] for run in runs):.2f}"
 
 
-Runs = Mapping[int, Mapping[str, float]]  # seed -> metric -> value
-Found = Mapping[tuple[str, int], Mapping[str, float]]  # (cell, seed) -> metric -> value
-
-
-def differences(cell: str, runs: Runs, found: Found, figure: str) -> list[float]:
-    """Figures of a cell's runs minus the baseline's of the same seeds."""
+def differences(cell: str, runs: Runs, figure: str) -> list[float]:
+    """A figure of a cell's last runs minus the baseline's of the same seeds and version of torch, which adds up in an order
+    of its own: the same seed is another run with another version."""
     base = baseline_of(cell)
-    return [run[figure] - found[base, seed][figure] for seed, run in runs.items() if (base, seed) in found]
+    pairs = [(run, runs.get((base, seed, run["torch"]))) for (name, seed), run in newest(runs).items() if name == cell]
+    return [run[figure] - partner[figure] for run, partner in pairs if partner is not None]
 
 
-def paired(cell: str, runs: Runs, found: Found, figure: str) -> str:
+def paired(cell: str, runs: Runs, figure: str) -> str:
     """Mean difference to the baseline of the same seeds, +- half of its 95 % interval."""
-    deltas = differences(cell, runs, found, figure)
+    deltas = differences(cell, runs, figure)
     if not deltas:
         return "no baseline"
     mean, half = interval(deltas)

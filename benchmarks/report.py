@@ -193,13 +193,12 @@ def draw_ablations(path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = ablation.rows(RESULTS / "ablation.jsonl")
+    runs = ablation.read(RESULTS / "ablation.jsonl")
     cells = [name for sweep in ablation.SWEEPS.values() for name in sweep if name == ablation.same(name)]
     names = [name for name in cells if name != ablation.baseline_of(name)]
     drawn = []
     for name in names:
-        runs = {seed: run for (cell, seed), run in found.items() if cell == name}
-        deltas = ablation.differences(name, runs, found, "top1")
+        deltas = ablation.differences(name, runs, "top1")
         if len(deltas) > 1:
             drawn.append((f"{name} ({len(deltas)})", *ablation.interval(deltas), deltas))
     if not drawn:

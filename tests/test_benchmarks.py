@@ -156,12 +156,15 @@ def test_cells_of_one_configuration_are_run_once() -> None:
     assert ablation.same("gsa-full,radius=x3") == "gsa-full,radius=x3"
 
 
-def put(folder: Path, cell: str, seed: int, **figures: float) -> None:
+def put(folder: Path, cell: str, seed: int, torch: str = "2", **figures: float) -> None:
     with open(folder / "ablation.jsonl", "a") as file:
         for metric, value in figures.items():
             case = f"digits-lt/{cell}/seed={seed}"
             file.write(
-                json.dumps({"case": case, "metric": metric, "value": value, "device": "cpu", "cuda": None}) + "\n"
+                json.dumps(
+                    {"case": case, "metric": metric, "value": value, "device": "cpu", "cuda": None, "torch": torch}
+                )
+                + "\n"
             )
 
 
@@ -175,6 +178,15 @@ def test_table_pairs_by_seed_and_names_what_is_missing(results: Path) -> None:
     assert "+3.00 +- 12.71" in row  # differences 2 and 4: t(.975, 1) = 12.706, s / sqrt 2 = 1; seed 2 has no partner
     assert "length 0.05" in row
     assert text.count("not measured") == 3
+
+
+def test_a_run_is_compared_with_the_baseline_of_its_own_torch(results: Path) -> None:
+    put(results, "bcl", 0, torch="1", top1=80.0, few=80.0, ece=1.0)
+    put(results, "bcl+sam,rho=0.05", 0, torch="1", top1=83.0, few=83.0, ece=1.0)
+    put(results, "bcl", 0, torch="2", top1=90.0, few=90.0, ece=1.0)
+    assert "+3.00 (one seed)" in ablation.table("sam", results / "ablation.jsonl")
+    put(results, "bcl+sam,rho=0.05", 0, torch="3", top1=83.0, few=83.0, ece=1.0)
+    assert "no baseline" in ablation.table("sam", results / "ablation.jsonl")
 
 
 def test_short_runs_are_compared_with_bcl_of_as_many_epochs(results: Path) -> None:
