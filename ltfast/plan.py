@@ -130,6 +130,7 @@ def print_plan(config: Config) -> None:
     """Print the plan for a person."""
     plan = make_plan(config)
     epochs, steps = counted(config.optim.epochs, "epoch"), counted(plan.steps_per_epoch, "step")
+    scouts = plan.scouting_epochs
     groups = f"{plan.bank_groups or plan.groups}"
     if plan.bank_groups and 1 < plan.groups != plan.bank_groups:
         groups += f" of GKP, {plan.groups} of the ascent"
@@ -137,7 +138,7 @@ def print_plan(config: Config) -> None:
         "method": f"{config.method} on {config.model.model}",
         "data": f"{config.data.dataset}, {plan.train_images:,} training images, {plan.classes:,} classes",
         "steps": f"{epochs} x {steps} of {counted(config.data.batch, 'image')} = {plan.steps:,}"
-        + (f"; scouting: the first {counted(plan.scouting_epochs, 'epoch')}" if plan.scouting_epochs else ""),
+        + (f"; the first {scouts} epochs scout" if scouts > 1 else "; the first epoch scouts" if scouts else ""),
         "processes": f"{plan.processes}, each {counted(plan.images_a_process, 'image')} a step",
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": groups,

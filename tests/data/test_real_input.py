@@ -117,7 +117,7 @@ def test_the_plan_of_inaturalist_on_eight_gpus(inat: Path, capsys) -> None:
     shown = capsys.readouterr().out
     lines = dict(line.split("  ", 1) for line in shown.splitlines())
     assert "437,513 training images, 8,142 classes" in lines["data"]
-    assert "100 epochs x 1,710 steps of 256 images = 171,000; scouting: the first 40 epochs" in lines["steps"]
+    assert "100 epochs x 1,710 steps of 256 images = 171,000; the first 40 epochs scout" in lines["steps"]
     assert "8, each 32 images a step" in lines["processes"]
     assert "gkp-gsa on resnet50" in lines["method"]
     # theta, kept theta, momentum, A, T and four rows of gradients, 52.8 million each; 40 snapshots of the encoder.
