@@ -21,6 +21,7 @@ def add_run_commands(commands: Any) -> None:
         flag = "--" + name.replace("_", "-")
         evaluate.add_argument(flag, default=None, metavar="FILE", help="where this list lies now, if it moved")
     evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
+    evaluate.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N [as in the run]")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=command_eval)
 
@@ -56,7 +57,13 @@ def command_eval(args: argparse.Namespace) -> int:
 
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     result, source = evaluate_run(
-        args.folder, args.checkpoint, args.split, data_dir=args.data_dir, on_bad_image=args.on_bad_image, lists=lists
+        args.folder,
+        args.checkpoint,
+        args.split,
+        data_dir=args.data_dir,
+        on_bad_image=args.on_bad_image,
+        lists=lists,
+        device=args.device,
     )
     if args.json:
         print(to_json(result))

@@ -52,10 +52,11 @@ def evaluate_run(
     data_dir: str | None = None,
     on_bad_image: str = "fail",
     lists: Mapping[str, str] | None = None,
+    device: str | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.
 
-    data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved.
+    data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved. device: instead of the run's.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or its data is missing.
@@ -65,14 +66,14 @@ def evaluate_run(
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
-    places = {**({} if data_dir is None else {"data_dir": data_dir}), **(lists or {})}
-    config = moved(run.config, {"on_bad_image": on_bad_image, **places})
+    given = {name: value for name, value in (("data_dir", data_dir), ("device", device)) if value is not None}
+    config = moved(run.config, {"on_bad_image": on_bad_image, **given, **(lists or {})})
     ranks = Ranks()
-    device = build.build_device(config, ranks)
-    source = build.build_data(config, device, ranks)
+    place = build.build_device(config, ranks)
+    source = build.build_data(config, place, ranks)
     if not source.sizes.get(split, 0):
         raise UserError(f"--split {split}: this run held out no such images; use --split test")
     model = build.build_model(config, source.input_shape, source.num_classes)
     checkpoint.load_into(model, run.checkpoints / f"{which}.safetensors")
-    forward = build.build_forward(config.with_(compile="off"), model.to(device), None, device)
-    return evaluate(model, source, split, device, ranks, logits=forward.logits), source
+    forward = build.build_forward(config.with_(compile="off"), model.to(place), None, place)
+    return evaluate(model, source, split, place, ranks, logits=forward.logits), source

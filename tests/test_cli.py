@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,15 @@ def test_eval_json(run: Path, capsys) -> None:
     assert result["top1"] == next(r for r in rows if r["kind"] == "test")["last"]["top1"]
     assert main(["eval", str(run), "--checkpoint", "best"]) == 0
     assert "few-shot %" in capsys.readouterr().out
+
+
+def test_eval_on_another_device_than_the_runs(run: Path, tmp_path: Path, capsys) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = copy / "config.toml"
+    config.write_text(re.sub("device = .*", 'device = "cuda:77"', config.read_text()))
+    assert main(["eval", str(copy)]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+    assert main(["eval", str(copy), "--device", "cpu"]) == 0
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
