@@ -98,12 +98,14 @@ def print_stats(stats: list[SplitStats], console: Console | None = None) -> None
 
 def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
     """PNG (or any matplotlib format by suffix): training images of each class, largest first, with the group
-    bounds. UserError where it cannot be written.
+    bounds. UserError where there is none or it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = np.bincount(lists["train"].labels)
+    if not counts.any():
+        raise UserError(f"{lists['train'].source}: no training image to draw")
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

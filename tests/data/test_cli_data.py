@@ -93,3 +93,10 @@ def test_data_commands_say_what_cannot_be_written(tmp_path: Path, capsys: pytest
 def test_a_contact_sheet_shows_the_few_pictures_that_there_are(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train": (1, 1), "test": (1, 1)})
     assert main(["data", "contact", str(tmp_path / "x.png"), "--dataset", "folder", "--data-dir", str(tmp_path)]) == 0
+
+
+def test_nothing_to_draw(tmp_path: Path, capsys) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    assert main(["data", "stats", str(tmp_path / "set"), "--dataset", "folder", "--plot", str(tmp_path / "x.png")]) == 2
+    assert "no training image" in capsys.readouterr().err
