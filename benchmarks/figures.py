@@ -21,17 +21,26 @@ RESULTS = ROOT / "benchmarks" / "results"
 STYLES = {"ce": ("#D55E00", "s", "--"), "gkp-gsa": ("#0072B2", "o", "-")}
 
 
-def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """method -> seed -> metric -> value, the last row of each case winning (rows are append-only).
+def read(bench: str) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """(method, seed, version of torch) -> metric -> value, later runs later; the last row of each case wins.
 
     A method that a short name stands for (gsa-full+gkp) counts as rows of the short name (gkp-gsa).
     """
     short = {method: name for name, method in ALIASES.items() if "+" in method}
-    table: dict[str, dict[int, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
+    runs: dict[tuple[str, int, str], dict[str, Any]] = {}
     for line in (RESULTS / f"{bench}.jsonl").read_text().splitlines():
         row = json.loads(line)
         method, _, seed = row["case"].split("/")
-        table[short.get(method, method)][int(seed.removeprefix("seed="))][row["metric"]] = row["value"]
+        key = short.get(method, method), int(seed.removeprefix("seed=")), row.get("torch", "")
+        runs[key] = {**runs.pop(key, {"torch": key[2]}), row["metric"]: row["value"]}
+    return runs
+
+
+def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """method -> seed -> metric -> value of the last run."""
+    table: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for (method, seed, _), run in read(bench).items():
+        table[method][seed] = run
     return table
 
 

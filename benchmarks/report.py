@@ -137,22 +137,21 @@ def accuracy(bench: str) -> str:
 
 
 def preset_pairs(bench: str, base: str = "bcl") -> str:
-    """Every method against `base` at the same seeds: mean differences and half of their 95 % intervals."""
+    """Every method against `base` at the same seeds, made with one version of torch, which adds up in an order of its own: mean
+    differences and half of their 95 % intervals."""
     if not read(bench):
         return NOT_MEASURED
-    table = figures.newest(bench)
+    runs = figures.read(bench)
     lines = [f"| method | pairs | top-1 against {base} | few against {base} | ECE against {base} |", "|---" * 5 + "|"]
     found = {}
-    for method in table:
-        seeds = sorted(set(table[method]) & set(table[base]))
-        if method == base or len(seeds) < 2:
+    for method, last in figures.newest(bench).items():
+        both = [(run, runs.get((base, seed, run["torch"]))) for seed, run in last.items()]
+        both = [(run, partner) for run, partner in both if partner is not None]
+        if method == base or len(both) < 2:
             continue
-        pairs = [
-            ablation.interval([table[method][seed][figure] - table[base][seed][figure] for seed in seeds])
-            for figure in ("top1", "few", "ece")
-        ]
+        pairs = [ablation.interval([run[f] - partner[f] for run, partner in both]) for f in ("top1", "few", "ece")]
         text = " | ".join(f"{mean:+.2f} +- {half:.2f}" for mean, half in pairs)
-        found[f"| `{method}` | {len(seeds)} | {text} |"] = pairs[0][0]
+        found[f"| `{method}` | {len(both)} | {text} |"] = pairs[0][0]
     return "\n".join(lines + sorted(found, key=lambda line: -found[line]))
 
 
