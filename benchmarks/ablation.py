@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import seeded
 import torch
 from ablation_cells import SWEEPS, Cell, baseline_of, same
 
 FIGURES = ("top1", "medium", "few", "ece")
 FIXED = {"device": "cpu", "compile": "off", "tensorboard": False, "checkpoint_every": 10**6}
-Runs = dict[tuple[str, int, str], dict[str, Any]]  # (cell, seed, version of torch) -> metric -> value
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 LEVEL = 0.95
 
@@ -114,25 +113,19 @@ def mechanics(run: Any) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def read(path: Path) -> Runs:
-    """All runs, later ones later, with their version of torch as "torch"; the last row of a metric wins."""
-    runs: Runs = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        cell, seed = row["case"].removeprefix("digits-lt/").rsplit("/seed=", 1)
-        key = cell, int(seed), row.get("torch", "")
-        runs[key] = {**runs.pop(key, {"torch": key[2]}), row["metric"]: row["value"]}
-    return runs
+def read(path: Path) -> seeded.Runs:
+    """All runs of cells."""
 
+    def cell_and_seed(case: str) -> tuple[str, int]:
+        cell, seed = case.removeprefix("digits-lt/").rsplit("/seed=", 1)
+        return cell, int(seed)
 
-def newest(runs: Runs) -> dict[tuple[str, int], dict[str, Any]]:
-    """(cell, seed) -> metric -> value of the last run."""
-    return {(cell, seed): run for (cell, seed, _), run in runs.items()}
+    return seeded.read(path, cell_and_seed)
 
 
 def rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """(cell, seed) -> metric -> value of the last run in a file."""
-    return newest(read(path))
+    return seeded.newest(read(path))
 
 
 def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
@@ -153,7 +146,7 @@ def table(sweep: str, path: Path) -> str:
         "|" + "---|" * 8,
     ]
     for name in SWEEPS[sweep]:
-        runs = [run for (cell, _), run in newest(found).items() if cell == same(name)]
+        runs = [run for (cell, _), run in seeded.newest(found).items() if cell == same(name)]
         if not runs:
             lines.append(f"| `{name}` | 0 | not measured |" + " |" * 5)
             continue
@@ -169,15 +162,12 @@ def mean_of(runs: Iterable[Mapping[str, float]], figure: str) -> str:
     return f"{statistics.fmean(run[figure] for run in runs):.2f}"
 
 
-def differences(cell: str, runs: Runs, figure: str) -> list[float]:
-    """A figure of a cell's last runs minus the baseline's of the same seeds and version of torch, which adds up in an order
-    of its own: the same seed is another run with another version."""
-    base = baseline_of(cell)
-    pairs = [(run, runs.get((base, seed, run["torch"]))) for (name, seed), run in newest(runs).items() if name == cell]
-    return [run[figure] - partner[figure] for run, partner in pairs if partner is not None]
+def differences(cell: str, runs: seeded.Runs, figure: str) -> list[float]:
+    """A figure of a cell's last runs minus the baseline's."""
+    return [run[figure] - partner[figure] for run, partner in seeded.pairs(runs, cell, baseline_of(cell))]
 
 
-def paired(cell: str, runs: Runs, figure: str) -> str:
+def paired(cell: str, runs: seeded.Runs, figure: str) -> str:
     """Mean difference to the baseline of the same seeds, +- half of its 95 % interval."""
     deltas = differences(cell, runs, figure)
     if not deltas:

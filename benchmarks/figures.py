@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import peer_tables
+import seeded
 
 from ltfast.recipes import ALIASES
 
@@ -21,25 +22,24 @@ RESULTS = ROOT / "benchmarks" / "results"
 STYLES = {"ce": ("#D55E00", "s", "--"), "gkp-gsa": ("#0072B2", "o", "-")}
 
 
-def read(bench: str) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """(method, seed, version of torch) -> metric -> value, later runs later; the last row of each case wins.
+def read(bench: str) -> seeded.Runs:
+    """All runs of methods.
 
     A method that a short name stands for (gsa-full+gkp) counts as rows of the short name (gkp-gsa).
     """
     short = {method: name for name, method in ALIASES.items() if "+" in method}
-    runs: dict[tuple[str, int, str], dict[str, Any]] = {}
-    for line in (RESULTS / f"{bench}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        method, _, seed = row["case"].split("/")
-        key = short.get(method, method), int(seed.removeprefix("seed=")), row.get("torch", "")
-        runs[key] = {**runs.pop(key, {"torch": key[2]}), row["metric"]: row["value"]}
-    return runs
+
+    def method_and_seed(case: str) -> tuple[str, int]:
+        method, _, seed = case.split("/")
+        return short.get(method, method), int(seed.removeprefix("seed="))
+
+    return seeded.read(RESULTS / f"{bench}.jsonl", method_and_seed)
 
 
 def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:
     """method -> seed -> metric -> value of the last run."""
     table: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for (method, seed, _), run in read(bench).items():
+    for (method, seed), run in seeded.newest(read(bench)).items():
         table[method][seed] = run
     return table
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import ablation
 import figures
 import peer_tables
+import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -137,16 +138,14 @@ def accuracy(bench: str) -> str:
 
 
 def preset_pairs(bench: str, base: str = "bcl") -> str:
-    """Every method against `base` at the same seeds, made with one version of torch, which adds up in an order of its own: mean
-    differences and half of their 95 % intervals."""
+    """Every method against `base` (see `seeded.pairs`): mean differences and half of their 95 % intervals."""
     if not read(bench):
         return NOT_MEASURED
     runs = figures.read(bench)
     lines = [f"| method | pairs | top-1 against {base} | few against {base} | ECE against {base} |", "|---" * 5 + "|"]
     found = {}
-    for method, last in figures.newest(bench).items():
-        both = [(run, runs.get((base, seed, run["torch"]))) for seed, run in last.items()]
-        both = [(run, partner) for run, partner in both if partner is not None]
+    for method in figures.newest(bench):
+        both = seeded.pairs(runs, method, base)
         if method == base or len(both) < 2:
             continue
         pairs = [ablation.interval([run[f] - partner[f] for run, partner in both]) for f in ("top1", "few", "ece")]

@@ -280,5 +280,5 @@ def fresh_folder(config: Config) -> Path:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """The UserError for a run folder that cannot be made or written."""
+    """The UserError for a folder that cannot be made or written."""
     return UserError(f"--out {path}: cannot write there ({error.strerror}); choose another folder")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look
+from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList
 from ltfast.data.paths import duplicate_indices
 from ltfast.errors import UserError
@@ -27,20 +28,6 @@ if TYPE_CHECKING:
 
 HEAD, TAIL = 1 << 16, 1 << 12  # bytes read of a large file; the whole file when they do not settle it
 CHUNK = 512  # files a task
-SUFFIX_FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jpe": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
-    ".jp2": "JPEG2000",
-}
 
 
 @dataclass(frozen=True, slots=True)

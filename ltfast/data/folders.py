@@ -7,20 +7,31 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from ltfast.data.lists import ImageList
 from ltfast.data.longtail import first_of_each_class, limited_counts, long_tail_counts, select_subset
-from ltfast.data.paths import PathTable
+from ltfast.data.paths import PathTable, unreadable
 from ltfast.errors import UserError
 
 log = logging.getLogger("ltfast.data")
 FOLDER_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
-)
+SUFFIX_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".jp2": "JPEG2000",
+}
+IMAGE_SUFFIXES = frozenset(SUFFIX_FORMATS)
 
 
 def scan_folder(root: str | Path) -> dict[str, ImageList]:
@@ -74,13 +85,13 @@ def _subfolders(folder: Path) -> list[str]:
     try:
         return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
-        _unreadable(error)
+        unreadable(error)
 
 
 def _files(folder: Path) -> Iterator[str]:
     """Files below a class folder, sorted by name in each folder. A folder is visited once, and those above never."""
     seen = {(s.st_dev, s.st_ino) for s in map(os.stat, folder.resolve().parents)}
-    for place, subfolders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+    for place, subfolders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
@@ -88,10 +99,6 @@ def _files(folder: Path) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise UserError(f"folder {error.filename} cannot be read: {error.strerror}; check its rights") from error
 
 
 def thin(images: ImageList, imbalance: float, kind: str = "exp") -> ImageList:

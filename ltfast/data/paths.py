@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -121,7 +122,14 @@ def _entries(folder: bytes) -> set[bytes]:
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except OSError as error:
-        raise UserError(f"folder {os.fsdecode(folder)} cannot be read: {error.strerror}; check its rights") from error
+        unreadable(error)
+
+
+def unreadable(error: OSError) -> NoReturn:
+    """Raise the UserError for a folder that cannot be read."""
+    raise UserError(
+        f"folder {os.fsdecode(error.filename)} cannot be read: {error.strerror}; check its rights"
+    ) from error
 
 
 def contained(names: PathTable, root: Path, source: str) -> PathTable:

@@ -11,7 +11,6 @@ from typing import Any
 
 import ltfast
 from ltfast.config import SECTIONS
-from ltfast.errors import UserError
 from ltfast.report import draw_classes, draw_geometry, draw_training, items
 from ltfast.report.budget import Budget
 from ltfast.report.compute import Computed, compute_all
@@ -19,7 +18,7 @@ from ltfast.report.geometry import SIDES
 from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table
 from ltfast.report.runs import Missing, RunView, open_runs
 from ltfast.report.style import look, save
-from ltfast.runs import to_json
+from ltfast.runs import cannot_write, to_json
 
 PAGE, NUMBERS = "index.html", "report.json"
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
@@ -54,7 +53,7 @@ def report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from None
+        raise cannot_write(folder, error) from None
     if not quiet:
         print("report: drawing what the logs hold", file=sys.stderr, flush=True)
     drawing = time.monotonic()
