@@ -32,6 +32,7 @@ from .common import (
     tl,
     use_kernel,
 )
+from .register import op
 
 # As many partial sums as one program can add up in a few microseconds, enough to fill 132 SMs eight times over.
 PROGRAMS = 1024
@@ -140,7 +141,7 @@ def _result_dtype(anchors_GN: Tensor) -> torch.dtype:
     return torch.float64 if anchors_GN.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("ltfast::anchor_penalty", mutates_args=())
+@op
 def _anchor_penalty(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> Tensor:
     count("anchor_penalty", 2, [theta_N, anchors_GN, fishers_GN])
     if not use_kernel(theta_N):
@@ -158,12 +159,12 @@ def _anchor_penalty(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coe
     return _launch_sum(partials, theta_N.new_empty(()))
 
 
-@_anchor_penalty.register_fake
+@torch.library.register_fake("ltfast::anchor_penalty")
 def _(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> Tensor:
     return theta_N.new_empty(())
 
 
-@torch.library.custom_op("ltfast::anchor_grad", mutates_args=())
+@op
 def _anchor_grad(
     theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor, upstream: Tensor
 ) -> Tensor:  # fmt: skip
@@ -186,7 +187,7 @@ def _anchor_grad(
     return grad
 
 
-@_anchor_grad.register_fake
+@torch.library.register_fake("ltfast::anchor_grad")
 def _(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor, upstream: Tensor) -> Tensor:
     return torch.empty_like(theta_N)
 
@@ -199,10 +200,10 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tup
     return _anchor_grad(*ctx.saved_tensors, upstream), None, None, None
 
 
-_anchor_penalty.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("ltfast::anchor_penalty", _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("ltfast::collapse_anchors", mutates_args=())
+@op
 def _collapse_anchors(
     anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -230,7 +231,7 @@ def _collapse_anchors(
     return weight, target, _launch_sum(partials, partials.new_empty(()))
 
 
-@_collapse_anchors.register_fake
+@torch.library.register_fake("ltfast::collapse_anchors")
 def _(anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = anchors_GN.new_empty((anchors_GN.shape[1],), dtype=_result_dtype(anchors_GN))
     return weight, torch.empty_like(weight), weight.new_empty((), dtype=torch.float64)

@@ -32,6 +32,7 @@ from torch import Tensor
 from .coefficients_kernel import MAX_REGISTERS, PARTIAL_ELEMENTS, WARPS, _coefficients_kernel
 from .common import MAX_ROWS, Number, check_small, count, launch, next_power_of_2, number, split_number, use_kernel
 from .gram import SMALL_ROWS, gram_reduce
+from .register import op
 
 DIRECTIONS = ("joint", "none", "orthogonal", "projected", "friendly")
 AGGREGATES = ("uniform", "share")
@@ -152,7 +153,7 @@ def _one_row(gram_PRR: Tensor, rho: float, objective: str) -> tuple[Tensor, Tens
     return coef.reshape((1,) if objective == "shared" else (1, 1)), torch.tensor(stats, dtype=torch.float32)[:, None]
 
 
-@torch.library.custom_op("ltfast::ascent_coefficients", mutates_args=())
+@op
 def _ascent_coefficients(
     gram_PRR: Tensor, theta_sq_P: Tensor | None, shares_G: Tensor | None, counts_G: Tensor | None, n_elements: int,
     direction: str, rule: bool, rho: float, rho_t: Tensor | None, scale: float, scale_t: Tensor | None,
@@ -209,7 +210,7 @@ def _empty_result(gram_PRR: Tensor, direction: str, objective: str) -> tuple[Ten
     )
 
 
-@_ascent_coefficients.register_fake
+@torch.library.register_fake("ltfast::ascent_coefficients")
 def _(gram_PRR, theta_sq_P, shares_G, counts_G, n_elements, direction, *rest):
     return _empty_result(gram_PRR, direction, rest[-1])
 

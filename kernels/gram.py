@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .blocks import in_blocks
 from .common import cdiv, check_rows, check_vector, count, jit, launch, next_power_of_2, tl, use_kernel
+from .register import op
 
 # R (R + 1) / 2 accumulators of E elements live in registers: 36 x 4 at R = 8 is the most that fits without spills.
 SMALL_ROWS = 8
@@ -207,7 +208,7 @@ def _empty_partials(like: Tensor, programs: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("ltfast::gram_partials", mutates_args=())
+@op
 def _gram_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
     count("gram_partials", 1, [grads_RN, theta_N])
     if use_kernel(grads_RN):
@@ -216,13 +217,13 @@ def _gram_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> 
     return on_host(grads_RN, theta_N, adaptive)
 
 
-@_gram_partials.register_fake
+@torch.library.register_fake("ltfast::gram_partials")
 def _(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
     rows, n = grads_RN.shape
     return _empty_partials(grads_RN, _programs(n, rows, grads_RN.dtype) if use_kernel(grads_RN) else 1)
 
 
-@torch.library.custom_op("ltfast::gram_reduce", mutates_args=())
+@op
 def gram_reduce(partials_PRR: Tensor, theta_sq_P: Tensor) -> tuple[Tensor, Tensor]:
     """Add partial sums up, float64: ([P, R, R], [P]) -> ([R, R], 0-d)."""
     count("gram_reduce", 1, [])
@@ -236,7 +237,7 @@ def gram_reduce(partials_PRR: Tensor, theta_sq_P: Tensor) -> tuple[Tensor, Tenso
     return gram_RR, theta_sq
 
 
-@gram_reduce.register_fake
+@torch.library.register_fake("ltfast::gram_reduce")
 def _(partials_PRR: Tensor, theta_sq_P: Tensor) -> tuple[Tensor, Tensor]:
     return partials_PRR.new_empty(partials_PRR.shape[1:]), theta_sq_P.new_empty(())
 

@@ -35,6 +35,7 @@ from .common import (
     tl,
     use_kernel,
 )
+from .register import op_that_writes
 
 # Left to itself ptxas (12.8, 13.x) squeezes some R into 32 registers, spills 8 to 16 bytes and requests the rows one after
 # the other; a bound of 128 lets every row of a chunk be in flight (measured by compiling R = 1..64 to sm_80 and sm_90).
@@ -131,7 +132,7 @@ def _check_memory(theta_N: Tensor, grads_GN: Tensor, out: Tensor, keep: Tensor |
         check_apart({"out": None if same else out, "keep": keep}, {"theta_N": theta_N})
 
 
-@torch.library.custom_op("ltfast::perturb", mutates_args={"out", "keep"})
+@op_that_writes("out", "keep")
 def _perturb(
     theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None
 ) -> None:
@@ -149,11 +150,6 @@ def _perturb(
         if keep is not None:
             keep.copy_(theta_N)
         out.copy_(perturb_reference(theta_N, grads_GN, coef_G, adaptive))
-
-
-@_perturb.register_fake
-def _(theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None) -> None:
-    return None
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from .common import (
     tl,
     use_kernel,
 )
+from .register import op_that_writes
 
 Anchor = tuple[Tensor, Tensor, Number]
 F32 = (torch.float32,)
@@ -184,7 +185,7 @@ def _moved(source: Tensor | None, theta: Tensor) -> Tensor | None:
     return None if source is None or source.data_ptr() == theta.data_ptr() else source
 
 
-@torch.library.custom_op("ltfast::sgd_step", mutates_args={"theta", "buf", "mirror"})
+@op_that_writes("theta", "buf", "mirror")
 def _sgd_step(
     theta: Tensor, source: Tensor | None, grad: Tensor, buf: Tensor | None, anchor: Tensor | None, target: Tensor | None,
     mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
@@ -226,7 +227,7 @@ def _sgd_step(
     _write([(theta, source, source - number(lr, lr_t) * d), *state], found_inf, mirror)
 
 
-@torch.library.custom_op("ltfast::adamw_step", mutates_args={"theta", "exp_avg", "exp_avg_sq", "mirror"})
+@op_that_writes("theta", "exp_avg", "exp_avg_sq", "mirror")
 def _adamw_step(
     theta: Tensor, source: Tensor | None, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, anchor: Tensor | None,
     target: Tensor | None, mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
@@ -273,16 +274,6 @@ def _adamw_step(
     new = source * (1 - rate * weight_decay) - rate / correct1 * (m / (v.sqrt() / correct2 + eps))
     new = new.to(theta.dtype)
     _write([(theta, source, new), (exp_avg, exp_avg, m), (exp_avg_sq, exp_avg_sq, v)], found_inf, mirror)
-
-
-@_sgd_step.register_fake
-def _(*args: object) -> None:
-    return None
-
-
-@_adamw_step.register_fake
-def _(*args: object) -> None:
-    return None
 
 
 def _check_arrays(

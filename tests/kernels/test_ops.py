@@ -99,3 +99,16 @@ def test_the_penalty_differentiates_inside_torch_compile():
     loss(eager).backward()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
     check(compiled.grad, eager.grad, "elementwise", [2 * eager])
+
+
+@pytest.mark.parametrize("name", ["perturb", "sgd_step"])
+def test_autograd_notices_what_an_op_has_overwritten(name):
+    theta, grad = arrays(2)
+    w = theta.clone().requires_grad_()
+    loss = (w * theta).sum()  # keeps theta for its backward pass
+    if name == "perturb":
+        perturb(grad, grad[None], [1.0], out=theta)
+    else:
+        sgd_step(theta, grad, None, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
