@@ -155,12 +155,14 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     # CIFAR ResNets keep their own stem at any size: on 8x8 digits it is 3 to 4 points better than a full-resolution one.
     imagenet_resnet = cfg.model.startswith(("resnet", "resnext", "wide_resnet")) and not is_cifar_encoder(cfg.model)
     stem = "small" if side <= 40 and imagenet_resnet else "default"
-    encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side)
+    given = Path(cfg.weights or "")
+    published = cfg.weights if given.name == cfg.weights and not given.suffix and not given.exists() else None
+    encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side, weights=published)
     if side < TORCHVISION_SIDE and not is_cifar_encoder(cfg.model):
         check_size(cfg.model, encoder, input_shape)
     projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None
     model = LongTailModel(encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier)
-    if cfg.weights:
+    if cfg.weights and not published:
         checkpoint.load_weights(model.encoder, Path(cfg.weights))
     return model
 

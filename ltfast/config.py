@@ -94,7 +94,9 @@ class Model:
     scale: float = _opt(30.0, "scale of the cosine classifier", paper="30", above=0)
     projection_hidden: int = _opt(512, "hidden width of the projection heads", paper="512 (CIFAR), 2048", least=1)
     projection_out: int = _opt(128, "output width of the projection heads", paper="128 (CIFAR), 1024", least=1)
-    weights: str | None = _opt(None, "start from these encoder weights (.safetensors or state dict)")
+    weights: str | None = _opt(
+        None, "start from these encoder weights: a file, or DEFAULT = torchvision's for this model"
+    )
 
 
 @dataclass(frozen=True)

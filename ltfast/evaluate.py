@@ -73,7 +73,7 @@ def evaluate_run(
     source = build.build_data(config, place, ranks)
     if not source.sizes.get(split, 0):
         raise UserError(f"--split {split}: this run held out no such images; use --split test")
-    model = build.build_model(config, source.input_shape, source.num_classes)
+    model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)
     checkpoint.load_into(model, run.checkpoints / f"{which}.safetensors")
     forward = build.build_forward(config.with_(compile="off"), model.to(place), None, place)
     return evaluate(model, source, split, place, ranks, logits=forward.logits), source

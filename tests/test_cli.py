@@ -88,6 +88,14 @@ def test_eval_on_another_device_than_the_runs(run: Path, tmp_path: Path, capsys)
     assert main(["eval", str(copy), "--device", "cpu"]) == 0
 
 
+def test_a_run_does_not_need_the_weights_it_started_from_again(run: Path, tmp_path: Path, capsys) -> None:
+    start = str(shutil.copy(run / "checkpoints" / "last.safetensors", tmp_path / "start.safetensors"))
+    out = tmp_path / "r"
+    assert main(["train", "--weights", start, "--method", "ce", "--out", str(out), *QUICK]) == 0
+    Path(start).unlink()
+    assert main(["eval", str(out), "--json"]) == 0
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--method", "gsa-exact", "--dry-run"]) == 0

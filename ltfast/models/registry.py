@@ -84,14 +84,11 @@ def _torchvision_encoder(
     options: dict[str, Any] = {}
     if name.startswith(("vit_", "maxvit_")) and image_size is not None:
         options.update(_size_option(name, image_size, weights))
-    if name in _AUXILIARY and weights is None:
-        options["init_weights"] = True
-    try:
-        model = torchvision.models.get_model(name, weights=weights, **options)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"weights: {weights!r} does not fit {name}: {error}") from error
-    except OSError as error:
-        raise UserError(f"weights: {weights!r} of {name} could not be downloaded ({error}); go online once") from error
+    if name in _AUXILIARY:
+        options.update(init_weights=weights is None, transform_input=weights is not None)
+    model = torchvision.models.get_model(name, weights=None, **options)
+    if weights is not None:
+        model.load_state_dict(_published(name, weights))
     for attribute in _AUXILIARY.get(name, ()):
         setattr(model, attribute, None)
         model.aux_logits = False
@@ -101,6 +98,21 @@ def _torchvision_encoder(
     if in_channels != 3:
         _replace_first_conv(name, model, in_channels)
     return model, feature_dim
+
+
+def _published(name: str, weights: str) -> dict[str, Any]:
+    """The state dict that torchvision publishes, read without pickle; downloaded once to torch's hub folder."""
+    import torchvision
+
+    known = torchvision.models.get_model_weights(name).__members__
+    if weights not in known:
+        raise UserError(
+            f"weights: {weights!r} is no file and no weights of {name}; torchvision has {', '.join(known) or 'none'}"
+        )
+    try:
+        return known[weights].get_state_dict(check_hash=True, weights_only=True)
+    except OSError as error:
+        raise UserError(f"weights: {weights!r} of {name} could not be downloaded ({error}); go online once") from error
 
 
 def _size_option(name: str, image_size: int, weights: str | None) -> dict[str, Any]:

@@ -189,7 +189,10 @@ def initial_weights(live: Live) -> Sequence[Tensor]:
     """The weights the run started from: a function of its config and seed."""
     from ltfast import build
 
-    model = build.build_model(live.config, live.source.input_shape, live.source.num_classes)
+    try:
+        model = build.build_model(live.config, live.source.input_shape, live.source.num_classes)
+    except UserError as error:
+        raise Missing(f"its initial weights are missing ({error})") from None
     parts = [*model.encoder.parameters(), *model.classifier.parameters()]
     return [p.detach().to(live.device) for p in parts]
 

@@ -68,7 +68,7 @@ def profile_steps(
 
 def revive(live: Live) -> Trainer:
     """A trainer in the run's last phase: its weights and groups, an anchor if it had one."""
-    config = live.config.with_(compile="off", capture="off", bank=None, precision=live.precision)
+    config = live.config.with_(compile="off", capture="off", bank=None, weights=None, precision=live.precision)
     try:
         trainer = Trainer(config, None, Ranks(), Progress())
     except UserError as error:

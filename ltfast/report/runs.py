@@ -170,7 +170,7 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
         source = build.build_data(config, where, Ranks())
     except UserError as error:
         raise Missing(f"its data is missing ({error})") from None
-    model = build.build_model(config, source.input_shape, source.num_classes)
+    model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)
     checkpoint.load_into(model, view.folder.last)
     objective: Objective = build.build_objective(config, source.train_counts.to(where))
     loss, precision = objective.classification, view.config.run.precision

@@ -1,7 +1,7 @@
 """How each command of the docs is tried at smoke size. A command that no rule fits fails its test.
 
 Run: through the command's own entry point, with the words of `extra` added. Slow: the same, with -m slow only. Parsed: what
-needs GPUs, several machines, large data sets or an install; its words go through the parser that would read them.
+needs GPUs, several machines, large data sets, a download or an install; its words go through the parser that would read them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ RULES = (
     Rule(r"ltfast train .*--dataset (inat18|imagenet-lt|places-lt|webdataset)\b", PARSED),
     Rule(r"ltfast train .*--recipe ", PARSED),
     Rule(r"ltfast train .*--config ", PARSED),
+    Rule(r"ltfast train .*--weights DEFAULT", PARSED),
     Rule(r"ltfast train --help", RUN),
     Rule(r"ltfast train --resume RUN", RUN),
     Rule(r"ltfast train --procs ", SLOW, (*QUICK, "--batch", "32")),

@@ -1,11 +1,14 @@
 """Encoders by name; torchvision networks are built on the meta device, which costs no memory."""
 
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
 
+from ltfast.build import build_model
+from ltfast.config import Config
 from ltfast.errors import UserError
 from ltfast.models import CifarResNet, create_encoder, encoder_names
 from ltfast.models.resnet import CIFAR_DEPTHS
@@ -112,7 +115,7 @@ def test_small_stem_keeps_the_resolution() -> None:
         ({"name": "resnet8", "width": 0}, "width: 0"),
         ({"name": "resnet50", "width": 8}, "width: 8 is for the CIFAR ResNets"),
         ({"name": "resnet32", "weights": "DEFAULT"}, "weights: 'DEFAULT' is for torchvision"),
-        ({"name": "resnet18", "weights": "IMAGENET2K"}, "weights: 'IMAGENET2K' does not fit resnet18"),
+        ({"name": "resnet18", "weights": "IMAGENET2K"}, "weights: 'IMAGENET2K' is no file and no weights of resnet18"),
         ({"name": "resnet18", "weights": "DEFAULT", "in_channels": 1}, "need 3 input channels"),
         ({"name": "resnet18", "weights": "DEFAULT", "stem": "small"}, "stem 'default'"),
         ({"name": "vit_b_16", "image_size": 30}, "image_size: 30 is not a multiple of 16"),
@@ -129,6 +132,25 @@ def test_weights_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_args, **_options):
         raise URLError("no route to host")
 
-    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     with pytest.raises(UserError, match=r"could not be downloaded .*go online once"):
         create_encoder("resnet18", weights="DEFAULT")
+
+
+def test_published_weights_are_the_starting_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    published = torchvision.models.resnet18()
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    torch.save(published.state_dict(), cache / url.rpartition("/")[2])  # as if downloaded before
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    config = Config().with_(model="resnet18", weights="DEFAULT")
+    encoder = build_model(config, (3, 64, 64), 5).encoder
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, published.state_dict()[name]), name
+
+
+def test_a_mistyped_file_of_weights_is_told_what_there_is() -> None:
+    with pytest.raises(UserError, match=r"weights: 'imagenet' is no file and no weights of resnet18; .* DEFAULT"):
+        build_model(Config().with_(model="resnet18", weights="imagenet"), (3, 64, 64), 5)
