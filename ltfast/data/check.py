@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ltfast.data.copies import UNKNOWN, Copies, find_copies, signature
 from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look
 from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList
@@ -34,9 +36,10 @@ CHUNK = 512  # files a task
 class Finding:
     """One file: bad says why it cannot be decoded ('' when it can); notes are what is unusual about it."""
 
-    index: int
     bad: str
     notes: tuple[str, ...] = ()
+    signature: int = UNKNOWN
+    """See ltfast.data.copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,14 @@ class SplitReport:
     """Paths that stand more than once."""
     empty_classes: list[int]
     """Labels below the largest without an image."""
-    overlap: dict[str, list[str]]
-    """Earlier split -> paths of the images that it holds too, by that path or by a link to the same file."""
+    copies: Copies = field(default_factory=Copies)
+    """The same pictures under other names."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """Result of check_dataset; ok when every file decodes, labels have no gap, no file stands twice and notes is empty."""
+    """Result of check_dataset; ok when every file decodes, labels have no gap, no picture stands in two splits or classes,
+    no file twice, and notes is empty."""
 
     splits: list[SplitReport]
     decoded: bool
@@ -76,12 +80,12 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Nothing that would stop or bend a training run."""
-        found = any(split.bad or split.duplicates or split.overlap for split in self.splits)
+        found = any(s.bad or s.duplicates or s.copies.elsewhere or s.copies.relabelled for s in self.splits)
         return not found and not self.splits[0].empty_classes and not self.notes
 
 
-def inspect(path: str, full: bool = False) -> tuple[str, tuple[str, ...]]:
-    """(why the file cannot be decoded or '', what is unusual about it); full decodes it."""
+def inspect(path: str, full: bool = False) -> Finding:
+    """What there is to say about a file; full decodes it."""
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -91,11 +95,13 @@ def inspect(path: str, full: bool = False) -> tuple[str, tuple[str, ...]]:
                 file.seek(0)
                 data = file.read()
     except OSError as error:
-        return "missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower(), ()
-    return judge(data, path, full) if len(data) == size else ("", tuple(_notes(data, path)))
+        return Finding("missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower())
+    return (
+        judge(data, path, full) if len(data) == size else Finding("", tuple(_notes(data, path)), signature(size, data))
+    )
 
 
-def judge(data: bytes, name: str, full: bool = False) -> tuple[str, tuple[str, ...]]:
+def judge(data: bytes, name: str, full: bool = False) -> Finding:
     """`inspect` for bytes at hand."""
     why = look(data)
     if not why and full:
@@ -103,7 +109,7 @@ def judge(data: bytes, name: str, full: bool = False) -> tuple[str, tuple[str, .
             decode(data)
         except BadImage as error:
             why = str(error)
-    return (why, ()) if why else ("", tuple(_notes(data, name)))
+    return Finding(why) if why else Finding("", tuple(_notes(data, name)), signature(len(data), data))
 
 
 def _tail(file: object, size: int) -> bytes:
@@ -130,22 +136,17 @@ def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: i
 
     full: decode every picture (about 1.6 ms each) instead of reading headers (about 30 us); workers: threads.
     """
-    notes, splits = [], []
+    notes, splits, signatures, names = [], [], [], distinct(lists)
     if lists["train"].num_classes < 2:
         notes.append("only one class: a classifier needs at least two")
     if "test" in lists and not len(lists["test"]):
         notes.append(f"no image to test on in {lists['test'].source}")
-    earlier: dict[str, set[Hashable]] = {}
-    for split, images in distinct(lists):
-        files = _identities(images) if images.loose else []  # names in shards may be equal and the pictures not
-        overlap = {
-            other: [images.paths[i] for i, file in enumerate(files) if file in held]
-            for other, held in earlier.items()
-            if not held.isdisjoint(files)
-        }
-        earlier[split] = set(files)
-        splits.append(_check_split(split, images, full, workers, overlap))
-    return CheckReport(splits, full, notes)
+    for split, images in names:
+        report, signed = _check_split(split, images, full, workers)
+        splits.append(report)
+        signatures.append(signed)
+    copies = find_copies(names, signatures, workers)
+    return CheckReport([replace(s, copies=c) for s, c in zip(splits, copies, strict=True)], full, notes)
 
 
 def distinct(lists: dict[str, ImageList]) -> list[tuple[str, ImageList]]:
@@ -157,45 +158,35 @@ def distinct(lists: dict[str, ImageList]) -> list[tuple[str, ImageList]]:
     return list(seen.values())
 
 
-def _identities(images: ImageList) -> list[Hashable]:
-    """Device and inode of each file, so that a link is what it leads to; the path of one that is not there."""
+def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tuple[SplitReport, np.ndarray]:
+    """The report without copies, and each picture's signature."""
 
-    def identity(name: str) -> Hashable:
-        try:
-            status = os.stat(os.path.join(images.root, name))
-        except OSError:
-            return name
-        return status.st_dev, status.st_ino
-
-    return [identity(name) for name in images.paths]
-
-
-def _check_split(split: str, images: ImageList, full: bool, workers: int, overlap: dict[str, list[str]]) -> SplitReport:
     def look_at(start: int) -> list[Finding]:
-        stop = min(start + CHUNK, len(images))
-        return [Finding(i, *examine(images, i, full)) for i in range(start, stop)]
+        return [examine(images, i, full) for i in range(start, min(start + CHUNK, len(images)))]
 
     bad: list[tuple[str, str]] = []
     notes: Counter[str] = Counter()
+    signatures = np.empty(len(images), dtype=np.int64)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for findings in pool.map(look_at, range(0, len(images), CHUNK)):
-            for finding in findings:
-                if finding.bad:
-                    bad.append((images.paths[finding.index], finding.bad))
-                notes.update(finding.notes)
+        for i, finding in enumerate(chain.from_iterable(pool.map(look_at, range(0, len(images), CHUNK)))):
+            if finding.bad:
+                bad.append((images.paths[i], finding.bad))
+            notes.update(finding.notes)
+            signatures[i] = finding.signature
     duplicates = sorted({images.paths[again] for _, again in duplicate_indices(images.paths)})
     empty = np.flatnonzero(images.counts == 0).tolist()
-    return SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty, overlap)
+    report = SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
+    return report, signatures
 
 
-def examine(images: ImageList, index: int, full: bool = False) -> tuple[str, tuple[str, ...]]:
+def examine(images: ImageList, index: int, full: bool = False) -> Finding:
     """`inspect` for picture `index` of a list, loose or in a shard."""
     if images.loose:
         return inspect(images.file(index), full)
     try:
         return judge(images.read(index), images.paths[index], full)
     except BadImage as error:
-        return str(error), ()
+        return Finding(str(error))
 
 
 def print_check(report: CheckReport, console: Console | None = None, examples: int = 5) -> None:
@@ -213,7 +204,12 @@ def print_check(report: CheckReport, console: Console | None = None, examples: i
         rows += [(note, count, "") for note, count in split.notes.items()]
         if split.duplicates:
             rows.append(("duplicate path", len(split.duplicates), split.duplicates[0]))
-        rows += [(f"also in {other}", len(paths), paths[0]) for other, paths in split.overlap.items()]
+        same = {f"also in {other}": paths for other, paths in split.copies.elsewhere.items()}
+        same |= {
+            "same picture in another class": split.copies.relabelled,
+            "copy in the same class": split.copies.repeated,
+        }
+        rows += [(what, len(paths), paths[0]) for what, paths in same.items() if paths]
         if split.empty_classes:
             rows.append(("class without an image", len(split.empty_classes), str(split.empty_classes[0])))
         for row, (finding, count, shown) in enumerate(rows or [("nothing unusual", 0, "")]):

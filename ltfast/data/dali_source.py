@@ -57,7 +57,7 @@ class DaliSource(LargeSource):
                 return shown
             self._looked_at[new] = True
             for i in dict.fromkeys(new):
-                if reason := examine(self.lists["train"], i)[0]:
+                if reason := examine(self.lists["train"], i).bad:
                     self.report_bad("train", i, reason)
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:

@@ -86,7 +86,7 @@ def test_files_of_two_splits_and_what_is_wrong_with_the_whole_are_found(tmp_path
     names = ["val/0/0.jpg", "val/1/link.jpg", "train/0/1.jpg"]
     test = ImageList(root, PathTable.of(names), np.array([0, 1, 0], dtype=np.int32), "test.txt")
     report = check_dataset({"train": read_list(root / "train.txt", root), "test": test})
-    assert report.splits[1].overlap == {"train": ["val/1/link.jpg", "train/0/1.jpg"]}
+    assert report.splits[1].copies.elsewhere == {"train": ["train/0/1.jpg", "val/1/link.jpg"]}
     assert not report.ok
     console = Console(record=True, width=100, file=io.StringIO())
     print_check(report, console)
@@ -97,6 +97,40 @@ def test_files_of_two_splits_and_what_is_wrong_with_the_whole_are_found(tmp_path
     assert not report.ok
 
 
+def test_copies_are_found_whatever_their_names(tmp_path):
+    root = make_set(tmp_path, (4, 3))
+    for copy, of in (
+        ("val/0/x.jpg", "train/0/2.jpg"),
+        ("train/1/y.jpg", "train/0/3.jpg"),
+        ("train/0/z.jpg", "train/0/0.jpg"),
+    ):
+        (root / copy).write_bytes((root / of).read_bytes())
+    almost = bytearray((root / "train/0/1.jpg").read_bytes())
+    almost[-3] ^= 1  # same size, not the same picture
+    (root / "val/0/almost.jpg").write_bytes(almost)
+    train = [f"train/0/{i}.jpg" for i in range(4)] + ["train/0/z.jpg", "train/1/0.jpg", "train/1/y.jpg"]
+    labels = np.array([0, 0, 0, 0, 0, 1, 1], dtype=np.int32)
+    test = ["val/0/x.jpg", "val/0/almost.jpg", "val/1/0.jpg"]
+    lists = {
+        "train": ImageList(root, PathTable.of(train), labels, "train.txt"),
+        "test": ImageList(root, PathTable.of(test), np.array([0, 0, 1], dtype=np.int32), "test.txt"),
+    }
+    report = check_dataset(lists)
+    inside, outside = (split.copies for split in report.splits)
+    assert inside.relabelled == ["train/1/y.jpg"]
+    assert inside.repeated == ["train/0/z.jpg"]
+    assert outside.elsewhere == {"train": ["val/0/x.jpg"]}
+    assert not outside.relabelled
+    assert not report.ok
+    console = Console(record=True, width=120, file=io.StringIO())
+    print_check(report, console)
+    text = console.export_text()
+    for words in ("also in train", "same picture in another class", "copy in the same class"):
+        assert words in text
+    only_repeated = lists["train"].select(np.array([0, 4, 5]))
+    assert check_dataset({"train": only_repeated}).ok, "a picture twice in its own class is the owner's affair"
+
+
 def test_large_files_are_judged_by_head_and_tail(tmp_path):
     rng = np.random.default_rng(0)
     from PIL import Image
@@ -105,16 +139,16 @@ def test_large_files_are_judged_by_head_and_tail(tmp_path):
     noise.save(tmp_path / "large.jpg", quality=95)
     data = (tmp_path / "large.jpg").read_bytes()
     assert len(data) > 2 * 65536
-    assert inspect(str(tmp_path / "large.jpg")) == ("", ())
+    assert inspect(str(tmp_path / "large.jpg")).bad == ""
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
-    assert inspect(str(tmp_path / "cut.jpg"))[0].startswith("truncated")
+    assert inspect(str(tmp_path / "cut.jpg")).bad.startswith("truncated")
     (tmp_path / "junk.jpg").write_bytes(data + b"\0" * 20_000)
-    assert inspect(str(tmp_path / "junk.jpg")) == ("", ())
+    assert inspect(str(tmp_path / "junk.jpg")).bad == ""
     load_picture(tmp_path / "junk.jpg")
     (tmp_path / "noise.jpg").write_bytes(rng.bytes(300_000))
-    assert inspect(str(tmp_path / "noise.jpg"))[0] == "not a picture"
+    assert inspect(str(tmp_path / "noise.jpg")).bad == "not a picture"
     picture(1, 900, 700).save(tmp_path / "large.png")
-    assert inspect(str(tmp_path / "large.png")) == ("", ())
+    assert inspect(str(tmp_path / "large.png")).bad == ""
 
 
 def test_statistics_and_plot(tmp_path):
