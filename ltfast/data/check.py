@@ -204,12 +204,12 @@ def print_check(report: CheckReport, console: Console | None = None, examples: i
         rows += [(note, count, "") for note, count in split.notes.items()]
         if split.duplicates:
             rows.append(("duplicate path", len(split.duplicates), split.duplicates[0]))
-        same = {f"also in {other}": paths for other, paths in split.copies.elsewhere.items()}
+        same = {f"also in {other}": pairs for other, pairs in split.copies.elsewhere.items()}
         same |= {
             "same picture in another class": split.copies.relabelled,
             "copy in the same class": split.copies.repeated,
         }
-        rows += [(what, len(paths), paths[0]) for what, paths in same.items() if paths]
+        rows += [(what, len(pairs), " = ".join(pairs[0])) for what, pairs in same.items() if pairs]
         if split.empty_classes:
             rows.append(("class without an image", len(split.empty_classes), str(split.empty_classes[0])))
         for row, (finding, count, shown) in enumerate(rows or [("nothing unusual", 0, "")]):

@@ -21,17 +21,18 @@ from ltfast.data.lists import ImageList
 UNKNOWN = 0  # signature of a file that could not be read
 SIGNED = slice(-(1 << 12), None)  # of the file's first SEEN bytes: beyond the headers of most pictures
 SEEN = 1 << 16
+Pair = tuple[str, str]
 
 
 @dataclass
 class Copies:
-    """Of one split, paths of pictures that are byte for byte the same as an earlier one."""
+    """Of one split, pictures that are byte for byte the same as an earlier one: (path, path of the earlier one)."""
 
-    elsewhere: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    elsewhere: dict[str, list[Pair]] = field(default_factory=lambda: defaultdict(list))
     """Earlier split -> its pictures that this split holds, too."""
-    relabelled: list[str] = field(default_factory=list)
+    relabelled: list[Pair] = field(default_factory=list)
     """In this split under another class."""
-    repeated: list[str] = field(default_factory=list)
+    repeated: list[Pair] = field(default_factory=list)
     """In this split under the same class and another path."""
 
 
@@ -46,18 +47,20 @@ def find_copies(
     """What each split shares with itself and with the ones before it; signatures: one int64 a picture, UNKNOWN = none."""
     found = [Copies() for _ in splits]
     for places in _same_bytes(splits, signatures, workers):
-        held: list[tuple[int, int, str]] = []  # split, class and path of those before
+        first: dict[int, dict[int, str]] = {}  # split -> class -> path, of those before
         for split, index in places:
             images = splits[split][1]
             label, path = int(images.labels[index]), images.paths[index]
-            own = [(k, p) for s, k, p in held if s == split]
-            for other in sorted({s for s, _, _ in held if s < split}):
-                found[split].elsewhere[splits[other][0]].append(path)
-            if any(k != label for k, _ in own):
-                found[split].relabelled.append(path)
-            elif own and all(p != path for _, p in own):
-                found[split].repeated.append(path)
-            held.append((split, label, path))
+            for other, theirs in first.items():
+                if other != split:
+                    found[split].elsewhere[splits[other][0]].append((path, next(iter(theirs.values()))))
+            mine = first.setdefault(split, {})
+            another = next((p for k, p in mine.items() if k != label), None)
+            if another is not None:
+                found[split].relabelled.append((path, another))
+            elif mine.setdefault(label, path) != path:
+                found[split].repeated.append((path, mine[label]))
+            mine.setdefault(label, path)
     return found
 
 

@@ -86,7 +86,9 @@ def test_files_of_two_splits_and_what_is_wrong_with_the_whole_are_found(tmp_path
     names = ["val/0/0.jpg", "val/1/link.jpg", "train/0/1.jpg"]
     test = ImageList(root, PathTable.of(names), np.array([0, 1, 0], dtype=np.int32), "test.txt")
     report = check_dataset({"train": read_list(root / "train.txt", root), "test": test})
-    assert report.splits[1].copies.elsewhere == {"train": ["train/0/1.jpg", "val/1/link.jpg"]}
+    assert report.splits[1].copies.elsewhere == {
+        "train": [("train/0/1.jpg", "train/0/1.jpg"), ("val/1/link.jpg", "train/1/2.jpg")]
+    }
     assert not report.ok
     console = Console(record=True, width=100, file=io.StringIO())
     print_check(report, console)
@@ -117,9 +119,9 @@ def test_copies_are_found_whatever_their_names(tmp_path):
     }
     report = check_dataset(lists)
     inside, outside = (split.copies for split in report.splits)
-    assert inside.relabelled == ["train/1/y.jpg"]
-    assert inside.repeated == ["train/0/z.jpg"]
-    assert outside.elsewhere == {"train": ["val/0/x.jpg"]}
+    assert inside.relabelled == [("train/1/y.jpg", "train/0/3.jpg")]
+    assert inside.repeated == [("train/0/z.jpg", "train/0/0.jpg")]
+    assert outside.elsewhere == {"train": [("val/0/x.jpg", "train/0/2.jpg")]}
     assert not outside.relabelled
     assert not report.ok
     console = Console(record=True, width=120, file=io.StringIO())
