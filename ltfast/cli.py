@@ -142,6 +142,7 @@ def command_train(args: argparse.Namespace) -> int:
     from ltfast.progress import outlive_readers
     from ltfast.recipes import build_config, method_values, named_recipe
     from ltfast.runs import RunFolder, fresh_folder
+    from ltfast.unread import unread
 
     outlive_readers()
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
@@ -161,6 +162,9 @@ def command_train(args: argparse.Namespace) -> int:
         if args.method:  # a flag goes before the file: what the file's own method was made of must not come back in
             fields = {name: fields[name] for name in fields.keys() - method_values(method).keys()}
         config = build_config(dataset, method, {**named[2], **fields}, flags)
+        idle = ["--" + name.replace("_", "-") for name in unread(config, [*fields, *flags])]
+        if idle and not launch.launched():
+            print(f"note: no effect with {config.method}: {', '.join(idle)}")
     config = launch.on_cpu(config)
     if args.dry_run:
         from ltfast.plan import print_plan

@@ -96,6 +96,25 @@ def test_a_run_does_not_need_the_weights_it_started_from_again(run: Path, tmp_pa
     assert main(["eval", str(out), "--json"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "idle"),
+    [
+        ("ce", "--a-scl, --tau, --rho-max, --gram-ema, --gkp-lambda"),
+        ("balanced-softmax", "--a-scl, --rho-max, --gram-ema, --gkp-lambda"),
+        ("bcl+sam", "--rho-max, --gram-ema, --gkp-lambda"),
+        ("gsa-exact", "--gram-ema, --gkp-lambda"),
+        ("bcl+gkp", "--rho-max, --gram-ema"),
+        ("gkp-gsa", None),
+    ],
+)
+def test_options_that_a_method_does_not_read_are_said(method: str, idle: str | None, capsys) -> None:
+    options = {"a-scl": 0.5, "tau": 0.9, "rho-max": 0.01, "gram-ema": 0.4, "gkp-lambda": 5}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main(["train", "--method", method, "--dry-run", *words]) == 0
+    line = next((line for line in capsys.readouterr().out.splitlines() if line.startswith("note: no effect")), None)
+    assert line == (idle and f"note: no effect with {method}: {idle}")
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--method", "gsa-exact", "--dry-run"]) == 0

@@ -1,0 +1,30 @@
+"""Options that were given and do nothing with the method at hand: no error, one set of flags may serve many methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from ltfast.config import FIELDS, Config
+from ltfast.recipes import rule_of
+
+
+def unread(config: Config, given: Iterable[str]) -> list[str]:
+    """Those of the fields `given` that this config's method does not read."""
+    rule, gkp = rule_of(config), config.preserve.gkp
+    banked = gkp or (rule is not None and rule.groups == "bank")
+    bcl = config.loss.loss == "bcl"
+    read = dict.fromkeys(("a_ce", "a_scl", "temperature", "projection_hidden", "projection_out"), bcl)
+    read["tau"] = config.loss.loss != "ce"
+    read |= dict.fromkeys(("groups", "scout", "regroup", "center", "bank"), banked)
+    read |= dict.fromkeys(("gkp_lambda", "gkp_normalise", "fisher", "fisher_budget", "alpha_start", "alpha_end"), gkp)
+    if rule is None:
+        read |= {f.name: False for f in dataclasses.fields(config.sharpness) if f.name != "sharpness"}
+    else:
+        read |= dict.fromkeys(("radius_C", "rho_min", "rho_max"), rule.rho is None)
+        read |= dict.fromkeys(("sigma", "lmbda"), rule.direction == "friendly")
+        read |= dict.fromkeys(("focal_gamma", "focal_strength"), rule.groups == "focal")
+        read["tail_below"], read["gram_ema"] = rule.groups == "head-tail", rule.gram_every > 1
+        read["aggregate"] = rule.objective == "shared"
+    chosen = set(given)
+    return [name for name in FIELDS if name in chosen and not read.get(name, True)]
