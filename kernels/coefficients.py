@@ -228,9 +228,8 @@ def _check_gram(gram: Tensor, theta_sq: Tensor | None, direction: str) -> tuple[
     if partials.dtype != torch.float64:
         raise ValueError(f"gram is {partials.dtype}; it must be float64, as gram and gram_partials give it")
     if theta_sq is not None:
-        if not isinstance(theta_sq, Tensor):
-            raise ValueError(f"theta_sq must be the tensor that came with gram, not {theta_sq!r}")
-        if theta_sq.numel() != programs or theta_sq.device != gram.device or theta_sq.dtype != torch.float64:
+        fits = isinstance(theta_sq, Tensor) and theta_sq.numel() == programs and theta_sq.dtype == torch.float64
+        if not fits or theta_sq.device != gram.device:
             raise ValueError(f"theta_sq must hold {programs} float64 on {gram.device}, as it came with gram")
         theta_sq = theta_sq.reshape(-1)
     return partials, theta_sq, groups
