@@ -223,13 +223,17 @@ def _check_gram(gram: Tensor, theta_sq: Tensor | None, direction: str) -> tuple[
     programs, rows, _ = partials.shape
     if direction == "friendly" and rows % 2:
         raise ValueError(f"gram has {rows} rows; direction 'friendly' needs u_1..u_G, m_1..m_G")
+    groups = rows // 2 if direction == "friendly" else rows
+    if not 1 <= groups <= MAX_ROWS or not programs:
+        raise ValueError(f"gram has shape {tuple(gram.shape)}; 1 to {MAX_ROWS} groups are supported")
     if partials.dtype != torch.float64:
         raise ValueError(f"gram is {partials.dtype}; it must be float64, as gram and gram_partials give it")
     if theta_sq is not None:
-        if theta_sq.numel() != programs or theta_sq.device != gram.device or theta_sq.dtype != torch.float64:
+        fits = isinstance(theta_sq, Tensor) and theta_sq.numel() == programs and theta_sq.dtype == torch.float64
+        if not fits or theta_sq.device != gram.device:
             raise ValueError(f"theta_sq must hold {programs} float64 on {gram.device}, as it came with gram")
         theta_sq = theta_sq.reshape(-1)
-    return partials, theta_sq, rows // 2 if direction == "friendly" else rows
+    return partials, theta_sq, groups
 
 
 @torch.no_grad()
@@ -279,6 +283,8 @@ def ascent_coefficients(
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     partials, theta_sq, groups = _check_gram(gram, theta_sq, direction)
     device = gram.device
+    if n_elements < 1:
+        raise ValueError(f"n_elements is {n_elements}; it must be at least 1, the number of perturbed parameters")
     if shares_G is not None:
         check_small("shares_G", shares_G, groups, device)
     if rho is None:

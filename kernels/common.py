@@ -195,8 +195,12 @@ def check_small(name: str, tensor: Tensor, length: int, device: torch.device) ->
 def as_coefficients(name: str, values: Coefficients, length: int, like: Tensor) -> Tensor:
     """[length] coefficients on like's device; python numbers are checked (finite) and copied there."""
     if not isinstance(values, Tensor):
+        try:
+            values = [float(value) for value in values]
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be a [{length}] tensor or {length} numbers, not {values!r}") from None
         for value in values:
-            if not math.isfinite(value):
+            if not abs(value) < math.inf:  # torch.compile traces this, not math.isfinite
                 raise ValueError(f"{name} holds {value}; coefficients must be finite")
         values = torch.tensor(values, dtype=torch.float32, device=like.device)
     return check_small(name, values, length, like.device)
@@ -212,7 +216,9 @@ def split_number(
         if value.device != device:
             raise ValueError(f"{name} lies on {value.device}, the arrays on {device}")
         return 0.0, value.detach()
-    if not (low <= value <= high and math.isfinite(value)):
+    if not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number or a one-element tensor, not {value!r}")
+    if not (low <= value <= high and abs(value) < math.inf):  # torch.compile traces this, not math.isfinite
         raise ValueError(f"{name} is {value}; it must be finite and in [{low}, {high}]")
     return float(value), None
 

@@ -285,8 +285,7 @@ def _check_arrays(
     found_inf: Tensor | None,
     source: Tensor | None,
 ) -> tuple:
-    """Check everything before anything is written; returns (A, T, strength, strength_t)."""
-    check_vector("theta_N", theta_N, dtypes=F32)
+    """Check what goes with theta before anything is written; returns (A, T, strength, strength_t)."""
     check_vector("grad_N", grad_N, theta_N)
     for name, tensor in state.items():
         if tensor is None:
@@ -302,6 +301,8 @@ def _check_arrays(
         split_number("found_inf", found_inf, theta_N.device)
     if anchor is None:
         return None, None, 0.0, None
+    if not isinstance(anchor, (tuple, list)) or len(anchor) != 3:
+        raise ValueError("anchor must be the three values (A, T, strength)")
     weight, target, strength = anchor
     check_vector("anchor[0] (A)", weight, theta_N, dtypes=F32)
     check_vector("anchor[1] (T)", target, theta_N, dtypes=F32)
@@ -348,11 +349,12 @@ def sgd_step(
         ValueError: a bad argument, or one that shares memory with what is written (source may be theta_N), by name; then
             nothing has been written.
     """
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {momentum} and {dampening}")
+    check_vector("theta_N", theta_N, dtypes=F32)
     for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
         split_number(name, value, theta_N.device)
     split_number("dampening", dampening, theta_N.device, low=-math.inf)
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {momentum} and {dampening}")
     buf = momentum_N if momentum != 0 else None
     checked = _check_arrays(
         theta_N, grad_N, {} if momentum == 0 else {"momentum_N": momentum_N}, anchor, mirror, found_inf, source
@@ -396,8 +398,12 @@ def adamw_step(
     Raises:
         ValueError: a bad argument, by name; then nothing has been written.
     """
+    check_vector("theta_N", theta_N, dtypes=F32)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}; it must be two numbers in [0, 1)")
     for i, beta in enumerate(betas):
-        if not 0 <= beta < 1:
+        split_number(f"betas[{i}]", beta, theta_N.device)
+        if not beta < 1:
             raise ValueError(f"betas[{i}] is {beta}; it must be in [0, 1)")
     split_number("eps", eps, theta_N.device)
     split_number("weight_decay", weight_decay, theta_N.device)

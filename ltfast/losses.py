@@ -5,6 +5,9 @@ are weighted means of them. All arithmetic is float32 or wider, also under bf16 
 never make the host wait.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,11 +23,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return F.cross_entropy(_wide(logits), labels, reduction="none", label_smoothing=label_smoothing)
 
 
-def log_prior(counts: Tensor) -> Tensor:
+def log_prior(counts: Tensor | Sequence[float]) -> Tensor:
     """log(n_c / sum n), float32 [C], from the training counts [C]. ValueError if a class has no image."""
-    if counts.ndim != 1 or not bool((counts > 0).all()):
+    counts = torch.as_tensor(counts).double()
+    if counts.ndim != 1 or not len(counts) or not bool(((counts > 0) & counts.isfinite()).all()):
         raise ValueError("counts: every class needs at least one training image (one-dimensional, all > 0)")
-    counts = counts.double()
     return (counts / counts.sum()).log().float()
 
 
@@ -32,8 +35,10 @@ def balanced_softmax(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: flo
     """Cross entropy of logits + tau * log prior: [B, C], [B], [C] -> [B].
 
     tau = 1 is balanced softmax (Ren et al. 2020) and BCL's logit-compensated branch; any tau is the logit-adjusted
-    loss (Menon et al. 2021).
+    loss (Menon et al. 2021). ValueError unless the prior (of `log_prior(counts)`) has one entry a class.
     """
+    if log_prior.shape != logits.shape[-1:]:
+        raise ValueError(f"log_prior: shape {tuple(log_prior.shape)} must be [{logits.shape[-1]}], one for each class")
     logits = _wide(logits)
     return cross_entropy(logits + tau * log_prior.to(logits.dtype), labels)
 
@@ -49,8 +54,10 @@ def balanced_supcon(
         l_i = log sum_{j != i} exp(s_ij) / (n_{y_j} - [y_j = y_i])  -  mean_{j != i, y_j = y_i} s_ij.
     n_{y_i} - 1 >= 1 always: the other view and the centre are there. Memory: a few [2B, 2B + C] matrices.
     With `group` [B], centers is [K, C, P] and the anchors of image i meet the centres of row group_i: K losses, each over
-    its own images, at the price of one.
+    its own images, at the price of one. ValueError for a wrong shape or a temperature that is not above 0.
     """
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature: {temperature} must be above 0")
     if z.ndim != 2 or z.shape[0] != 2 * labels.shape[0]:
         raise ValueError(f"z: shape {tuple(z.shape)} must be [2B, P] with B = {labels.shape[0]} labels")
     dims = 2 if group is None else 3
@@ -82,7 +89,17 @@ def group_losses(per_sample: Tensor, membership: Tensor) -> tuple[Tensor, Tensor
     """(L [G], w [G]): L_k = sum_i m_ik l_i / sum_i m_ik (0 where the group is absent), w_k = sum_i m_ik / B.
 
     per_sample [B], membership [B, G] >= 0, hard (one-hot) or soft. If its rows sum to 1, sum_k w_k L_k = mean loss.
+    ValueError for other shapes.
     """
+    if per_sample.ndim != 1:
+        raise ValueError(
+            f"per_sample: shape {tuple(per_sample.shape)} must be [B], one loss a sample (reduction='none')"
+        )
+    if membership.ndim != 2 or membership.shape[0] != per_sample.shape[0]:
+        raise ValueError(
+            f"membership: shape {tuple(membership.shape)} must be [{per_sample.shape[0]}, G], as membership_for(...)[labels]"
+        )
+    per_sample = _wide(per_sample)
     membership = membership.to(per_sample.dtype)
     mass = membership.sum(0)
     total = (membership * per_sample[:, None]).sum(0)
@@ -92,8 +109,8 @@ def group_losses(per_sample: Tensor, membership: Tensor) -> tuple[Tensor, Tensor
 
 def membership_for(
     kind: str,
-    counts: Tensor,
-    group_of_class: Tensor | None = None,
+    counts: Tensor | Sequence[float],
+    group_of_class: Tensor | Sequence[int] | None = None,
     *,
     eta: int = IMBSAM_ETA,
     gamma: float = FOCAL_GAMMA,
@@ -108,19 +125,25 @@ def membership_for(
     """
     if kind not in MEMBERSHIPS:
         raise ValueError(f"kind: {kind!r} must be one of {', '.join(MEMBERSHIPS)}")
+    counts = torch.as_tensor(counts)
+    if counts.ndim != 1:
+        raise ValueError(f"counts: shape {tuple(counts.shape)} must be [C], training images of each class")
     classes = counts.shape[0]
     if kind == "single":
         return torch.ones(classes, 1, device=counts.device)
     if kind == "classes":
         return torch.eye(classes, device=counts.device)
     if kind == "groups":
-        if group_of_class is None or group_of_class.shape != (classes,):
-            raise ValueError(f"group_of_class: needs one group for each of the {classes} classes")
-        return F.one_hot(group_of_class.long()).float()
+        groups = None if group_of_class is None else torch.as_tensor(group_of_class).long()
+        if groups is None or groups.shape != (classes,) or bool((groups < 0).any()):
+            raise ValueError(f"group_of_class: needs one group (0, 1, ...) for each of the {classes} classes")
+        return F.one_hot(groups).float()
     if kind == "head-tail":
         tail = (counts < eta).double()
     else:
-        if not 0 <= sharpness <= 1 or gamma < 0:
+        if not bool((counts >= 0).all()) or not 0 < float(counts.sum()) < math.inf:
+            raise ValueError("counts: training images of each class must be at least 0, and not all 0")
+        if not (0 <= sharpness <= 1 and gamma >= 0):
             raise ValueError(f"sharpness, gamma: ({sharpness}, {gamma}) need 0 <= sharpness <= 1 and gamma >= 0")
         tail = sharpness * (1 - counts.double() / counts.sum()) ** gamma
     return torch.stack([1 - tail, tail], 1).float()

@@ -16,7 +16,6 @@ MANY_ABOVE = 100  # field convention, training images a class
 FEW_BELOW = 20
 ECE_BINS = 15
 CONFUSION_MAX_CLASSES = 1000  # 8 MB of int64; 8142 classes would take 530 MB
-IGNORED = -1
 TABLE_MAX_CLASSES = 30
 TABLE_WORST_CLASSES = 10
 TABLE_NAME_WIDTH = 28
@@ -87,13 +86,15 @@ class Accumulator:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, *, probabilities: bool = False) -> None:
-        """Count one batch: logits (or probabilities) [B, C], labels [B] int64; label -1 marks padding, not counted.
+        """Count one batch: logits (or probabilities) [B, C], labels [B] int64; negative ones (padding) are not counted.
 
         A row with a NaN or infinity counts as wrong with confidence 0, and under "nonfinite".
         """
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(f"logits: shape {tuple(logits.shape)} must be [B, {self.num_classes}]")
-        state, valid = self._state, labels != IGNORED
+        if labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels: shape {tuple(labels.shape)} must be [{len(logits)}], one for each row of logits")
+        state, valid = self._state, labels >= 0
         labels = labels.clamp_min(0)
         finite = logits.isfinite().all(1)
         top = logits.topk(min(5, self.num_classes), dim=1).indices

@@ -6,6 +6,7 @@ Tolerances (largest error observed, CPU): float64 1e-12 (3.6e-15), float32 1e-5 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,6 +169,12 @@ def test_supcon_names_the_bad_argument(z: tuple[int, int], centers: tuple[int, i
         balanced_supcon(torch.ones(z), torch.ones(centers), torch.zeros(3, dtype=torch.long))
 
 
+@pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan])
+def test_supcon_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        balanced_supcon(torch.ones(6, 4), torch.ones(3, 4), torch.zeros(3, dtype=torch.long), temperature)
+
+
 @pytest.mark.parametrize("tau", [0.0, 1.0, 1.5])
 def test_softmax_losses_are_their_equations(tau: float) -> None:
     logits = 3 * torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -208,9 +215,25 @@ def test_softmax_losses_are_float32_from_bf16_and_never_wait(loss: Callable[[Ten
         cross_entropy(logits, labels)
 
 
-def test_log_prior_refuses_a_class_without_images() -> None:
+@pytest.mark.parametrize("counts", [[3, 0, 1], [3, math.inf], [], [[3, 1]]])
+def test_log_prior_refuses_a_class_without_images(counts: list) -> None:
     with pytest.raises(ValueError, match="counts"):
-        log_prior(torch.tensor([3, 0, 1]))
+        log_prior(torch.tensor(counts))
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (7, 5)])
+def test_the_prior_has_one_entry_a_class(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="log_prior: shape"):
+        balanced_softmax(torch.zeros(7, 5), torch.zeros(7, dtype=torch.long), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("given", [list, np.array])
+def test_counts_and_groups_come_as_lists_and_arrays_too(given: Callable) -> None:
+    counts, groups = [100, 20, 19], [0, 0, 1]
+    assert torch.equal(log_prior(given(counts)), log_prior(torch.tensor(counts)))
+    for kind in ("single", "groups", "classes", "head-tail", "focal"):
+        table = membership_for(kind, given(counts), given(groups))
+        assert torch.equal(table, membership_for(kind, torch.tensor(counts), torch.tensor(groups)))
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -245,6 +268,28 @@ def test_group_losses_keep_float32_under_autocast_and_never_wait() -> None:
     assert torch.equal(losses, plain[0])
 
 
+def test_group_losses_of_half_precision_are_float32() -> None:
+    per_sample, membership = torch.rand(64).bfloat16(), F.one_hot(torch.arange(64) % 3, 3)
+    for low, wide in zip(
+        group_losses(per_sample, membership), group_losses(per_sample.float(), membership), strict=True
+    ):
+        assert torch.equal(low, wide)
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "membership", "message"),
+    [
+        ((7, 1), (7, 3), "per_sample"),
+        ((), (7, 3), "per_sample"),
+        ((7,), (1, 3), "membership"),
+        ((7,), (7,), "membership"),
+    ],
+)
+def test_group_losses_name_the_bad_argument(per_sample: tuple, membership: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}: shape"):
+        group_losses(torch.ones(per_sample), torch.ones(membership))
+
+
 def test_membership_tables_by_hand() -> None:
     counts = torch.tensor([100, 60, 20, 19, 1])
     assert torch.equal(membership_for("single", counts), torch.ones(5, 1))
@@ -267,10 +312,14 @@ def test_membership_tables_by_hand() -> None:
         ("clusters", {}, "kind: 'clusters'"),
         ("groups", {}, "group_of_class"),
         ("groups", {"group_of_class": torch.tensor([0, 1])}, "group_of_class"),
+        ("groups", {"group_of_class": torch.tensor([0, 1, -1])}, "group_of_class"),
         ("focal", {"sharpness": 1.5}, "sharpness"),
         ("focal", {"gamma": -1.0}, "gamma"),
+        ("focal", {"gamma": math.nan}, "gamma"),
+        ("focal", {"counts": torch.zeros(3)}, "counts"),
+        ("single", {"counts": torch.ones(3, 1)}, "counts"),
     ],
 )
 def test_membership_names_the_bad_argument(kind: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        membership_for(kind, torch.tensor([5, 4, 3]), **options)
+        membership_for(kind, **{"counts": torch.tensor([5, 4, 3]), **options})

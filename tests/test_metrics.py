@@ -121,7 +121,7 @@ def test_padding_and_empty_batches_count_nothing() -> None:
     accumulator.update(logits, torch.full_like(labels, -1))
     accumulator.update(logits[:0], labels[:0])
     padded = labels.clone()
-    padded[100:] = -1
+    padded[100:150], padded[150:] = -1, -100  # -100: what torch.nn.functional.cross_entropy ignores
     half = Accumulator(7, COUNTS)
     half.update(logits, padded)
     assert_same(accumulator.to_dict(), evaluate([(logits, labels)], 7, COUNTS))
@@ -188,6 +188,8 @@ def test_many_classes_keep_no_confusion_and_the_host_never_waits() -> None:
         (lambda: Accumulator(3, COUNTS), "train_counts"),
         (lambda: Accumulator(7, COUNTS, bins=0), "bins"),
         (lambda: Accumulator(7, COUNTS).update(torch.zeros(2, 6), torch.zeros(2).long()), "logits"),
+        (lambda: Accumulator(7, COUNTS).update(torch.zeros(2, 7), torch.zeros(1).long()), "labels"),
+        (lambda: Accumulator(7, COUNTS).update(torch.zeros(2, 7), torch.zeros(2, 1).long()), "labels"),
         (lambda: format_table(evaluate([stream()], 7, COUNTS), NAMES[:6], COUNTS), "class_names"),
     ],
 )

@@ -1,5 +1,7 @@
 """Encoder, classifier, and the two projection heads of BCL in one module."""
 
+import math
+
 from torch import Tensor, nn
 
 from ltfast.models.heads import CosineClassifier, LinearClassifier, ProjectionMLP
@@ -26,10 +28,20 @@ class LongTailModel(nn.Module):
         classifier: str = "cosine",
     ) -> None:
         super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise ValueError(
+                f"encoder: {type(encoder).__name__} must be a module; create_encoder gives (encoder, feature_dim)"
+            )
+        if feature_dim < 1:
+            raise ValueError(f"feature_dim: {feature_dim} must be at least 1")
         if num_classes < 2:
             raise ValueError(f"num_classes: {num_classes} must be at least 2")
         if classifier not in CLASSIFIERS:
             raise ValueError(f"classifier: {classifier!r} must be one of {', '.join(CLASSIFIERS)}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale: {scale} must be finite and above 0")
+        if projection is not None and (len(projection) != 2 or min(projection) < 1):
+            raise ValueError(f"projection: {projection} must be (hidden, out), each at least 1, or None")
         self.feature_dim = feature_dim
         self.num_classes = num_classes
         self.encoder = encoder

@@ -50,8 +50,12 @@ def create_encoder(
     """
     if stem not in STEMS:
         raise UserError(f"stem: {stem!r} is not one of {', '.join(STEMS)}")
+    if in_channels < 1:
+        raise UserError(f"in_channels: {in_channels} must be at least 1")
     match = _CIFAR_NAME.fullmatch(name)
     if match and int(match[1]) in CIFAR_DEPTHS:
+        if width is not None and match[2]:
+            raise UserError(f"width: {width} beside the width in {name!r}; leave one out")
         if weights is not None:
             raise UserError(f"weights: {weights!r} is for torchvision models, {name} has none; leave it out")
         width = width if width is not None else int(match[2] or 16)

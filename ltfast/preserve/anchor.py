@@ -39,9 +39,19 @@ class Anchor(NamedTuple):
 
 
 def group_sizes(group_of_class: Tensor, counts_C: Tensor, num_groups: int, normalise: str = "classes") -> Tensor:
-    """|G^j| float64 [G]: classes of each group (the paper) or its training images ("samples", the released code)."""
+    """|G^j| float64 [G]: classes of each group (the paper) or its training images ("samples", the released code).
+
+    Raises ValueError unless group_of_class [C] holds groups below `num_groups`, and one for each of counts [C].
+    """
     if normalise not in ("classes", "samples"):
         raise ValueError(f"normalise must be classes or samples, got {normalise!r}")
+    if (
+        group_of_class.shape != counts_C.shape
+        or not 0 <= int(group_of_class.min()) <= int(group_of_class.max()) < num_groups
+    ):
+        raise ValueError(
+            f"group_of_class must give each of the {len(counts_C)} classes a group from 0 to {num_groups - 1}"
+        )
     weights = torch.ones_like(counts_C, dtype=torch.float64) if normalise == "classes" else counts_C.double()
     return torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group_of_class.cpu(), weights.cpu())
 
@@ -102,7 +112,12 @@ def stream_anchor(pairs: Iterable[tuple[Tensor, Tensor]], sizes_G: Tensor, lam: 
 
 @torch.no_grad()
 def penalty_value(theta: Tensor, anchor: Anchor) -> Tensor:
-    """L_gkp at theta (same length as the anchor), float64 scalar on its device; no host synchronisation."""
+    """L_gkp at theta (same length as the anchor), float64 scalar on its device; no host synchronisation.
+
+    Raises ValueError for another length (of the whole model, say: see `Anchor.expanded`).
+    """
+    if theta.shape != anchor.target.shape:
+        raise ValueError(f"theta: shape {tuple(theta.shape)} must be that of the anchor, {tuple(anchor.target.shape)}")
     gap = theta - anchor.target
     quadratic = (anchor.weight * gap * gap).sum(dtype=torch.float64)
     return 0.5 * anchor.strength * (quadratic + anchor.const.to(theta.device))

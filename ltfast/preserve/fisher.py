@@ -74,7 +74,9 @@ def fisher_sums(
     """
     if mode not in ("per-sample", "batch"):
         raise ValueError(f"mode must be per-sample or batch, got {mode!r}")
-    named = dict(model.named_parameters())
+    named, names = dict(model.named_parameters()), list(names)
+    if not names:
+        raise ValueError("names: give at least one parameter of the model")
     unknown = [n for n in names if n not in named]
     if unknown:
         raise ValueError(f"names must be parameters of the model, got {unknown[0]!r}")

@@ -139,9 +139,11 @@ def group_classes(
 
     counts_C: training images of each class. Where snapshots tell fewer than G groups apart, the largest are split into
     ranges of class frequency; classes without an entry join the largest snapshot's group. Both are logged.
-    Raises UserError if G is larger than C.
+    Raises UserError if G is larger than C, ValueError for counts of other classes than the bank's.
     """
     check_num_groups(num_groups, bank.num_classes)
+    if counts_C.shape != (bank.num_classes,):
+        raise ValueError(f"counts_C: shape {tuple(counts_C.shape)} must be [{bank.num_classes}], as the bank's classes")
     ids, masses, classes = bank.lumps()
     if not ids:
         log.warning("the memory bank is empty: %d groups by class frequency alone", num_groups)

@@ -319,7 +319,14 @@ def test_bad_arguments_are_named():
         ascent_coefficients(matrix, theta_sq, half, None, 10)
     with pytest.raises(ValueError, match="theta_sq"):
         ascent_coefficients(matrix, theta_sq.expand(3), half, counts, 10)
+    with pytest.raises(ValueError, match="theta_sq"):
+        ascent_coefficients(matrix, 1.0, half, counts, 10)
+    with pytest.raises(ValueError, match="n_elements"):
+        ascent_coefficients(matrix, theta_sq, half, counts, 0)
     with pytest.raises(ValueError, match="gram"):
         ascent_coefficients(matrix.float(), theta_sq, half, counts, 10)
+    for rows in (0, 65):
+        with pytest.raises(ValueError, match="gram has shape"):
+            ascent_coefficients(matrix.new_zeros(rows, rows), None, None, None, 10, rho=0.1)
     with pytest.raises(ValueError, match="friendly"):
         ascent_coefficients(torch.eye(3, dtype=torch.float64), theta_sq, half, counts, 10, direction="friendly")

@@ -89,6 +89,24 @@ def test_a_whole_step_compiles_without_a_graph_break():
 
 
 @skip_if_interpreting()
+def test_a_scheduled_python_number_compiles_without_a_graph_break():
+    """torch.compile makes a number that changes between calls symbolic."""
+    rows = normal(2, N, seed=3)
+
+    def step(theta, lr):
+        moved = perturb(theta, rows, [lr, 2.0])
+        sgd_step(theta, rows[0], None, lr)
+        adamw_step(theta, rows[1], torch.zeros(N), torch.zeros(N), 1, lr)
+        return moved
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for lr in (0.1, 0.2, 0.3):
+        expected, actual = normal(N, seed=5), normal(N, seed=5)
+        assert same_bits(step(expected, lr), compiled(actual, lr))
+        assert same_bits(expected, actual)
+
+
+@skip_if_interpreting()
 def test_the_penalty_differentiates_inside_torch_compile():
     rows, coef = normal(G, N, seed=4), torch.ones(G)
 

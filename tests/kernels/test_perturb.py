@@ -95,6 +95,8 @@ def test_bad_arguments_are_named_and_nothing_is_written():
         "grads_GN is": (theta, grads.long(), coef, False, out),
         "coef_G has shape": (theta, grads, torch.ones(3), False, out),
         "coef_G holds nan": (theta, grads, [1.0, math.nan], False, out),
+        "coef_G must be": (theta, grads, 1.0, False, out),
+        "coef_G must": (theta, grads, [[1.0, 1.0]], False, out),
         "coef_G lies on meta": (theta, grads, coef.to("meta"), False, out),
         "out has 7": (theta, grads, coef, False, out[:7]),
         "out is": (theta, grads, coef, False, out.half()),

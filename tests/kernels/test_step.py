@@ -167,6 +167,11 @@ def bad_calls(theta: Tensor, grad: Tensor, buf: Tensor) -> dict[str, tuple[tuple
         r"anchor\[0\]": (good, {"anchor": (buf[:7], buf, 0.1)}),
         r"anchor\[1\]": (good, {"anchor": (buf, buf.double(), 0.1)}),
         r"anchor\[2\]": (good, {"anchor": (buf, buf, nan)}),
+        "anchor must be": (good, {"anchor": (buf, buf, 0.0, 0.1)}),
+        "lr must be a number": ((theta, grad, buf, "0.1"), {}),
+        "lr must": ((theta, grad, buf, None), {}),
+        "momentum must": ((theta, grad, buf, 0.1, None), {"nesterov": True}),
+        "theta_N must": (([1.0], grad, buf, 0.1), {}),
         "mirror": (good, {"mirror": buf[:7]}),
         "grad_scale": (good, {"grad_scale": nan}),
         "found_inf": (good, {"found_inf": True}),
@@ -182,6 +187,9 @@ def test_bad_arguments_are_named_and_nothing_is_written():
             sgd_step(*args, **kwargs)
     for name, kwargs in {
         r"betas\[1\]": {"betas": (0.9, 1.0)},
+        r"betas\[0\] must": {"betas": ("0.9", 0.9)},
+        "betas is": {"betas": (0.9,)},
+        "betas is 0.9": {"betas": 0.9},
         "eps": {"eps": -1.0},
         "weight_decay": {"weight_decay": math.inf},
         "step": {"step": 0},

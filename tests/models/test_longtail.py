@@ -136,9 +136,19 @@ def test_without_projection_there_are_no_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"num_classes": 1}, "num_classes: 1"), ({"classifier": "cos"}, "classifier: 'cos'")]
+    ("options", "message"),
+    [
+        ({"encoder": create_encoder("resnet8")}, "encoder: tuple"),
+        ({"feature_dim": 0}, "feature_dim: 0"),
+        ({"num_classes": 1}, "num_classes: 1"),
+        ({"scale": 0.0}, "scale: 0.0"),
+        ({"scale": float("nan")}, "scale: nan"),
+        ({"projection": (0, 8)}, "projection: "),
+        ({"projection": (8,)}, "projection: "),
+        ({"classifier": "cos"}, "classifier: 'cos'"),
+    ],
 )
 def test_bad_arguments_are_named(options: dict, message: str) -> None:
     encoder, width = create_encoder("resnet8")
     with pytest.raises(ValueError, match=message):
-        LongTailModel(encoder, width, **{"num_classes": 10, **options})
+        LongTailModel(**{"encoder": encoder, "feature_dim": width, "num_classes": 10, **options})

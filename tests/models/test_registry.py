@@ -113,6 +113,8 @@ def test_small_stem_keeps_the_resolution() -> None:
         ({"name": "resnet8", "stem": "tiny"}, "stem: 'tiny'"),
         ({"name": "vgg11", "stem": "small"}, "stem: 'small' exists for ResNets only"),
         ({"name": "resnet8", "width": 0}, "width: 0"),
+        ({"name": "resnet8-w32", "width": 8}, "width: 8 beside the width in 'resnet8-w32'"),
+        ({"name": "resnet18", "in_channels": 0}, "in_channels: 0"),
         ({"name": "resnet50", "width": 8}, "width: 8 is for the CIFAR ResNets"),
         ({"name": "resnet32", "weights": "DEFAULT"}, "weights: 'DEFAULT' is for torchvision"),
         ({"name": "resnet18", "weights": "IMAGENET2K"}, "weights: 'IMAGENET2K' is no file and no weights of resnet18"),

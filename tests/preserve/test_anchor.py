@@ -138,6 +138,9 @@ def test_group_sizes():
     assert group_sizes(groups, counts, 3, "samples").tolist() == [8, 1, 7]
     with pytest.raises(ValueError, match="normalise"):
         group_sizes(groups, counts, 3, "images")
+    for wrong in ((groups[:3], counts, 3), (groups, counts, 2), (groups - 1, counts, 3)):
+        with pytest.raises(ValueError, match="group_of_class"):
+            group_sizes(*wrong)
 
 
 def test_expanded_leaves_the_rest_alone():
@@ -148,6 +151,9 @@ def test_expanded_leaves_the_rest_alone():
     theta = torch.full((8,), 5.0)
     assert penalty_gradient(theta, whole).tolist() == [0, 0, 0, 0, 30, 30, 30, 0]
     assert penalty_value(theta, whole) == 0.5 * 10 * 27
+    for shape in ((1,), (8, 1)):
+        with pytest.raises(ValueError, match="theta: shape"):
+            penalty_value(torch.ones(shape), whole)
     with pytest.raises(ValueError, match="do not fit"):
         anchor.expanded(5, 3)
 

@@ -253,6 +253,8 @@ def test_bad_arguments():
         fisher_diagonal(net, names, [], adjusted, mode="exact")
     with pytest.raises(ValueError, match="'nothing'"):
         fisher_diagonal(net, ["nothing"], split(images, labels, 9), adjusted)
+    with pytest.raises(ValueError, match="at least one parameter"):
+        fisher_diagonal(net, [], split(images, labels, 9), adjusted)
     with pytest.raises(ValueError, match="at least one sample"):
         fisher_diagonal(net, names, [], adjusted)
     with pytest.raises(ValueError, match="shape of flat"), swapped_parameters(torch.zeros(3), torch.zeros(4)):

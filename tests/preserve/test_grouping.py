@@ -228,6 +228,8 @@ def test_more_groups_than_classes_is_the_users_error():
             group_by_frequency(torch.tensor([3, 2, 1]), groups)
         with pytest.raises(UserError, match="between 1 and the 3 classes"):
             group_classes(MemoryBank(3, 2), torch.tensor([3, 2, 1]), groups)
+    with pytest.raises(ValueError, match="counts_C"):
+        group_classes(MemoryBank(3, 2), torch.tensor([3, 2]), 2)
     with pytest.raises(ValueError, match=r"must be \[3, 3\]"):
         spectral_groups(torch.zeros(2, 2), torch.ones(3), 2)
 
