@@ -149,6 +149,8 @@ def _locate(name: str | Path, root: Path) -> Path:
 
 def _public_lists(public: PublicSet, root: Path, given: dict[str, str | Path | None]) -> dict[str, ImageList]:
     if "test" not in public.splits:
+        if given["val"] and given["test"]:
+            raise UserError(f"{public.title} has one list to test on: give --val-list or --test-list, not both")
         given = {**given, "val": given["val"] or given["test"]}
     lists: dict[str, ImageList] = {}
     for split, facts in public.splits.items():

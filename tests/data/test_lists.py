@@ -299,3 +299,10 @@ def test_a_quarter_of_a_million_lines_stay_small(tmp_path):
     # 330 bytes a line are 0.33 GB at a million; observed 276 (in use afterwards: 44).
     assert peak < 330 * len(images)
     assert images.paths.nbytes + images.labels.nbytes < 60 * len(images)
+
+
+def test_a_set_with_one_list_to_test_on_takes_no_two(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x.jpg 0\n")
+    with pytest.raises(UserError, match="not both"):
+        find_lists("inat18", tmp_path, val_list=tmp_path / "a.txt", test_list=tmp_path / "b.txt")
