@@ -82,6 +82,7 @@ def time_call(call: Callable[[], object], repetitions: int = REPETITIONS, warm_u
 
 
 def _events(call: Callable[[], object], repetitions: int) -> list[float]:
+    torch.cuda.synchronize()  # what is still queued would hide the host's part of the first call, of some calls more
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
     for start, end in pairs:
         start.record()

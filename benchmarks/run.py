@@ -259,6 +259,8 @@ def main() -> None:
             [PYTHON, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"], check=False
         )
         args.device = "cpu" if has.returncode else "cuda"
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else stages that find a GPU use it, and rows of the CPU name it
     stages = tuple(s for s in STAGES[args.device] if not args.only or s.name in args.only)
     unknown = set(args.only or ()) - {s.name for s in stages}
     if unknown:

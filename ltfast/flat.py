@@ -280,9 +280,8 @@ class FlatBuffers:
     def __init__(self, module: nn.Module) -> None:
         self.buffers = [b for b in module.buffers() if b.is_floating_point()]
         self.counters = [b for b in module.buffers() if not b.is_floating_point() and b.ndim == 0]
-        self.data = (
-            torch.cat([b.detach().reshape(-1).float() for b in self.buffers]) if self.buffers else torch.zeros(0)
-        )
+        none = torch.zeros(0, device=next(module.parameters()).device)  # what a network without BatchNorm has
+        self.data = torch.cat([none, *(b.detach().reshape(-1).float() for b in self.buffers)])
         start = 0
         for b in self.buffers:
             b.data = self.data[start : start + b.numel()].view(b.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -270,9 +271,11 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     ablation.main()
     assert "bcl+sam,rho=0.2" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["run.py", "--budget", "1", "--device", "cpu", "--only", "nothing"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(SystemExit):
         run.main()
     assert "choose from" in capsys.readouterr().err
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # stages of the CPU find no GPU
 
 
 def test_intended_perturbation_against_its_equation() -> None:

@@ -184,4 +184,12 @@ def test_buffers_come_back_with_their_counters() -> None:
     buffers.restore()
     assert all(torch.equal(b, k) for b, k in zip(model.buffers(), before, strict=True))
     assert int(model[1].num_batches_tracked) == 1
-    FlatBuffers(nn.Linear(2, 2)).save()
+
+
+def test_without_buffers_the_statistics_lie_where_the_network_does() -> None:
+    """An undo compares them with a counter there."""
+    buffers = FlatBuffers(nn.Linear(2, 2, device="meta"))
+    buffers.begin()
+    buffers.undo(torch.ones((), device="meta"))
+    assert buffers.data.shape == (0,)
+    assert buffers.data.device.type == "meta"

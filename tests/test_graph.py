@@ -96,6 +96,7 @@ KINDS_RECORDED: dict[str, tuple[Rule | None, str, int]] = {
     "one-view ascent": (*KINDS["one-view ascent"], 2),  # climb and repeat
     "cc-sam": (RULES["cc-sam"], "classes", 1),
     "per group": (Rule(groups="bank", direction="orthogonal", rho=None, objective="per_group"), "groups", 1),
+    "friendly per group": (Rule(groups="bank", direction="friendly", objective="per_group"), "groups", 1),
 }
 
 

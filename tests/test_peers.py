@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import harness  # noqa: E402
 import peer_code  # noqa: E402
+import peer_pipeline  # noqa: E402
 import peer_setting  # noqa: E402
 import peer_steps  # noqa: E402
 import peer_tables  # noqa: E402
@@ -62,6 +64,24 @@ def test_contenders_are_timed_in_turns_and_compared_round_by_round(monkeypatch: 
     assert made["b"]["seconds_vs_a"].median == 2.0
     assert made["b"]["seconds"].median == 9.0
     assert harness.compared({"a": []}, "a", "a") == {}
+
+
+def test_on_a_gpu_the_clock_starts_with_an_empty_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    event = SimpleNamespace(record=lambda: order.append("event"), elapsed_time=lambda end: 1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    harness.in_turns({"a": lambda: order.append("a")}, 1, {"a": lambda: order.append("before")})
+    assert order == ["before", "wait", "event", "a", "event", "wait"]
+
+
+def test_a_pipeline_of_processes_is_timed_in_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, taken = iter(range(100)), iter(range(100))
+    monkeypatch.setattr(peer_pipeline, "time", SimpleNamespace(process_time=lambda: next(ticks), perf_counter=None))
+    median, *_, n = peer_pipeline.rate(taken, 5, "cpu", 3, together=4)
+    assert (median, n) == (20, 3)  # four batches of five in one tick
+    assert next(taken) == 2 * 4 + 3 * 4
 
 
 def test_our_sam_and_foreach_sam_take_the_same_step() -> None:

@@ -133,13 +133,12 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
 
 def _affine(x: Tensor, matrix: Tensor, mode: str) -> Tensor:
     """Samples the input at matrix [n, 2, 3] @ (x, y, 1) of each output pixel centre (pixels, y down); FILL outside."""
-    n, _, height, width = x.shape
+    height, width = x.shape[-2:]
     size = torch.tensor([width, height], dtype=x.dtype).to(x.device, non_blocking=True)
-    ys, xs = torch.meshgrid(
-        torch.arange(height, device=x.device) + 0.5, torch.arange(width, device=x.device) + 0.5, indexing="ij"
-    )
-    points = torch.stack([xs, ys, torch.ones_like(xs)], dim=-1).view(1, -1, 3)
-    source = (points @ matrix.transpose(1, 2)).view(n, height, width, 2)
+    ys = (torch.arange(height, device=x.device) + 0.5).view(1, height, 1, 1)
+    xs = (torch.arange(width, device=x.device) + 0.5).view(1, 1, width, 1)
+    m = matrix[:, None, None]
+    source = m[..., 0] * xs + m[..., 1] * ys + m[..., 2]  # not a matmul, which TF32 would round to a tenth of a pixel
     grid = source * (2 / size) - 1
     out = F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False).floor_().clamp_(0, 255)
     inside = ((source >= 0) & (source < size)).all(dim=-1)[:, None]

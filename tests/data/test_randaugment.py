@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltfast.data import randaugment as ra
 from ltfast.data.rng import epoch_key, uniforms
@@ -158,3 +159,19 @@ def test_magnitude_ten_is_not_torchvisions_ten():
         "Identity" if n is None else {"TranslateX": "TranslateX", "TranslateY": "TranslateY"}.get(n, n)
         for n in [*ra.OPERATIONS, None]
     }
+
+
+@pytest.mark.parametrize("name", sorted(ra.GEOMETRIC))
+def test_where_pixels_come_from_is_no_matrix_product(name: str) -> None:
+    """On a GPU TF32 would round the places in a product, by up to a tenth of a pixel."""
+    called: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        ra.apply_operation(torch.zeros(2, 3, 8, 6), name, torch.tensor([0.1, -0.2]))
+    assert not [op for op in called if "mm" in op or "einsum" in op]
+    assert any(op.startswith("grid_sampler") for op in called)
