@@ -216,7 +216,7 @@ def split_number(
         if value.device != device:
             raise ValueError(f"{name} lies on {value.device}, the arrays on {device}")
         return 0.0, value.detach()
-    if not hasattr(value, "__float__"):
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):  # torch 2.11 traces the first only
         raise ValueError(f"{name} must be a number or a one-element tensor, not {value!r}")
     if not (low <= value <= high and abs(value) < math.inf):  # torch.compile traces this, not math.isfinite
         raise ValueError(f"{name} is {value}; it must be finite and in [{low}, {high}]")
