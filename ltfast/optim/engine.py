@@ -91,7 +91,7 @@ class Engine(Ascent):
 
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """
-        self.settle()
+        self._pending = None  # of a step that was broken off
         coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares, classifier_rows)
         self.climbed = True
         if self.rule.objective == "per_group":
