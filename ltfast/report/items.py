@@ -78,13 +78,20 @@ def shots(views: Sequence[RunView]) -> Item:
 def confusion(views: Sequence[RunView]) -> Item:
     caption = (
         "Where the test images of tail classes go, in %; a frame marks the right class. Tail: few-shot classes (the third "
-        "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate."
+        "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate. Where shortened names "
+        "would be the same, the class's number stands before them."
     )
     found, missing = collect(views, lambda v: (numbers.tail_confusion(v), v.class_names, v.counts.tolist()))
     runs = [(entry.name, *entry.data) for entry in found]
     figures = [("", draw_classes.draw_confusion(runs))] if runs else []
     data = {name: c._asdict() for name, c, _, _ in runs}
-    return Item("confusion", "Classes", "Confusion of the tail", caption, figures, missing, data=data)
+    rows = [
+        (name, str(c), names[c], counts[c], share[found.columns.index(c)])
+        for name, found, names, counts in runs
+        for c, share in zip(found.rows, found.shares, strict=True)
+    ]
+    table = Table(("run", "number", "class", "training images", "right (%)"), rows)
+    return Item("confusion", "Classes", "Confusion of the tail", caption, figures, missing, table, data)
 
 
 def quality(views: Sequence[RunView]) -> Item:

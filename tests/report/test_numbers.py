@@ -168,6 +168,7 @@ def test_runs_get_short_distinct_names_and_clear_errors(tmp_path):
     a, b = (make_folder(tmp_path / x / "run", [DATA]) for x in ("one", "two"))
     assert [v.name for v in open_runs([a, b])] == ["one/run", "two/run"]
     assert open_runs([a])[0].name == "run"
+    assert open_runs([make_folder(tmp_path / "one" / "_run", [DATA])])[0].name == "one/_run"  # legends skip "_run"
     with pytest.raises(UserError, match="named twice"):
         open_runs([a, a + "/"])
     with pytest.raises(UserError, match="at least one"):
