@@ -39,7 +39,7 @@ GROUP_BARS = 60  # above this many classes the groups figure shows points instea
 
 def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None, **options: Any) -> None:
     """One line over epochs in the i-th colour and marker; points that are not finite are left out."""
-    ax.locator_params(axis="x", integer=True)
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # a run of one epoch has one tick, not 0.96, 0.98, ...
     known = np.isfinite(y)
     if known.any():
         x, y = np.asarray(x)[known], np.asarray(y)[known]

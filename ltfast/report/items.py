@@ -43,7 +43,10 @@ def curves(views: Sequence[RunView]) -> Item:
         "Mean loss over each epoch's steps (with its contrastive part, where the method has one), learning rate, and "
         "accuracy on the images held out of training. A dotted vertical line: classes were grouped, scouting ended."
     )
-    return simple(views, "curves", "Training", "Training curves", caption, numbers.curves, draw_training.draw_curves)
+    item = simple(views, "curves", "Training", "Training curves", caption, numbers.curves, draw_training.draw_curves)
+    blind = [name for name, run in item.data.items() if np.isnan(run["top1"]).all()]
+    item.missing += [f"{name}: it held out no validation images." for name in blind]
+    return item
 
 
 def class_size(views: Sequence[RunView]) -> Item:
@@ -96,9 +99,9 @@ def confusion(views: Sequence[RunView]) -> Item:
 
 def quality(views: Sequence[RunView]) -> Item:
     caption = (
-        "Means over head classes (open marks, solid) and tail classes (full marks, dashed) of the training features' "
-        "quality, spread and distance, as the memory bank scores them (Fig. 2 of the paper). Where the curves of head and "
-        "tail part, the epoch that suits one does not suit the other: that is what the bank is for."
+        "Means over head classes (open marks, solid) and tail classes (full marks, dashed) of more than one image of the "
+        "training features' quality, spread and distance, as the memory bank scores them (Fig. 2 of the paper). Where the "
+        "curves of head and tail part, the epoch that suits one does not suit the other: that is what the bank is for."
     )
     return simple(
         views,

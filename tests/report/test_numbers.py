@@ -111,6 +111,8 @@ def test_quality_means_of_head_and_tail(tmp_path):
     assert found["head"]["quality"].tolist() == [2, 3, 4]
     assert found["tail"]["quality"].tolist() == [5, 5, 5]
     assert np.isnan(found["head"]["distance"]).all()
+    single = {**DATA, "counts": [200, 150, 50, 1, 5]}  # the floor under log V would make its Q the mean's
+    assert np.isnan(numbers.feature_quality(view_of(tmp_path, [single, *rows]))["tail"]["quality"]).all()
 
 
 def test_ascent_marks_absent_groups(tmp_path):

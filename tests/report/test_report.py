@@ -144,6 +144,17 @@ def test_run_that_did_not_end(runs, tmp_path):
     assert "it has not ended" in path.read_text()
 
 
+def test_run_without_validation_says_so(runs, tmp_path):
+    target = tmp_path / "blind"
+    target.mkdir()
+    (target / "config.toml").write_text((Path(runs[0]) / "config.toml").read_text())
+    rows = [json.loads(line) for line in (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "val": None} if row["kind"] == "epoch" else row) for row in rows]
+    (target / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = page_of(report([str(target)], max_minutes=1e-6, quiet=True))
+    assert page.sections["curves"] == {"images": 1, "missing": 1, "tables": 0}
+
+
 def test_errors_name_the_option(runs, tmp_path):
     with pytest.raises(UserError, match="--max-minutes -1"):
         report([runs[0]], tmp_path, max_minutes=-1)
@@ -229,6 +240,15 @@ def test_no_axis_needs_formulas(tmp_path):
             ticks = [t.get_text() for t in figure.axes[0].get_yticklabels(which="both") if t.get_text()]
             assert len(ticks) >= 2
             assert not any("$" in tick for tick in ticks)
+
+
+def test_a_run_of_one_epoch_has_one_tick():
+    run = {"epoch": np.array([1]), "groupings": []}
+    run |= dict.fromkeys(("loss", "lr", "top1", "many", "medium", "few"), np.array([1.0]))
+    with look():
+        figure = draw_curves([Entry(0, "a", run)])
+    ticks = figure.axes[0].get_xticks()
+    assert [tick for tick in ticks if tick == round(tick)] == list(ticks)
 
 
 def test_only_classes_have_marks_in_the_class_size_figure():
