@@ -16,6 +16,7 @@ from ltfast.data.base import Batch, Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.graph import Captured, CudaRecorder, Recorder
+from ltfast.kernels.common import MAX_ROWS
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.models.registry import is_cifar_encoder
@@ -26,8 +27,7 @@ from ltfast.scaler import LossScale
 from ltfast.step import Taken
 
 MEMBERSHIP_KIND = {"one": "single", "class": "classes", "head-tail": "head-tail", "focal": "focal", "bank": "groups"}
-# CC-SAM evaluates one perturbed classifier a class; above this many classes that is more work than the encoder.
-CLASS_GROUPS_MAX = 128
+CLASS_GROUPS_MAX = MAX_ROWS  # CC-SAM's: a class's gradient is a row of the Gram matrix, of which a kernel takes so many
 TORCHVISION_SIDE = 224  # what its models are made for; each takes pictures of this size
 
 

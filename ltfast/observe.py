@@ -56,13 +56,14 @@ def finite(values: Tensor) -> list[float | None]:
 
 
 def quality_row(quality: Quality, counts_C: Tensor) -> dict[str, Any]:
-    """Q, V and D of every class, or their means over many, medium and few where there are very many classes."""
+    """Q, V and D of every class, or their means over many, medium and few where there are very many classes (without
+    those of one image, which have no spread)."""
     values = {name: value.cpu().double() for name, value in quality._asdict().items()}
     if len(counts_C) <= QUALITY_CLASSES:
         return {name: finite(value) for name, value in values.items()}
-    shots, row = shot_groups(counts_C), {}
+    shots, several, row = shot_groups(counts_C), counts_C > 1, {}
     for name, value in values.items():
-        parts = [value[(shots == k) & value.isfinite()] for k in range(len(SHOT_NAMES))]
+        parts = [value[(shots == k) & several & value.isfinite()] for k in range(len(SHOT_NAMES))]
         row[name] = dict(zip(SHOT_NAMES, finite(torch.stack([p.mean() for p in parts])), strict=True))
     return row
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from ltfast import checkpoint
+from ltfast.build import build_membership
+from ltfast.errors import UserError
+from ltfast.optim.rules import RULES
 from ltfast.recipes import build_config
 from ltfast.train import train
 
@@ -97,3 +100,10 @@ def test_regrouping_and_the_other_grouping_options(tmp_path: Path) -> None:
     assert len(groups) == 3
     assert all(set(g) == {0, 1, 2} for g in groups)
     assert len(epochs) == 4
+
+
+def test_cc_sam_takes_as_many_classes_as_its_kernel_and_refuses_more() -> None:
+    config, rule = build_config("digits-lt", "ce+cc-sam", {}, {}), RULES["cc-sam"]
+    assert build_membership(config, rule, torch.full((64,), 5), None).shape == (64, 64)
+    with pytest.raises(UserError, match="65 classes, one group each, is more than 64"):
+        build_membership(config, rule, torch.full((65,), 5), None)

@@ -13,6 +13,7 @@ from ltfast.data.base import SHOT_NAMES, shot_groups
 from ltfast.data.check import distinct
 from ltfast.data.lists import ImageList
 from ltfast.errors import UserError
+from ltfast.progress import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +91,8 @@ def print_stats(stats: list[SplitStats], console: Console | None = None) -> None
         "share of the largest tenth": [f"{100 * s.top_tenth:.1f} %" for s in stats],
     }
     for name, bounds in zip(SHOT_NAMES, ("> 100 images", "20 to 100", "< 20"), strict=True):
-        rows[f"{name} ({bounds})"] = [f"{s.groups[name][0]:,} classes, {s.groups[name][1]:,} images" for s in stats]
+        sizes = [s.groups[name] for s in stats]
+        rows[f"{name} ({bounds})"] = [f"{n:,} class{'es' if n != 1 else ''}, {counted(m, 'image')}" for n, m in sizes]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     (console or RichConsole()).print(table)

@@ -19,6 +19,7 @@ from ltfast.report.style import (
     INK,
     PAGE_WIDTH,
     colour,
+    distinct,
     hatch,
     legend_below,
     line,
@@ -45,15 +46,10 @@ def draw_class_size(runs: Runs) -> Figure:
             run["size"], run["accuracy"], s=14 if many else 34, marker=marker(i), facecolor=colour(i), edgecolor="white",
             linewidth=0.5, alpha=0.6 if many else 0.95, zorder=3,
         )  # fmt: skip
-        curve: dict[str, Any] = {
-            "markevery": (5, 12),
-            "marker": marker(i),
-            "linestyle": line(i),
-            "color": colour(i),
-            "label": name,
-        }
-        (drawn,) = ax.plot(run["curve_x"], run["curve_y"], zorder=4, **curve)
+        look: dict[str, Any] = {"linestyle": line(i), "color": colour(i)}
+        (drawn,) = ax.plot(run["curve_x"], run["curve_y"], zorder=4, **look)  # marks on it would pass for classes
         drawn.set_path_effects([Stroke(linewidth=4, foreground="white"), Normal()] if many else [])
+        ax.plot([], [], marker=marker(i), label=name, **look)
     ax.set(xscale="log", ylim=(-4, 104), xlabel="training images of the class", ylabel="test accuracy (%)")
     low, high = ax.get_xlim()
     for label, start, end in (
@@ -63,7 +59,8 @@ def draw_class_size(runs: Runs) -> Figure:
     ):
         left, right = max(low, start), min(high, end)
         if right > 1.2 * left:
-            ax.text((left * right) ** 0.5, 1, label, fontsize=7.5, color="#555555", ha="center")
+            where: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            ax.text((left * right) ** 0.5, 1.01, label, fontsize=7.5, color="#555555", **where)
             ax.axvline(right, color="#888888", linewidth=0.8 if right < high else 0, linestyle=":")
     log_ticks(ax.xaxis)
     legend_below(figure, [ax])
@@ -99,10 +96,11 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
     figure, axes = panels(columns, -(-len(runs) // columns), height=1.3 + 0.27 * deepest)
     image = None
     for ax, (name, found, names, counts) in zip(axes, runs, strict=False):
+        long, short = distinct(names, 16), distinct(names, 12)
         image = ax.imshow(found.shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         ax.grid(False)
-        ax.set_yticks(range(len(found.rows)), [f"{shorten(names[c], 16)} ({counts[c]})" for c in found.rows])
-        labels = [*(shorten(names[c], 12) for c in found.columns), "other"][: found.shares.shape[1]]
+        ax.set_yticks(range(len(found.rows)), [f"{long[c]} ({counts[c]})" for c in found.rows])
+        labels = [*(short[c] for c in found.columns), "other"][: found.shares.shape[1]]
         ax.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 4 else 90)
         for i, j in np.ndindex(found.shares.shape):
             value = found.shares[i, j]
@@ -164,7 +162,7 @@ def draw_reliability(runs: Runs) -> Figure:
 
 def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
     """The least accurate classes of one run, a row each: what they are taken for, most confident mistakes first."""
-    worst = found.worst
+    worst, long, short = found.worst, distinct(names, 18), distinct(names, 11)
     figure, axes = panels(PICTURES + 1, len(worst), width=1.05, height=1.25, width_ratios=[1.6] + [1] * PICTURES)
     for r, item in enumerate(worst):
         row = axes[r * (PICTURES + 1) : (r + 1) * (PICTURES + 1)]
@@ -172,11 +170,11 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
             ax.set_axis_off()
         images = f"{item.images} training image{'s' if item.images != 1 else ''}"
         where: dict[str, Any] = {"transform": row[0].transAxes, "fontsize": 9}
-        row[0].text(0, 0.62, shorten(names[item.label], 18), va="bottom", weight="bold", **where)
+        row[0].text(0, 0.62, long[item.label], va="bottom", weight="bold", **where)
         row[0].text(0, 0.58, f"{item.accuracy:.0f} % right\n{images}", va="top", **where)
         for ax, mistake in zip(row[1:], item.mistakes, strict=False):
             ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
-            ax.set_title(f"as {shorten(names[mistake.predicted], 11)}\n{100 * mistake.confidence:.0f} %", fontsize=7.5)
+            ax.set_title(f"as {short[mistake.predicted]}\n{100 * mistake.confidence:.0f} %", fontsize=7.5)
             ax.set_axis_on()
             ax.set(xticks=[], yticks=[])
             ax.grid(False)

@@ -13,7 +13,7 @@ import torch
 
 from ltfast.report.geometry import SIDES, Landscape
 from ltfast.report.page import Entry
-from ltfast.report.style import INK, MAP, colour, hatch, legend_below, line, marker, panels, shorten
+from ltfast.report.style import INK, MAP, colour, hatch, legend_below, line, log_ticks, marker, panels, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,6 +104,7 @@ def draw_spectra(runs: Sequence[Entry]) -> Figure:
                 zorder=5,
             )
         ax.set(title=f"{side}: density", xlabel="eigenvalue", yscale="log", ylim=(floor, None))
+        log_ticks(ax.yaxis, "{x:g}")
     for ax, key, title in zip(axes[2:], ("top", "trace"), ("largest eigenvalue", "trace"), strict=True):
         width = 0.8 / len(runs)
         for r, (i, name, run) in enumerate(runs):
@@ -114,7 +115,8 @@ def draw_spectra(runs: Sequence[Entry]) -> Figure:
                 color=colour(i), hatch=hatch(i), edgecolor="white", ecolor=INK, label=name,
             )  # fmt: skip
             if len(runs) <= LABELLED:
-                ax.bar_label(bars, fmt="%.2g", padding=2, fontsize=7.5)
+                labels = [f"{p[0]:.2g}" if abs(p[0]) < 100 else f"{p[0]:,.0f}" for p in pairs]
+                ax.bar_label(bars, labels, padding=2, fontsize=7.5)
         ax.set_xticks(range(2), SIDES)
         ax.margins(y=0.12)
         ax.set(title=title)

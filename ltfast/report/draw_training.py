@@ -17,6 +17,7 @@ from ltfast.report.style import (
     INK,
     MAP,
     colour,
+    distinct,
     every,
     hatch,
     legend_below,
@@ -38,7 +39,7 @@ GROUP_BARS = 60  # above this many classes the groups figure shows points instea
 
 def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None, **options: Any) -> None:
     """One line over epochs in the i-th colour and marker; points that are not finite are left out."""
-    ax.locator_params(axis="x", integer=True)
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # a run of one epoch has one tick, not 0.96, 0.98, ...
     known = np.isfinite(y)
     if known.any():
         x, y = np.asarray(x)[known], np.asarray(y)[known]
@@ -61,6 +62,7 @@ def draw_curves(runs: Runs) -> Figure:
         ax.set(title=title, xlabel="epoch")
         if key == "loss":
             ax.set_yscale("log")
+            log_ticks(ax.yaxis, "{x:g}")
         if key not in ("loss", "lr"):
             ax.set_ylim(-3, 103)
         if not ax.lines:
@@ -82,8 +84,7 @@ def draw_quality(runs: Runs) -> Figure:
         ax.set(title=title, xlabel="epoch")
         if key != "quality":
             ax.set_yscale("log")
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
+            log_ticks(ax.yaxis, "{x:g}")
     legend_below(figure, axes, columns=2 * min(3, len(runs)))
     return figure
 
@@ -188,6 +189,7 @@ def draw_forces(runs: Runs) -> Figure:
         for k, (key, label) in enumerate(parts):
             plot(ax, run["epoch"], run[key], k, label)
         ax.set(title=shorten(name, 32), xlabel="epoch", yscale="log")
+        log_ticks(ax.yaxis, "{x:g}")
     for ax in axes[len(runs) :]:
         ax.set_visible(False)
     axes[0].set_ylabel("norm")
@@ -221,7 +223,8 @@ def group_bars(ax: Axes, run: dict[str, Any]) -> None:
     ax.set_ylim(min(1.0, 0.6 * run["counts"].min()), 2 * run["counts"].max())
     log_ticks(ax.yaxis)
     if len(order) <= 20:
-        names = [shorten(run["names"][c], 10) for c in order]
+        short = distinct(run["names"], 10)
+        names = [short[c] for c in order]
         ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
         for x, c in enumerate(order if run["entries"] is not None else []):
             where: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "fontsize": 7}

@@ -43,7 +43,10 @@ def curves(views: Sequence[RunView]) -> Item:
         "Mean loss over each epoch's steps (with its contrastive part, where the method has one), learning rate, and "
         "accuracy on the images held out of training. A dotted vertical line: classes were grouped, scouting ended."
     )
-    return simple(views, "curves", "Training", "Training curves", caption, numbers.curves, draw_training.draw_curves)
+    item = simple(views, "curves", "Training", "Training curves", caption, numbers.curves, draw_training.draw_curves)
+    blind = [name for name, run in item.data.items() if np.isnan(run["top1"]).all()]
+    item.missing += [f"{name}: it held out no validation images." for name in blind]
+    return item
 
 
 def class_size(views: Sequence[RunView]) -> Item:
@@ -78,20 +81,27 @@ def shots(views: Sequence[RunView]) -> Item:
 def confusion(views: Sequence[RunView]) -> Item:
     caption = (
         "Where the test images of tail classes go, in %; a frame marks the right class. Tail: few-shot classes (the third "
-        "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate."
+        "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate. Where shortened names "
+        "would be the same, the class's number stands before them."
     )
     found, missing = collect(views, lambda v: (numbers.tail_confusion(v), v.class_names, v.counts.tolist()))
     runs = [(entry.name, *entry.data) for entry in found]
     figures = [("", draw_classes.draw_confusion(runs))] if runs else []
     data = {name: c._asdict() for name, c, _, _ in runs}
-    return Item("confusion", "Classes", "Confusion of the tail", caption, figures, missing, data=data)
+    rows = [
+        (name, str(c), names[c], counts[c], share[found.columns.index(c)])
+        for name, found, names, counts in runs
+        for c, share in zip(found.rows, found.shares, strict=True)
+    ]
+    table = Table(("run", "number", "class", "training images", "right (%)"), rows)
+    return Item("confusion", "Classes", "Confusion of the tail", caption, figures, missing, table, data)
 
 
 def quality(views: Sequence[RunView]) -> Item:
     caption = (
-        "Means over head classes (open marks, solid) and tail classes (full marks, dashed) of the training features' "
-        "quality, spread and distance, as the memory bank scores them (Fig. 2 of the paper). Where the curves of head and "
-        "tail part, the epoch that suits one does not suit the other: that is what the bank is for."
+        "Means over head classes (open marks, solid) and tail classes (full marks, dashed) of more than one image of the "
+        "training features' quality, spread and distance, as the memory bank scores them (Fig. 2 of the paper). Where the "
+        "curves of head and tail part, the epoch that suits one does not suit the other: that is what the bank is for."
     )
     return simple(
         views,

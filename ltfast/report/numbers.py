@@ -119,10 +119,11 @@ def tail_confusion(view: RunView, max_rows: int = 10, max_others: int = 6, all_b
 
 def feature_quality(view: RunView) -> dict[str, Any]:
     """Q, V, D by epoch: means over head and tail {"head": {"quality": [E], ...}, "tail": ...}; the epochs of the bank's
-    entries are in the state, not in the log."""
+    entries are in the state, not in the log. Classes of one image have no spread, and a Q that only its floor made: they
+    are left out."""
     rows = view.kind("quality")
     result: dict[str, Any] = {"epoch": epochs_of(rows), "head": {}, "tail": {}}
-    head, tail = (index.numpy() for index in head_and_tail(view.counts))
+    head, tail = (index[view.counts[index] > 1].numpy() for index in head_and_tail(view.counts))
     for key in ("quality", "variance", "distance"):
         if isinstance(rows[0][key], dict):  # very many classes: only means were written
             table = {"head": column([r[key] for r in rows], "many"), "tail": column([r[key] for r in rows], "few")}

@@ -97,10 +97,10 @@ def open_runs(paths: Sequence[str]) -> list[RunView]:
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """Path ends, as few parts as tell all apart."""
+    """Path ends, as few parts as tell all apart; none begins with "_", which a legend of matplotlib leaves out."""
     for depth in range(1, max(len(p.parts) for p in places) + 1):
         names = ["/".join(p.parts[-depth:]) for p in places]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not any(name.startswith("_") for name in names):
             return names
     raise AssertionError("places are distinct")
 

@@ -3,6 +3,7 @@ and hatches as well. Matplotlib's Agg canvas is used without pyplot, so nothing 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ MAP = "cividis"  # lightness rises evenly: reads the same in grey and with any c
 DPI = 168
 PAGE_WIDTH = 10.7  # inches at 96 pixels each: the page's column
 INK, FAINT = "#222222", "#DDDDDD"
+FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS")
+CHARACTERS = 14  # of a legend, an inch
 
 SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8,
@@ -35,6 +38,7 @@ SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.6, "axes.edgecolor": "#666666",
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "lines.linewidth": 1.7,
     "lines.markersize": 4.5, "legend.frameon": False, "figure.facecolor": "white", "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # names are text, also those with dollar signs; so logarithmic axes need `log_ticks`
 }  # fmt: skip
 
 
@@ -62,8 +66,11 @@ def hatch(i: int) -> str:
 def look() -> Iterator[None]:
     """Matplotlib settings of the report, for the time of drawing only."""
     import matplotlib
+    from matplotlib.font_manager import fontManager
 
-    with matplotlib.rc_context(SETTINGS):
+    installed = {font.name for font in fontManager.ttflist}  # matplotlib warns of each name that is not
+    family = [SETTINGS["font.family"], *(name for name in FONTS if name in installed)]
+    with matplotlib.rc_context({**SETTINGS, "font.family": family}):
         yield
 
 
@@ -85,10 +92,14 @@ def panels(
 
 
 def log_ticks(axis: Any, text: str = "{x:,.0f}") -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., written as numbers; the default suits counts."""
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., written as numbers; the default suits counts.
+
+    Call it once the data is drawn: over more than four decades only powers of ten have a tick.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high <= 1e4 * low else (1,)))
     axis.set_major_formatter(text)
     axis.set_minor_formatter(NullFormatter())
 
@@ -106,6 +117,13 @@ def shorten(text: str, length: int = 22) -> str:
     return f"{text[: length - 3 - keep]}...{text[-keep:]}"
 
 
+def distinct(names: Sequence[str], length: int) -> list[str]:
+    """`shorten` of each; names that would read the same have their place in `names` before them."""
+    short = [shorten(name, length) for name in names]
+    shared = {text for text, n in Counter(short).items() if n > 1}
+    return [f"{i}: {shorten(names[i], length - 4)}" if text in shared else text for i, text in enumerate(short)]
+
+
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
     """One legend for all of `axes` under the whole figure, where it covers no data; each label once."""
     entries: dict[str, Any] = {}
@@ -113,15 +131,19 @@ def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if entries:
-        columns = min(columns, len(entries))
+        room = int(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, entries))))  # 6: the handle and a gap
+        columns = max(1, min(columns, len(entries), room))
         figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
 
 
 def save(figure: Figure, path: Path) -> bytes:
-    """Write the PNG; returns its bytes."""
+    """Write the PNG; returns its bytes. Characters that no font here has are drawn as boxes."""
     import io
+    import warnings
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)  # one for each character
+        figure.savefig(buffer, format="png", dpi=DPI)
     path.write_bytes(buffer.getvalue())
     return buffer.getvalue()

@@ -111,6 +111,8 @@ def test_quality_means_of_head_and_tail(tmp_path):
     assert found["head"]["quality"].tolist() == [2, 3, 4]
     assert found["tail"]["quality"].tolist() == [5, 5, 5]
     assert np.isnan(found["head"]["distance"]).all()
+    single = {**DATA, "counts": [200, 150, 50, 1, 5]}  # the floor under log V would make its Q the mean's
+    assert np.isnan(numbers.feature_quality(view_of(tmp_path, [single, *rows]))["tail"]["quality"]).all()
 
 
 def test_ascent_marks_absent_groups(tmp_path):
@@ -168,6 +170,7 @@ def test_runs_get_short_distinct_names_and_clear_errors(tmp_path):
     a, b = (make_folder(tmp_path / x / "run", [DATA]) for x in ("one", "two"))
     assert [v.name for v in open_runs([a, b])] == ["one/run", "two/run"]
     assert open_runs([a])[0].name == "run"
+    assert open_runs([make_folder(tmp_path / "one" / "_run", [DATA])])[0].name == "one/_run"  # legends skip "_run"
     with pytest.raises(UserError, match="named twice"):
         open_runs([a, a + "/"])
     with pytest.raises(UserError, match="at least one"):

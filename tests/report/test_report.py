@@ -7,12 +7,16 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ltfast.errors import UserError
 from ltfast.report import report
 from ltfast.report.budget import Budget
-from ltfast.report.page import Item, Table, cell, render_item, render_table
+from ltfast.report.draw_classes import draw_class_size, draw_confusion
+from ltfast.report.draw_training import draw_curves
+from ltfast.report.page import Entry, Item, Table, cell, render_item, render_table
+from ltfast.report.style import look, save
 
 IDS = (
     "curves", "shots", "class-size", "confusion", "quality", "groups", "forces", "similarity", "group-similarity", "ascent",
@@ -140,6 +144,17 @@ def test_run_that_did_not_end(runs, tmp_path):
     assert "it has not ended" in path.read_text()
 
 
+def test_run_without_validation_says_so(runs, tmp_path):
+    target = tmp_path / "blind"
+    target.mkdir()
+    (target / "config.toml").write_text((Path(runs[0]) / "config.toml").read_text())
+    rows = [json.loads(line) for line in (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "val": None} if row["kind"] == "epoch" else row) for row in rows]
+    (target / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = page_of(report([str(target)], max_minutes=1e-6, quiet=True))
+    assert page.sections["curves"] == {"images": 1, "missing": 1, "tables": 0}
+
+
 def test_errors_name_the_option(runs, tmp_path):
     with pytest.raises(UserError, match="--max-minutes -1"):
         report([runs[0]], tmp_path, max_minutes=-1)
@@ -186,6 +201,74 @@ def test_text_is_escaped_and_cells_are_readable():
     values = (None, float("nan"), 1.23456, 12345.6, 7, "x", 1234567)
     assert [cell(v) for v in values] == ["-", "-", "1.235", "12,346", "7", "x", "1,234,567"]
     assert render_table(Table(("a", "b"), [(1, 2.5)])).count("<td>") == 2
+
+
+@pytest.fixture
+def entries():
+    """Two runs of 24 classes: a confusion of the last three, whose names are alike or no formula of TeX."""
+    from ltfast.report.numbers import Confusion
+
+    names = [
+        "species 001 with a long name",
+        "species 002 with a long name",
+        r"$\frac{$ 10_$",
+        "\u65e5\u672c",
+        *map(str, range(20)),
+    ]
+    shares = np.array([[50.0, 50, 0], [0, 100, 0], [0, 0, 100]])
+    return [(name, Confusion(shares, [0, 1, 2], [0, 1, 2]), names, [3] * 24) for name in (r"$x^{$ run", "other")]
+
+
+def test_names_are_drawn_as_they_are_and_stay_apart(entries, tmp_path):
+    with look():
+        figure = draw_confusion(entries)
+        save(figure, tmp_path / "x.png")  # no error over "$", no warning of missing characters
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(set(labels)) == 3
+    assert labels[1].startswith("1: ")
+    assert labels[2] == r"$\frac{$ 10_$ (3)"
+
+
+def test_no_axis_needs_formulas(tmp_path):
+    """Text with "$" is drawn as it stands, also that of matplotlib's own ticks on logarithmic axes."""
+    epoch = np.arange(1, 5)
+    run = {"epoch": epoch, "groupings": [], "lr": epoch, **dict.fromkeys(("top1", "many", "medium", "few"), epoch)}
+    with look():
+        for reach in (1.1, 1e3, 1e9):
+            figure = draw_curves([Entry(0, "a", {**run, "loss": np.geomspace(1, reach, 4)})])
+            save(figure, tmp_path / "x.png")
+            ticks = [t.get_text() for t in figure.axes[0].get_yticklabels(which="both") if t.get_text()]
+            assert len(ticks) >= 2
+            assert not any("$" in tick for tick in ticks)
+
+
+def test_a_run_of_one_epoch_has_one_tick():
+    run = {"epoch": np.array([1]), "groupings": []}
+    run |= dict.fromkeys(("loss", "lr", "top1", "many", "medium", "few"), np.array([1.0]))
+    with look():
+        figure = draw_curves([Entry(0, "a", run)])
+    ticks = figure.axes[0].get_xticks()
+    assert [tick for tick in ticks if tick == round(tick)] == list(ticks)
+
+
+def test_only_classes_have_marks_in_the_class_size_figure():
+    size, curve = np.array([2.0, 20, 200]), np.linspace(2, 200, 60)
+    run = {"size": size, "accuracy": size / 4, "curve_x": curve, "curve_y": curve / 4}
+    with look():
+        ax = draw_class_size([Entry(0, "a", run)]).axes[0]
+    assert [line.get_marker() for line in ax.lines if len(line.get_xdata()) == len(curve)] == ["None"]
+    assert [len(marks.get_offsets()) for marks in ax.collections] == [3]
+
+
+def test_legend_of_long_names_stays_inside(tmp_path):
+    names = [f"{i} a name of many letters for a run that tried many things" for i in range(4)]
+    run = {"size": np.array([2.0, 20]), "accuracy": np.array([50.0, 60]), "curve_x": [2, 20], "curve_y": [50, 60]}
+    with look():
+        figure = draw_class_size([Entry(i, name, run) for i, name in enumerate(names)])
+        save(figure, tmp_path / "x.png")
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
