@@ -6,13 +6,16 @@ of fake tensors give it for every B. A compiled step keeps less, so this is an u
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ltfast.errors import UserError
 from ltfast.models import LongTailModel
 from ltfast.objective import Autocast, Objective
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 PROBES = (4, 8, 16)
+LARGE_SIDE = 64  # pixels
 # Gradients of activations, convolution workspaces and what the allocator cannot use come on top of what autograd keeps.
 OVERHEAD = 1.25
 
@@ -143,6 +147,30 @@ def out_of_memory(trainer: Trainer) -> str:
     room = free + torch.cuda.memory_reserved(device)
     name = f"{device} ({torch.cuda.get_device_name(device)})"
     return too_large(trainer.config.data.batch, need, state_bytes(trainer), room, name, world=world)
+
+
+def check_main_memory(trainer: Trainer) -> None:
+    """UserError where a step on the CPU cannot fit: there the system ends the process without a word. Large pictures only,
+    of which a few are gigabytes."""
+    config, shape = trainer.config, trainer.source.input_shape
+    if trainer.device.type != "cpu" or shape[-1] < LARGE_SIDE or config.run.compile == "on":
+        return
+    world = trainer.ranks.world
+    need = activations(trainer.model, trainer.objective, shape, trainer.forward.autocast)
+    room = available_memory() / world
+    if need.at(-(-config.data.batch // world)) > room:
+        state = state_bytes(trainer)
+        raise UserError(too_large(config.data.batch, need, state, room + state, "the CPU", world=world))
+
+
+def available_memory() -> float:
+    """Bytes of main memory and swap that programs may still take; infinite where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return sum(1024 * int(sizes[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in sizes)
 
 
 def state_bytes(trainer: Trainer) -> int:

@@ -15,6 +15,7 @@ from ltfast.data.registry import LARGE
 from ltfast.data.small import check_batch
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
+from ltfast.memory import activations
 from ltfast.optim.rules import Rule
 from ltfast.progress import counted
 from ltfast.recipes import rule_of
@@ -66,6 +67,8 @@ class Plan:
     flops_vs_sgd: float
     state_bytes: int
     """Of one process: weights, gradient rows, optimizer state, copies."""
+    activation_bytes: float | None
+    """What autograd keeps of one process's images, in float32 without torch.compile; None for small pictures."""
     bank_bytes_max: int
     processes: int
     images_a_process: int
@@ -99,6 +102,10 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     scouts = scouting_epochs(config.preserve, config.optim.epochs) if needs_groups else 0
     span = flat.span(model.encoder.parameters())
     snapshots = min(source.num_classes, scouts if not config.preserve.regroup else config.optim.epochs)
+    kept_images = None
+    if large:
+        need = activations(model, build.build_objective(config, source.train_counts), source.input_shape)
+        kept_images = need.at(config.data.batch // processes)
     return Plan(
         train_images=source.sizes["train"],
         classes=source.num_classes,
@@ -111,6 +118,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         bank_groups=config.preserve.groups if needs_groups else 0,
         flops_vs_sgd=flops_ratio(rule, groups, 3 if config.loss.loss == "bcl" else 1),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
+        activation_bytes=kept_images,
         bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if needs_groups else 0,
         processes=processes,
         images_a_process=config.data.batch // processes,
@@ -143,8 +151,12 @@ def print_plan(config: Config) -> None:
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": groups,
         "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch (after scouting)",
-        "memory": f"{plan.state_bytes / GIB:.3f} GiB a process for weights, gradients, optimizer state and anchor "
-        "(without activations)",
+        "memory": f"{plan.state_bytes / GIB:.3f} GiB a process for weights, gradients, optimizer state and anchor"
+        + (
+            " (without activations)"
+            if plan.activation_bytes is None
+            else f"; about {plan.activation_bytes / GIB:.1f} GiB for activations in float32, half of it in bf16"
+        ),
         "memory bank": f"at most {plan.bank_bytes_max / GIB:.3f} GiB of host memory",
     }
     if plan.splits:

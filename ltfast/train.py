@@ -28,7 +28,7 @@ from ltfast.errors import UserError
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu
-from ltfast.memory import out_of_memory
+from ltfast.memory import check_main_memory, out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.places import moved
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
@@ -330,9 +330,11 @@ def train(
             values = ranks.share(folder.config.to_dict() if folder is not None else {})
             config = on_cpu(moved(Config.from_dict(values, resume), changes or {}))
             trainer = Trainer(config, folder, ranks, progress)
+            check_main_memory(trainer)
             trainer.load_state()
         else:
             trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
+            check_main_memory(trainer)
             trainer.folder = folder = ranks.on_main(lambda: RunFolder.create(config))
         trainer.describe()
         progress.begin(trainer)

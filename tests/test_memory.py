@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltfast import memory
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
-from ltfast.memory import GIB, OVERHEAD, Activations, activations, kept_bytes, state_bytes, too_large
+from ltfast.memory import GIB, OVERHEAD, Activations, activations, available_memory, kept_bytes, state_bytes, too_large
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.objective import Objective
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
 from ltfast.train import Trainer, train
+from tests.data.pictures import make_set
 
 COUNTS = torch.tensor([50, 30, 20, 10, 5])
 
@@ -70,6 +72,21 @@ def test_message_never_offers_what_just_failed() -> None:
     text = too_large(256, Activations(0, 1, 0), 0, GIB, "cuda:0", world=4)
     assert text.endswith("use --batch 204")  # 4 * 51, and 51 = 64 / 1.25
     assert "not even one image a process would fit" in too_large(1, Activations(0, GIB, 0), 0, GIB, "cuda:0")
+
+
+def test_a_step_that_main_memory_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_set(tmp_path / "data", (4, 3))
+    values = {"data_dir": str(tmp_path / "data"), "model": "resnet18", "image_size": 64, "batch": 4, "device": "cpu"}
+    config = build_config("folder", "ce", {}, {**values, "epochs": 1, "loader": "torch", "workers": 0})
+    config = config.with_(out=str(tmp_path / "run"))
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 << 20)
+    with pytest.raises(UserError, match=r"--batch 4 does not fit on the CPU: .* use --batch \d$"):
+        train(config, progress=Progress())
+    assert not (tmp_path / "run").exists()
+
+
+def test_available_memory_is_known_here() -> None:
+    assert available_memory() > 1 << 20
 
 
 def test_a_run_that_runs_out_of_memory_ends_with_that_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
