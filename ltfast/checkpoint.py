@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,13 @@ DTYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+# What DistributedDataParallel, DataParallel and torch.compile put before names.
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+# DenseNets and vision transformers: the files are older than the names, and torchvision renames while loading.
+RENAMED = (
+    (r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2."), (r"\.mlp\.linear_1\.", ".mlp.0."),
+    (r"\.mlp\.linear_2\.", ".mlp.3."),
+)  # fmt: skip
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
@@ -163,37 +171,68 @@ def load_into(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Start `module` from a file of weights: safetensors, or a torch state dict read with weights_only.
+    """Start `module` from a file of weights: safetensors, or a torch state dict read with weights_only, also as the
+    "state_dict" or "model" of a training checkpoint and with the prefixes of wrappers (DDP's, torch.compile's).
 
-    Tensors the module does not have (a classifier, say) are ignored; every parameter of the module must be there.
+    A classifier and whatever else stands outside the module is ignored; every parameter of the module must be there.
 
     Raises:
         UserError: missing, unreadable, or weights of another network.
     """
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load(path)[0]
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = tensors.get("state_dict", tensors)
-    except FileNotFoundError:
-        raise UserError(f"--weights {path}: no such file") from None
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--weights {path}: not safetensors nor a plain state dict ({type(error).__name__})") from None
     state = module.state_dict()
-    tensors = {k.removeprefix("module.").removeprefix("encoder."): v for k, v in tensors.items()}
+    tensors = current_names({WRAPPERS.sub("", k): v for k, v in _read_weights(path).items()})
+    own = {
+        k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")
+    }  # of a run's whole model
+    tensors = max(
+        tensors, own, key=lambda names: len(names.keys() & state.keys())
+    )  # vision transformers have an "encoder." too
     missing = [k for k in state if k not in tensors and not k.endswith("num_batches_tracked")]
     if missing:
         raise UserError(
             f"--weights {path}: {missing[0]} is missing ({len(missing)} of {len(state)} tensors); is it another --model?"
+        )
+    blocks = {k.partition(".")[0] for k in state}
+    removed = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, torch.nn.Identity))
+    more = [k for k in tensors if k not in state and k.partition(".")[0] in blocks and not k.startswith(removed)]
+    if more:
+        raise UserError(
+            f"--weights {path}: {more[0]}, which the model lacks, is in it ({len(more)} such tensors); is it another --model?"
         )
     with torch.no_grad():
         for k, v in state.items():
             if k in tensors:
                 if tensors[k].shape != v.shape:
                     raise UserError(
-                        f"--weights {path}: {k} is {list(tensors[k].shape)}, the model needs {list(v.shape)}"
+                        f"--weights {path}: {k} is {list(tensors[k].shape)}, the model needs {list(v.shape)}; "
+                        "is it for another --model or --image-size?"
                     )
                 v.copy_(tensors[k])
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights, by their names there; UserError if it is none."""
+    if path.is_dir():
+        raise UserError(f"--weights {path}: is a folder; of a run, give {path}/checkpoints/last.safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            return load(path)[0]
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = found.get("state_dict", found.get("model", found))
+        return {k: v for k, v in found.items() if isinstance(v, Tensor)}
+    except FileNotFoundError:
+        raise UserError(f"--weights {path}: no such file") from None
+    except UserError as error:
+        raise UserError(f"--weights {error}") from None
+    except Exception as error:
+        raise UserError(f"--weights {path}: not safetensors nor a plain state dict ({type(error).__name__})") from None
+
+
+def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict, its names changed in place from those of torchvision's published files to those of its models."""
+    for name in list(tensors):
+        new = name
+        for old, now in RENAMED:
+            new = re.sub(old, now, new)
+        tensors[new] = tensors.pop(name)
+    return tensors

@@ -193,7 +193,9 @@ class Durable:
                 f"--resume {run}: there are weights but no training state (state-*) left in checkpoints/; going "
                 f"on would start again and overwrite them. Start a new run: ltfast train --config {run}/config.toml --out NEW"
             )
-        if meta is not None:
+        if meta is None:
+            cast("Trainer", self).take_bank()
+        else:
             resume.restore(cast("Trainer", self), self.ranks.tensors(tensors, kept=resume.HELD), meta)
         if self.folder is not None:
             self.folder.cut_metrics(meta["metrics"] if meta else 0)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,6 @@ class Trainer(Durable):
         theta = self.flat.data[self.encoder]
         origin = theta if config.preserve.center else None
         self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin, holds=ranks.main)
-        if config.preserve.bank:
-            state = ranks.on_main(partial(load_bank, Path(config.preserve.bank)))
-            self.bank.load_state_dict(ranks.tensors(state, kept=WEIGHTS))
         self.needs_groups = config.preserve.gkp or (self.rule is not None and self.rule.groups == "bank")
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
@@ -97,6 +94,12 @@ class Trainer(Durable):
         self.started = time.perf_counter()  # of this epoch, as if it had never been broken off
         self.wire = Traffic()
         self.make_step()
+
+    def take_bank(self) -> None:
+        """Start from the memory bank of an earlier run, if --bank names one."""
+        if run := self.config.preserve.bank:
+            state = self.ranks.on_main(lambda: load_bank(Path(run), self.source.class_names))
+            self.bank.load_state_dict(self.ranks.tensors(state, kept=WEIGHTS))
 
     # -- the algorithm ---------------------------------------------------------------------------------------------------
 
@@ -297,13 +300,20 @@ class Trainer(Durable):
             ) from error
 
 
-def load_bank(run: Path) -> dict[str, Tensor]:
-    """The memory bank of an earlier run (`--bank RUN`).
+def load_bank(run: Path, class_names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The memory bank of an earlier run (`--bank RUN`), whose classes must be `class_names` if any are given.
 
     Raises:
-        UserError: not a run folder, or it filled no bank.
+        UserError: not a run folder, or it filled no bank, or one of other classes.
     """
-    state = Store(RunFolder.open(run).checkpoints).load()
+    folder = RunFolder.open(run)
+    for row in folder.metrics("data") if class_names else []:
+        for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names, fillvalue="none")):
+            if there != here:
+                raise UserError(
+                    f"--bank {run}: class {c} is {there!r} there and {here!r} here; give the bank of a run with the same classes"
+                )
+    state = Store(folder.checkpoints).load()
     if state is None:
         raise UserError(f"--bank {run}: that run has no training state yet")
     bank = part(state[0], "bank.")
@@ -329,12 +339,15 @@ def train(
             folder = ranks.on_main(lambda: RunFolder.open(resume, lock=True))
             values = ranks.share(folder.config.to_dict() if folder is not None else {})
             config = on_cpu(moved(Config.from_dict(values, resume), changes or {}))
+            if ranks.share(folder is not None and folder.last.exists()):  # what the weights have become is in there
+                config = config.with_(weights=None)
             trainer = Trainer(config, folder, ranks, progress)
             check_main_memory(trainer)
             trainer.load_state()
         else:
             trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
             check_main_memory(trainer)
+            trainer.take_bank()
             trainer.folder = folder = ranks.on_main(lambda: RunFolder.create(config))
         trainer.describe()
         progress.begin(trainer)

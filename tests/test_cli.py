@@ -94,6 +94,7 @@ def test_a_run_does_not_need_the_weights_it_started_from_again(run: Path, tmp_pa
     assert main(["train", "--weights", start, "--method", "ce", "--out", str(out), *QUICK]) == 0
     Path(start).unlink()
     assert main(["eval", str(out), "--json"]) == 0
+    assert main(["train", "--resume", str(out)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,15 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
 
 
 def test_bank_of_an_earlier_run(run: Path, tmp_path: Path, capsys) -> None:
-    assert main(["train", "--bank", str(run), "--out", str(tmp_path / "b"), *QUICK]) == 0
+    bank, out = shutil.copytree(run, tmp_path / "bank"), tmp_path / "b"
+    assert main(["train", "--bank", str(bank), "--out", str(out), *QUICK]) == 0
     assert "grouped" in capsys.readouterr().out
+    log = bank / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"class_names": ["0", "1"', '"class_names": ["1", "0"'))
+    assert main(["train", "--bank", str(bank), "--out", str(tmp_path / "c"), *QUICK]) == 2
+    assert "class 0 is '1' there and '0' here" in capsys.readouterr().err
+    shutil.rmtree(bank)  # its entries are in the checkpoints of the run that took them over
+    assert main(["train", "--resume", str(out)]) == 0
 
 
 BAD = [

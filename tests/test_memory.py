@@ -79,7 +79,7 @@ def test_a_step_that_main_memory_cannot_hold_is_refused(monkeypatch: pytest.Monk
     values = {"data_dir": str(tmp_path / "data"), "model": "resnet18", "image_size": 64, "batch": 4, "device": "cpu"}
     config = build_config("folder", "ce", {}, {**values, "epochs": 1, "loader": "torch", "workers": 0})
     config = config.with_(out=str(tmp_path / "run"))
-    monkeypatch.setattr(memory, "available_memory", lambda: 8 << 20)
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 << 20)
     with pytest.raises(UserError, match=r"--batch 4 does not fit on the CPU: .* use --batch \d$"):
         train(config, progress=Progress())
     assert not (tmp_path / "run").exists()

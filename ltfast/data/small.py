@@ -130,7 +130,10 @@ def check_batch(batch: int, n: int, world: int, name: str) -> None:
     if batch > n:
         raise UserError(f"--batch {batch} is larger than the {n} training images of {name}; choose at most {n}")
     if batch % world:
-        raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}")
+        raise UserError(
+            f"--batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}, "
+            "or another number of processes"
+        )
 
 
 def check_sampler(sampler: str, epochs_total: int | None) -> None:

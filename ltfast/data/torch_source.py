@@ -8,6 +8,9 @@ happens on the device.
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -192,3 +195,14 @@ class TorchSource(LargeSource):
 def _start_worker(_: int) -> None:
     gc.freeze()
     gc.enable()
+    # A terminal, a scheduler and torch's launcher signal workers too, but the step and the checkpoint that their parent
+    # still makes need them. They end when it says so (multiprocessing's terminate) and, by torch's watch, when it is gone.
+    parent, numbers = os.getppid(), (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def heed_parent() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed_parent, daemon=True).start()

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ltfast.checkpoint import current_names
 from ltfast.errors import UserError
 from ltfast.models.resnet import CIFAR_DEPTHS, CIFAR_STRIDES, SMALL_STRIDES, CifarResNet
 
@@ -89,7 +90,8 @@ def _torchvision_encoder(
     if name.startswith(("vit_", "maxvit_")) and image_size is not None:
         options.update(_size_option(name, image_size, weights))
     if name in _AUXILIARY:
-        options.update(init_weights=weights is None, transform_input=weights is not None)
+        # Published weights expect other input levels. With any: a run's weights must find at the end what they had.
+        options.update(init_weights=weights is None, transform_input=in_channels == 3)
     model = torchvision.models.get_model(name, weights=None, **options)
     if weights is not None:
         model.load_state_dict(_published(name, weights))
@@ -114,7 +116,7 @@ def _published(name: str, weights: str) -> dict[str, Any]:
             f"weights: {weights!r} is no file and no weights of {name}; torchvision has {', '.join(known) or 'none'}"
         )
     try:
-        return known[weights].get_state_dict(check_hash=True, weights_only=True)
+        return current_names(known[weights].get_state_dict(check_hash=True, weights_only=True))
     except OSError as error:
         raise UserError(f"weights: {weights!r} of {name} could not be downloaded ({error}); go online once") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +67,45 @@ def test_starting_from_a_file_of_weights(kind: str, file: str, tmp_path: Path) -
     assert not torch.equal(model("resnet18", 64).encoder.state_dict()["conv1.weight"], theirs["conv1.weight"])
     with pytest.raises(UserError, match=r"--weights .* is missing .*another --model"):
         model("resnet50", 64, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("resnet18", lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()}),
+        ("resnet18", lambda state: {"model": state, "epoch": 3, "optimizer": {}}),
+        ("resnet18", lambda state: {f"encoder.{k}": v for k, v in state.items()}),  # a run's own
+        ("vit_b_32", lambda state: state),  # has an encoder of its own
+        ("vit_b_32", lambda state: {f"encoder.{k}": v for k, v in state.items()}),
+        ("vit_b_32", lambda state: {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in state.items()}),
+        ("densenet121", lambda state: {re.sub(r"(layer\d+\.(norm|conv))(\d)", r"\1.\3", k): v for k, v in state.items()}),
+    ],
+)  # fmt: skip
+def test_names_that_others_give_to_weights(name: str, wrap: Any, tmp_path: Path) -> None:
+    """DDP and torch.compile, training scripts, our runs, and torchvision's own files, older than its models."""
+    import torchvision
+
+    theirs = torchvision.models.get_model(
+        name, weights=None, **({"image_size": 64} if "vit" in name else {})
+    ).state_dict()
+    torch.save(wrap(theirs), tmp_path / "w.pth")
+    ours = model(name, 64, str(tmp_path / "w.pth")).encoder.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_weights_of_another_network_are_refused_where_they_would_fit(tmp_path: Path) -> None:
+    import torchvision
+
+    path = saved("plain", torchvision.models.resnet34().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"layer1.2.* which the model lacks, is in it \(96 such tensors\)"):
+        model("resnet18", 64, path)
+    with pytest.raises(UserError, match=r"is a folder; of a run, give .*last.safetensors"):
+        model("resnet18", 64, str(tmp_path))
+
+
+def test_published_and_trained_weights_of_inception_see_the_same_pictures() -> None:
+    """torchvision turns pictures to other levels where it loads its weights itself; a run is evaluated without."""
+    assert model("googlenet", 64).encoder.transform_input
 
 
 def test_a_size_that_a_model_cannot_take_is_named() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +107,20 @@ def test_workers_end_with_their_epoch(tmp_path):
     assert not multiprocessing.active_children()
     epoch(source, 0)
     list(source.evaluate("val"))
+    assert not multiprocessing.active_children()
+
+
+def test_workers_outlive_a_signal_to_the_whole_process_group(tmp_path):
+    """Ctrl-C, Slurm and torch's launcher signal workers too, whose parent still makes a step and a checkpoint."""
+    source = open_source("torch-workers", make_set(tmp_path, (9, 7, 8, 8)), batch=2)
+    running = source.train(0)
+    next(running)
+    workers = [process.pid for process in multiprocessing.active_children()]
+    assert workers
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for pid in workers:  # from another process, as those do; the parent's own SIGTERM ends a worker
+            subprocess.run([sys.executable, "-c", f"import os; os.kill({pid}, {int(number)})"], check=True)
+    assert len(list(running)) == source.steps_per_epoch - 1
     assert not multiprocessing.active_children()
 
 

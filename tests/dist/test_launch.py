@@ -152,7 +152,8 @@ def test_a_users_mistake_is_one_line_and_no_restart(tmp_path: Path) -> None:
     with started([*TRAIN, "--procs", "2", "--batch", "37", "--out", str(tmp_path / "run")]) as process:
         err = process.communicate(timeout=120)[1]
     assert process.returncode == 2
-    assert err == "ltfast: --batch 37 cannot be shared evenly by 2 processes; choose a multiple of 2\n", err
+    fix = "choose a multiple of 2, or another number of processes"
+    assert err == f"ltfast: --batch 37 cannot be shared evenly by 2 processes; {fix}\n", err
     assert not (tmp_path / "run").exists()
 
 
