@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ltfast.data.small import SmallSource
 from ltfast.errors import UserError
 from ltfast.models import LongTailModel
 from ltfast.objective import Autocast, Objective
@@ -179,5 +180,6 @@ def state_bytes(trainer: Trainer) -> int:
     tensors = [flat.data, flat.grads, *trainer.update.slots, *(trainer.update.anchor or ())]
     if trainer.step.engine is not None:
         tensors.append(trainer.step.engine.kept)
-    tensors += [t for split in ("images", "labels") for t in getattr(trainer.source, split, {}).values()]
+    if isinstance(trainer.source, SmallSource):
+        tensors += [*trainer.source.images.values(), *trainer.source.labels.values()]
     return sum(t.numel() * t.element_size() for t in tensors if t.device == flat.data.device)
