@@ -27,7 +27,8 @@ from ltfast.scaler import LossScale
 from ltfast.step import Taken
 
 MEMBERSHIP_KIND = {"one": "single", "class": "classes", "head-tail": "head-tail", "focal": "focal", "bank": "groups"}
-CLASS_GROUPS_MAX = MAX_ROWS  # CC-SAM's: a class's gradient is a row of the Gram matrix, of which a kernel takes so many
+# CC-SAM evaluates one perturbed classifier a class; above this many classes that is more work than the encoder.
+CLASS_GROUPS_MAX = 128
 TORCHVISION_SIDE = 224  # what its models are made for; each takes pictures of this size
 
 
@@ -208,9 +209,10 @@ def build_membership(config: Config, rule: Rule | None, counts: Tensor, group_of
     """
     if rule is None or (rule.groups == "bank" and group_of_class is None):
         return membership_for("single", counts)
-    if rule.groups == "class" and counts.numel() > CLASS_GROUPS_MAX:
+    most = CLASS_GROUPS_MAX if rule.independent and rule.scope == "classifier" else MAX_ROWS
+    if rule.groups == "class" and counts.numel() > most:
         raise UserError(
-            f"cc-sam: {counts.numel()} classes, one group each, is more than {CLASS_GROUPS_MAX}; use gsa-paper, its grouped form"
+            f"cc-sam: {counts.numel()} classes, one group each, is more than {most}; use gsa-paper, its grouped form"
         )
     sharp = config.sharpness
     return membership_for(

@@ -18,7 +18,8 @@ from ltfast.backward import Backward
 from ltfast.data.base import Batch
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.graph import Captured
-from ltfast.kernels import ascent_coefficients, gram_partials, perturb
+from ltfast.kernels import AscentStats, ascent_coefficients, gram_partials, perturb
+from ltfast.kernels.common import MAX_ROWS
 from ltfast.models import LongTailModel
 from ltfast.objective import Forward, Objective
 from ltfast.optim.engine import EXACT, REPEAT, STALE, Engine
@@ -284,14 +285,17 @@ class TrainStep:
         theta = self.model.classifier.weight.detach().reshape(-1)
         gradients, losses, shares = self._classifier_rows(features, z, labels)
         rows = self.agreement.rows(gradients.flatten(1))
-        coef, stats = ascent_coefficients(
-            *gram_partials(rows, theta, rule.adaptive), shares, self.group_counts, theta.numel(),
-            direction=rule.direction, objective=rule.objective, rho=rule.rho, C=rule.radius_C,
-            rho_min=rule.rho_min, rho_max=rule.rho_max, sigma=rule.sigma, aggregate=rule.aggregate,
-        )  # fmt: skip
-        coef = coef.reshape(-1, losses.numel())
-        eps = torch.stack([perturb(theta, rows, c, rule.adaptive) - theta for c in coef])
-        return eps, (losses * shares).sum().detach(), stats._asdict()
+        eps, stats = [], []
+        # More groups than a Gram matrix takes are of a rule whose groups know nothing of each other (build_membership).
+        for part, w, n in zip(*(t.split(MAX_ROWS) for t in (rows, shares, self.group_counts)), strict=True):
+            coef, found = ascent_coefficients(
+                *gram_partials(part, theta, rule.adaptive), w, n, theta.numel(),
+                direction=rule.direction, objective=rule.objective, rho=rule.rho, C=rule.radius_C,
+                rho_min=rule.rho_min, rho_max=rule.rho_max, sigma=rule.sigma, aggregate=rule.aggregate,
+            )  # fmt: skip
+            eps += [perturb(theta, part, c, rule.adaptive) - theta for c in coef.reshape(-1, len(part))]
+            stats.append(found)
+        return torch.stack(eps), (losses * shares).sum().detach(), joined(stats)
 
     def _classifier_rows(self, features: Tensor, z: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients [G, C, D] of each group's loss by the classifier weight, from detached features; losses and shares."""
@@ -302,3 +306,15 @@ class TrainStep:
         losses, shares = self.agreement.losses(*evaluated)
         (rows,) = torch.autograd.grad(self.backward.scaled(losses.sum()), copies)
         return rows if self.update.scaler is None else rows * self.update.scaler.inverse, losses, shares
+
+
+def joined(parts: list[AscentStats]) -> dict[str, Tensor]:
+    """Statistics of one ascent whose groups went in parts."""
+    if len(parts) == 1:
+        return parts[0]._asdict()
+    found = {
+        name: torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
+        for name, *values in zip(AscentStats._fields, *parts, strict=True)
+    }
+    bad = found["bad"].amax()
+    return {**found, "bad": bad, "ok": found["ok"].amax() * (1 - bad)}

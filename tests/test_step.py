@@ -226,6 +226,20 @@ def test_classifier_scope_equals_its_slow_twin(name: str) -> None:
     assert difference(net, twin) < TOLERANCE
 
 
+def test_classes_in_parts_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CC-SAM on more classes than one Gram matrix takes."""
+    nets, found = [], []
+    for rows in (64, 2):
+        monkeypatch.setattr("ltfast.step.MAX_ROWS", rows)
+        net, objective, batch = make("bcl")
+        step = take_step(net, objective, batch, RULES["cc-sam"], "classes")
+        nets.append(net)
+        found.append(step.ascent_stats)
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
 def test_batchnorm_statistics_move_once() -> None:
     moved = {}
     for rule in (None, RULES["sam"], RULES["gsa-exact"], RULES["gsa-paper"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ def test_regrouping_and_the_other_grouping_options(tmp_path: Path) -> None:
     assert len(epochs) == 4
 
 
-def test_cc_sam_takes_as_many_classes_as_its_kernel_and_refuses_more() -> None:
+def test_cc_sam_has_a_limit_of_classes() -> None:
+    """Its own rule can go in parts; one whose classes know of each other needs all in one Gram matrix."""
     config, rule = build_config("digits-lt", "ce+cc-sam", {}, {}), RULES["cc-sam"]
-    assert build_membership(config, rule, torch.full((64,), 5), None).shape == (64, 64)
-    with pytest.raises(UserError, match="65 classes, one group each, is more than 64"):
-        build_membership(config, rule, torch.full((65,), 5), None)
+    for allowed, most in ((rule, 128), (dataclasses.replace(rule, direction="orthogonal"), 64)):
+        assert build_membership(config, allowed, torch.full((most,), 5), None).shape == (most, most)
+        with pytest.raises(UserError, match=f"{most + 1} classes, one group each, is more than {most}"):
+            build_membership(config, allowed, torch.full((most + 1,), 5), None)

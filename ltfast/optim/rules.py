@@ -92,6 +92,11 @@ class Rule:
         return self.groups in ("head-tail", "focal")
 
     @property
+    def independent(self) -> bool:
+        """True if a group's perturbation is a matter of its own gradient alone: any number of groups can go in parts."""
+        return self.direction == "none" and self.objective == "per_group"
+
+    @property
     def partial(self) -> bool:
         """True if the ascent sees only a part of a batch's samples or views."""
         return self.ascent_views > 0 or self.ascent_fraction < 1
