@@ -194,6 +194,7 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
     from ltfast.speedrun import TableProgress
     from ltfast.train import train
 
+    launch.end_with_launcher()
     ranks = dist.start()
     try:
         progress = (TableProgress() if config.run.table else ConsoleProgress()) if ranks.main else Progress()

@@ -6,6 +6,7 @@ Several machines: run `torchrun --nnodes ... -m ltfast train ...` on each (docs/
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 import os
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # Where a worker leaves the text of a UserError: it then exits with 0, because no restart can mend a user's mistake.
 MESSAGE = "LTFAST_MESSAGE_FILE"
 ENDED = ".ended"  # beside it: rank 0 has ended in order
+LAUNCHER = "LTFAST_LAUNCHER"  # its process number, for the workers
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Seconds a worker has, after SIGTERM, to finish its step and write its checkpoint (torchrun's own default is 30).
 GRACE_SECONDS = 60
 
@@ -111,7 +114,7 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="ltfast-") as folder:
         message = Path(folder) / "message"
-        os.environ[MESSAGE] = str(message)
+        os.environ |= {MESSAGE: str(message), LAUNCHER: str(os.getpid())}
         _quiet(message)
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
@@ -134,10 +137,22 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
                 print(f"ltfast: {_failure(error, max_restarts, out)}", file=sys.stderr)
             code = 1
         finally:
-            del os.environ[MESSAGE]
+            del os.environ[MESSAGE], os.environ[LAUNCHER]
         if message.exists():
             raise UserError(message.read_text())
     return code
+
+
+def end_with_launcher() -> None:
+    """In a worker of `launch`, on Linux: get SIGTERM when the launcher is gone, however it ended.
+
+    Killed, or stopped while it was starting the workers, it would leave them behind: training on, or waiting for each
+    other, with the run folder locked.
+    """
+    if (launcher := os.environ.get(LAUNCHER)) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):
+            raise SystemExit(128 + signal.SIGTERM)
 
 
 def _quiet(message: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,24 @@ def test_sigterm_before_a_resumed_run_goes_on(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, (out, err)
     assert err == f"ltfast: stopped by SIGTERM at once; continue from the last checkpoint with: ltfast train --resume {run}\n"
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's end")
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started([*TRAIN, "--procs", "2", "--epochs", "300", "--out", str(run)]) as process:
+        until(lambda: list((run / "checkpoints").glob("state-*")), process)
+        ranks = workers(process.pid)
+        process.kill()
+        try:
+            process.communicate(timeout=30)  # until the workers, who share its output, are gone as well
+        finally:
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    RunFolder.open(run, lock=True).close()
+    assert not RunFolder(run).metrics("test")
 
 
 @pytest.mark.dist
