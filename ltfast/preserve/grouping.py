@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ltfast.errors import UserError
 from ltfast.preserve.bank import MemoryBank, stack_into
+from ltfast.progress import counted
 
 log = logging.getLogger(__name__)
 # Columns per block of the Gram matrix. 100 snapshots of 25.6M, 2 idle cores: 9.0 s at 4096, 9.3 s at 16384, 9.7 s at
@@ -159,8 +160,8 @@ def group_classes(
     distinct = len(groups.unique())
     if distinct < num_groups:
         log.warning(
-            "%d snapshots in the memory bank give %d groups; the largest are split by class frequency to make %d",
-            len(ids), distinct, num_groups,
+            "%s in the memory bank make %s; the largest are split by class frequency to make %d",
+            counted(len(ids), "snapshot"), counted(distinct, "group"), num_groups,
         )  # fmt: skip
         groups = split_by_frequency(groups, counts_C.cpu(), num_groups)
     return head_first(groups, counts_C.cpu())
