@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ltfast.data.sampler import SAMPLERS, epoch_order
+from ltfast.memory import meminfo
 from ltfast.preserve import (
     MemoryBank,
     QualityStats,
@@ -176,8 +177,7 @@ def run_part(name: str, args: argparse.Namespace) -> list[Figure]:
 
 def available_gib() -> float:
     """Memory that the machine can still give, in GiB (Linux)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    return meminfo()["MemAvailable"] / 2**30
 
 
 def append(path: Path, figures: list[Figure], config: dict[str, object]) -> None:

@@ -141,7 +141,7 @@ def _result_dtype(anchors_GN: Tensor) -> torch.dtype:
     return torch.float64 if anchors_GN.dtype == torch.float64 else torch.float32
 
 
-@op
+@op()
 def _anchor_penalty(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -> Tensor:
     count("anchor_penalty", 2, [theta_N, anchors_GN, fishers_GN])
     if not use_kernel(theta_N):
@@ -164,7 +164,7 @@ def _(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor) -
     return theta_N.new_empty(())
 
 
-@op
+@op()
 def _anchor_grad(
     theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor, upstream: Tensor
 ) -> Tensor:  # fmt: skip
@@ -203,7 +203,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tup
 torch.library.register_autograd("ltfast::anchor_penalty", _backward, setup_context=_setup_context)
 
 
-@op
+@op()
 def _collapse_anchors(
     anchors_GN: Tensor, fishers_GN: Tensor, coef_G: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

@@ -153,7 +153,7 @@ def _one_row(gram_PRR: Tensor, rho: float, objective: str) -> tuple[Tensor, Tens
     return coef.reshape((1,) if objective == "shared" else (1, 1)), torch.tensor(stats, dtype=torch.float32)[:, None]
 
 
-@op
+@op()
 def _ascent_coefficients(
     gram_PRR: Tensor, theta_sq_P: Tensor | None, shares_G: Tensor | None, counts_G: Tensor | None, n_elements: int,
     direction: str, rule: bool, rho: float, rho_t: Tensor | None, scale: float, scale_t: Tensor | None,

@@ -208,7 +208,7 @@ def _empty_partials(like: Tensor, programs: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@op
+@op()
 def _gram_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
     count("gram_partials", 1, [grads_RN, theta_N])
     if use_kernel(grads_RN):
@@ -223,7 +223,7 @@ def _(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor,
     return _empty_partials(grads_RN, _programs(n, rows, grads_RN.dtype) if use_kernel(grads_RN) else 1)
 
 
-@op
+@op()
 def gram_reduce(partials_PRR: Tensor, theta_sq_P: Tensor) -> tuple[Tensor, Tensor]:
     """Add partial sums up, float64: ([P, R, R], [P]) -> ([R, R], 0-d)."""
     count("gram_reduce", 1, [])

@@ -35,7 +35,7 @@ from .common import (
     tl,
     use_kernel,
 )
-from .register import op_that_writes
+from .register import op
 
 # Left to itself ptxas (12.8, 13.x) squeezes some R into 32 registers, spills 8 to 16 bytes and requests the rows one after
 # the other; a bound of 128 lets every row of a chunk be in flight (measured by compiling R = 1..64 to sm_80 and sm_90).
@@ -132,7 +132,7 @@ def _check_memory(theta_N: Tensor, grads_GN: Tensor, out: Tensor, keep: Tensor |
         check_apart({"out": None if same else out, "keep": keep}, {"theta_N": theta_N})
 
 
-@op_that_writes("out", "keep")
+@op("out", "keep")
 def _perturb(
     theta_N: Tensor, grads_GN: Tensor, coef_G: Tensor, adaptive: bool, out: Tensor, keep: Tensor | None
 ) -> None:

@@ -41,7 +41,7 @@ from .common import (
     tl,
     use_kernel,
 )
-from .register import op_that_writes
+from .register import op
 
 Anchor = tuple[Tensor, Tensor, Number]
 F32 = (torch.float32,)
@@ -185,7 +185,7 @@ def _moved(source: Tensor | None, theta: Tensor) -> Tensor | None:
     return None if source is None or source.data_ptr() == theta.data_ptr() else source
 
 
-@op_that_writes("theta", "buf", "mirror")
+@op("theta", "buf", "mirror")
 def _sgd_step(
     theta: Tensor, source: Tensor | None, grad: Tensor, buf: Tensor | None, anchor: Tensor | None, target: Tensor | None,
     mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,
@@ -227,7 +227,7 @@ def _sgd_step(
     _write([(theta, source, source - number(lr, lr_t) * d), *state], found_inf, mirror)
 
 
-@op_that_writes("theta", "exp_avg", "exp_avg_sq", "mirror")
+@op("theta", "exp_avg", "exp_avg_sq", "mirror")
 def _adamw_step(
     theta: Tensor, source: Tensor | None, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, anchor: Tensor | None,
     target: Tensor | None, mirror: Tensor | None, found_inf: Tensor | None, lr: float, lr_t: Tensor | None, strength: float,

@@ -181,12 +181,9 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     """
     state = module.state_dict()
     tensors = current_names({WRAPPERS.sub("", k): v for k, v in _read_weights(path).items()})
-    own = {
-        k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")
-    }  # of a run's whole model
-    tensors = max(
-        tensors, own, key=lambda names: len(names.keys() & state.keys())
-    )  # vision transformers have an "encoder." too
+    # A run's whole model has the encoder under "encoder."; so do vision transformers have a part of theirs.
+    own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
+    tensors = max(tensors, own, key=lambda names: len(names.keys() & state.keys()))
     missing = [k for k in state if k not in tensors and not k.endswith("num_batches_tracked")]
     if missing:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 import ltfast
 from ltfast.cli_data import add_data_commands
 from ltfast.cli_runs import add_run_commands, print_result
-from ltfast.config import FIELDS, SECTIONS, Config, base_type, check, flatten, load_toml, nearest
+from ltfast.config import FIELDS, SECTIONS, Config, base_type, check, flag, flatten, load_toml, nearest
 from ltfast.errors import UserError
 
 TOPICS = {
@@ -73,8 +73,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             + default
             + (f" (paper: {paper})" if paper else "")
         )
-        flag = "--" + name.replace("_", "-")
-        flags = [flag] if flag == flag.lower() else [flag.lower(), flag]
+        flags = list(dict.fromkeys((flag(name).lower(), flag(name))))
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if kind is bool:
             groups[section].add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
@@ -148,7 +147,7 @@ def command_train(args: argparse.Namespace) -> int:
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
     if args.resume:
         if flags.keys() - RESUME_OPTIONS or args.method or args.config or args.recipe:
-            options = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUME_OPTIONS))
+            options = ", ".join(map(flag, sorted(RESUME_OPTIONS)))
             raise UserError(
                 f"--resume: continues the run with its own settings; only these may be given anew: {options}"
             )
@@ -162,9 +161,9 @@ def command_train(args: argparse.Namespace) -> int:
         if args.method:  # a flag goes before the file: what the file's own method was made of must not come back in
             fields = {name: fields[name] for name in fields.keys() - method_values(method).keys()}
         config = build_config(dataset, method, {**named[2], **fields}, flags)
-        idle = ["--" + name.replace("_", "-") for name in unread(config, [*fields, *flags])]
+        idle = unread(config, [*fields, *flags])
         if idle and not launch.launched():
-            print(f"note: no effect with {config.method}: {', '.join(idle)}")
+            print(f"note: no effect with {config.method}: {', '.join(map(flag, idle))}")
     config = launch.on_cpu(config)
     if args.dry_run:
         from ltfast.plan import print_plan

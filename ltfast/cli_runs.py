@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from ltfast.config import flag
 from ltfast.errors import UserError
 from ltfast.places import LISTS
 
@@ -18,8 +19,7 @@ def add_run_commands(commands: Any) -> None:
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which split [test]")
     evaluate.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
     for name in LISTS:
-        flag = "--" + name.replace("_", "-")
-        evaluate.add_argument(flag, default=None, metavar="FILE", help="where this list lies now, if it moved")
+        evaluate.add_argument(flag(name), default=None, metavar="FILE", help="where this list lies now, if it moved")
     evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
     evaluate.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N [as in the run]")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")

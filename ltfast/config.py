@@ -83,6 +83,11 @@ class Data:
     download: bool = _opt(False, "allow torchvision to download CIFAR when it is missing")
 
 
+def flag(name: str) -> str:
+    """The command line's word for a field."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Model:
     """The network."""

@@ -121,9 +121,10 @@ def gpus() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Main and shared memory, open files."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    yield Finding("memory", f"{available / 2**30:.1f} GiB available")
+    from ltfast.memory import meminfo
+
+    if available := meminfo().get("MemAvailable"):
+        yield Finding("memory", f"{available / 2**30:.1f} GiB available")
     shm = Path("/dev/shm")
     if shm.is_dir():
         free = shutil.disk_usage(shm).free

@@ -166,12 +166,21 @@ def check_main_memory(trainer: Trainer) -> None:
 
 def available_memory() -> float:
     """Bytes of main memory and swap that programs may still take; infinite where the system does not tell."""
+    sizes = meminfo()
+    return sizes["MemAvailable"] + sizes.get("SwapFree", 0) if "MemAvailable" in sizes else math.inf
+
+
+def meminfo() -> dict[str, int]:
+    """Linux's own figures of main memory (MemTotal, MemAvailable, SwapFree, ...) in bytes; {} elsewhere."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return math.inf
-    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    return sum(1024 * int(sizes[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in sizes)
+        return {}
+    return {
+        name: 1024 * int(value.split()[0])
+        for name, _, value in (line.partition(":") for line in lines)
+        if value.endswith("kB")
+    }
 
 
 def state_bytes(trainer: Trainer) -> int:

@@ -18,7 +18,7 @@ from ltfast.flat import FlatParameters
 from ltfast.memory import activations
 from ltfast.optim.rules import Rule
 from ltfast.progress import counted
-from ltfast.recipes import rule_of
+from ltfast.recipes import needs_groups, rule_of
 from ltfast.schedule import scouting_epochs
 
 FLOAT = 4
@@ -92,14 +92,14 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     check_batch(config.data.batch, source.sizes["train"], processes, config.data.dataset)
     model = build.build_model(config, source.input_shape, source.num_classes)
     flat = FlatParameters(model.parameters())
-    needs_groups = config.preserve.gkp or (rule is not None and rule.groups == "bank")
+    banked = needs_groups(config, rule)
     kinds = {"bank": config.preserve.groups, "class": source.num_classes, "head-tail": 2, "focal": 2}
     groups = kinds.get(rule.groups, 1) if rule else 1  # of the ascent; GKP's are always those of the bank
     rows = gradient_rows(rule, groups)
     slots = 1 if config.optim.optimizer == "sgd" else 2
     kept = rule is not None and rule.scope == "all"
     anchor = 2 if config.preserve.gkp else 0
-    scouts = scouting_epochs(config.preserve, config.optim.epochs) if needs_groups else 0
+    scouts = scouting_epochs(config.preserve, config.optim.epochs) if banked else 0
     span = flat.span(model.encoder.parameters())
     snapshots = min(source.num_classes, scouts if not config.preserve.regroup else config.optim.epochs)
     kept_images = None
@@ -115,11 +115,11 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         parameters=flat.numel,
         encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
         groups=groups,
-        bank_groups=config.preserve.groups if needs_groups else 0,
+        bank_groups=config.preserve.groups if banked else 0,
         flops_vs_sgd=flops_ratio(rule, groups, 3 if config.loss.loss == "bcl" else 1),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
         activation_bytes=kept_images,
-        bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if needs_groups else 0,
+        bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if banked else 0,
         processes=processes,
         images_a_process=config.data.batch // processes,
         missing=first_missing(source) if isinstance(source, LargeSource) else "",

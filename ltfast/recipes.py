@@ -205,3 +205,8 @@ def rule_of(config: Config) -> Rule | None:
     if rule.split and (rule.scope, rule.objective) != ("all", "shared"):
         raise UserError(f"{sharp.sharpness}: only scope=all and objective=shared exist for it")
     return rule
+
+
+def needs_groups(config: Config, rule: Rule | None) -> bool:
+    """Whether GKP or the rule wants the groups of the memory bank."""
+    return config.preserve.gkp or (rule is not None and rule.groups == "bank")

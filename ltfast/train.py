@@ -36,7 +36,7 @@ from ltfast.preserve.anchor import critical_weight
 from ltfast.preserve.bank import WEIGHTS
 from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
-from ltfast.recipes import rule_of
+from ltfast.recipes import needs_groups, rule_of
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.resume import part
 from ltfast.runs import RunFolder
@@ -82,7 +82,7 @@ class Trainer(Durable):
         theta = self.flat.data[self.encoder]
         origin = theta if config.preserve.center else None
         self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin, holds=ranks.main)
-        self.needs_groups = config.preserve.gkp or (self.rule is not None and self.rule.groups == "bank")
+        self.needs_groups = needs_groups(config, self.rule)
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
         self.anchor: Anchor | None = None
@@ -341,12 +341,11 @@ def train(
             config = on_cpu(moved(Config.from_dict(values, resume), changes or {}))
             if ranks.share(folder is not None and folder.last.exists()):  # what the weights have become is in there
                 config = config.with_(weights=None)
-            trainer = Trainer(config, folder, ranks, progress)
-            check_main_memory(trainer)
+        trainer = Trainer(config, folder, ranks, progress)  # bad input fails here, before a new run's folder exists
+        check_main_memory(trainer)
+        if resume:
             trainer.load_state()
         else:
-            trainer = Trainer(config, None, ranks, progress)  # bad input fails here, before a folder exists
-            check_main_memory(trainer)
             trainer.take_bank()
             trainer.folder = folder = ranks.on_main(lambda: RunFolder.create(config))
         trainer.describe()

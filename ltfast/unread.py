@@ -6,17 +6,16 @@ import dataclasses
 from collections.abc import Iterable
 
 from ltfast.config import FIELDS, Config
-from ltfast.recipes import rule_of
+from ltfast.recipes import needs_groups, rule_of
 
 
 def unread(config: Config, given: Iterable[str]) -> list[str]:
     """Those of the fields `given` that this config's method does not read."""
     rule, gkp = rule_of(config), config.preserve.gkp
-    banked = gkp or (rule is not None and rule.groups == "bank")
     bcl = config.loss.loss == "bcl"
     read = dict.fromkeys(("a_ce", "a_scl", "temperature", "projection_hidden", "projection_out"), bcl)
     read["tau"] = config.loss.loss != "ce"
-    read |= dict.fromkeys(("groups", "scout", "regroup", "center", "bank"), banked)
+    read |= dict.fromkeys(("groups", "scout", "regroup", "center", "bank"), needs_groups(config, rule))
     read |= dict.fromkeys(("gkp_lambda", "gkp_normalise", "fisher", "fisher_budget", "alpha_start", "alpha_end"), gkp)
     if rule is None:
         read |= {f.name: False for f in dataclasses.fields(config.sharpness) if f.name != "sharpness"}

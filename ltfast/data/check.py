@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ltfast.data.copies import UNKNOWN, Copies, find_copies, signature
+from ltfast.data.copies import HEAD, UNKNOWN, Copies, find_copies, signature
 from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look
 from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList
@@ -28,7 +28,7 @@ from ltfast.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-HEAD, TAIL = 1 << 16, 1 << 12  # bytes read of a large file; the whole file when they do not settle it
+TAIL = 1 << 12  # bytes read of a large file beside its HEAD; the whole file when they do not settle it
 CHUNK = 512  # files a task
 
 

@@ -19,8 +19,8 @@ from ltfast.data.decode import BadImage
 from ltfast.data.lists import ImageList
 
 UNKNOWN = 0  # signature of a file that could not be read
-SIGNED = slice(-(1 << 12), None)  # of the file's first SEEN bytes: beyond the headers of most pictures
-SEEN = 1 << 16
+HEAD = 1 << 16  # bytes that a look at the headers reads of a large file
+SIGNED = slice(-(1 << 12), None)  # of the HEAD: beyond the headers of most pictures
 Pair = tuple[str, str]
 
 
@@ -37,8 +37,8 @@ class Copies:
 
 
 def signature(size: int, data: bytes) -> int:
-    """Equal for equal files: 64 bits of the size and of `data`, the whole file or at least its first 64 KiB."""
-    return (size & 0x7FFFFFFF) << 32 | zlib.crc32(memoryview(data)[:SEEN][SIGNED])
+    """Equal for equal files: 64 bits of the size and of `data`, the whole file or at least its HEAD."""
+    return (size & 0x7FFFFFFF) << 32 | zlib.crc32(memoryview(data)[:HEAD][SIGNED])
 
 
 def find_copies(
@@ -55,12 +55,12 @@ def find_copies(
                 if other != split:
                     found[split].elsewhere[splits[other][0]].append((path, next(iter(theirs.values()))))
             mine = first.setdefault(split, {})
+            known = mine.setdefault(label, path)
             another = next((p for k, p in mine.items() if k != label), None)
             if another is not None:
                 found[split].relabelled.append((path, another))
-            elif mine.setdefault(label, path) != path:
-                found[split].repeated.append((path, mine[label]))
-            mine.setdefault(label, path)
+            elif known != path:
+                found[split].repeated.append((path, known))
     return found
 
 

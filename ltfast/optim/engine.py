@@ -195,7 +195,6 @@ class Engine(Ascent):
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to checkpoint: Gram memory, moving averages, the last eps, step count."""
-        self.settle()
         g = self.n_groups
         state = super().state()
         if self.eps is not None:
