@@ -21,6 +21,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP = 10
 REPETITIONS = 50  # at least; p20 and p80 of fewer runs say little
+QUEUE_CYCLES = 40_000_000  # about 20 ms of a GPU's clock: twenty calls of a few launches are queued in less
 COPY_ELEMENTS = 1 << 27  # 512 MiB of float32: far larger than any cache, so a copy runs at memory speed
 
 
@@ -81,8 +82,20 @@ def time_call(call: Callable[[], object], repetitions: int = REPETITIONS, warm_u
     return timing(seconds)
 
 
-def _events(call: Callable[[], object], repetitions: int) -> list[float]:
-    torch.cuda.synchronize()  # what is still queued would hide the host's part of the first call, of some calls more
+def device_time(call: Callable[[], object], repetitions: int = 20) -> Timing:
+    """Time `call` on a GPU alone: the calls queue up behind a wait, so the host's part of launching them is hidden.
+
+    Only where the host needs longer than the wait does it show: then launching costs more than the work.
+    """
+    call()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(QUEUE_CYCLES)
+    return timing(_events(call, repetitions, wait=False))
+
+
+def _events(call: Callable[[], object], repetitions: int, *, wait: bool = True) -> list[float]:
+    if wait:  # what is still queued would hide the host's part of the first call, of some calls more
+        torch.cuda.synchronize()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
     for start, end in pairs:
         start.record()

@@ -1,8 +1,9 @@
 """What the kernel benchmarks share: implementations side by side in one run, counted and timed.
 
-On a GPU every implementation is timed by device events, 50 repetitions after a warm-up; on a CPU, at the larger size, all of a
-case in turns. Both are compared with a copy of the same size measured in the same run. Counted at any size: kernels,
-parameter-sized passes and bytes an element.
+On a GPU every implementation is timed by device events after a warm-up, as Python calls it (seconds) and behind a queue that
+hides the launching (device_seconds); on a CPU, at the larger size, all of a case in turns. share_of_copy compares the device's
+own time with a copy of the same size measured in the same run. Counted at any size: kernels, parameter-sized passes and bytes
+an element.
 Kernels and passes of a baseline are counted from the operators it dispatches (a foreach operator counts as one, though
 CUDA may launch it in chunks); torch.compile's are not counted, it fuses them.
 """
@@ -100,6 +101,7 @@ def run(op: str, make: Callable[[int, str], Iterator[Case]], description: str | 
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="parameters N (default: 25.6M and 100M; on a CPU 100k and 25.6M)"
     )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="ltfast and only these beside it (eager, ...)")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/kernels.jsonl")
     arguments = parser.parse_args()
     on_gpu = arguments.device.startswith("cuda")
@@ -107,6 +109,7 @@ def run(op: str, make: Callable[[int, str], Iterator[Case]], description: str | 
     for n in arguments.sizes or (GPU_SIZES if on_gpu else CPU_SIZES):
         for case in make(n, arguments.device):
             calls = {name: call for name, call in case.calls.items() if on_gpu or name != "compiled"}
+            calls = {name: call for name, call in calls.items() if not arguments.only or name in ("ltfast", *arguments.only)}
             times = {} if on_gpu or n < LEAST_TIMED else in_turns(calls)
             for name, call in calls.items():
                 report(op, case, name, call, arguments.device, times.get(name, {}), arguments.write)
@@ -142,9 +145,9 @@ def report(
         rows = {"kernels": (counted.kernels, {}), "passes": (round(counted.passes, 2), {})}
     speed = ["-", "-", "-"]
     if device.startswith("cuda"):
-        times = {"seconds": harness.time_call(call)}
+        times = {"seconds": harness.time_call(call), "device_seconds": harness.device_time(call)}
     if times:
-        time, copy = times["seconds"], harness.copy_bandwidth(device, case.n)
+        time, copy = times.get("device_seconds", times["seconds"]), harness.copy_bandwidth(device, case.n)
         shares = (useful / seconds / copy for seconds in (time.median, time.p80, time.p20))
         for metric, t in {**times, "share_of_copy": harness.Timing(*shares, time.n)}.items():
             rows[metric] = (t.median, {"n": t.n, "p20": t.p20, "p80": t.p80})

@@ -32,6 +32,8 @@ def one_run(config: Config, folder: Path) -> tuple[float, float]:
     progress = TableProgress()
     result = train(config.with_(out=str(folder / f"seed{config.run.seed}")), progress=progress)
     progress.finish(result)
+    if "last" not in result:
+        raise SystemExit("stopped before the end of a run")
     return result["last"]["top1"], progress.seconds
 
 

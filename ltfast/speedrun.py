@@ -61,8 +61,9 @@ class TableProgress(Progress):
         self.row(epoch + 1, summary["loss"], val.get("top1"), None)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """The last row: accuracy of the last weights on the test split, in percent."""
-        self.row("eval", None, None, result["last"]["top1"])
+        """The last row: accuracy of the last weights on the test split, in percent; none if the run was stopped."""
+        if "last" in result:
+            self.row("eval", None, None, result["last"]["top1"])
 
     def row(self, epoch: Any, loss: float | None, val: float | None, test: float | None) -> None:
         """Print one row; None leaves a cell empty."""
