@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltfast.compiled import Compiler, Report, quiet
@@ -202,13 +203,18 @@ def record_batches(source: Any, recorder: Recorder, report: Report = quiet) -> N
 
 
 def build_membership(config: Config, rule: Rule | None, counts: Tensor, group_of_class: Tensor | None) -> Tensor:
-    """[C, G] membership of every class in the groups of `rule`; one group while bank groups do not exist yet.
+    """[C, G] membership of every class in the groups of `rule`.
+
+    While bank groups do not exist yet all classes are in the first of them: shapes stay as they will be, so that a
+    compiled loss is not compiled once more when groups appear.
 
     Raises:
         UserError: cc-sam with too many classes.
     """
-    if rule is None or (rule.groups == "bank" and group_of_class is None):
+    if rule is None:
         return membership_for("single", counts)
+    if rule.groups == "bank" and group_of_class is None:
+        return F.one_hot(torch.zeros(counts.numel(), dtype=torch.long), config.preserve.groups).float()
     most = CLASS_GROUPS_MAX if rule.independent and rule.scope == "classifier" else MAX_ROWS
     if rule.groups == "class" and counts.numel() > most:
         raise UserError(

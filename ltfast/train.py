@@ -177,7 +177,7 @@ class Trainer(Durable):
     def make_step(self) -> None:
         """The step for the groups there are: plain descent while scouting for them."""
         rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
-        membership = build.build_membership(self.config, rule, self.source.train_counts, self.groups)
+        membership = build.build_membership(self.config, self.rule, self.source.train_counts, self.groups)
         self.step = TrainStep(
             self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, forward=self.forward,
             reducer=self.reducer, agreement=self.agreement, capture=self.capture,

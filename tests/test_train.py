@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ltfast import checkpoint
+from ltfast import build, checkpoint
 from ltfast.build import build_membership
+from ltfast.compiled import Compiler
 from ltfast.errors import UserError
 from ltfast.optim.rules import RULES
 from ltfast.recipes import build_config
@@ -101,6 +102,17 @@ def test_regrouping_and_the_other_grouping_options(tmp_path: Path) -> None:
     assert len(groups) == 3
     assert all(set(g) == {0, 1, 2} for g in groups)
     assert len(epochs) == 4
+
+
+def test_the_losses_are_compiled_once_before_and_after_groups_appear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scouting has one loss for all classes, but in the shape of the groups to come."""
+    monkeypatch.setattr(build, "Compiler", lambda module, report: Compiler(module, report, backend="eager"))
+    _, epochs, folder = run(tmp_path, "gkp-gsa", epochs=2, compile="on")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["phase"] for r in epochs] == ["scout", "train"]
+    assert [r["what"] for r in rows if r["kind"] == "compile"].count("losses") == 1
 
 
 def test_cc_sam_has_a_limit_of_classes() -> None:
