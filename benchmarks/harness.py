@@ -7,6 +7,7 @@ A row is one JSON line of benchmarks/results/<bench>.jsonl and files are append-
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -114,13 +115,21 @@ def _wall(call: Callable[[], object], repetitions: int) -> list[float]:
     return seconds
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int, prepare: dict[str, Callable[[], object]]) -> Timings:
+def in_turns(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    prepare: dict[str, Callable[[], object]],
+    budget: float = math.inf,
+) -> Timings:
     """Seconds of each call in each round, A B C A B C ...: what disturbs the machine disturbs all of them alike.
 
-    prepare: what to do before a call, outside the clock.
+    prepare: what to do before a call, outside the clock. budget: seconds after which no further round starts.
     """
     seconds: Timings = {name: [] for name in calls}
+    started = time.monotonic()
     for _ in range(rounds):
+        if time.monotonic() - started > budget:
+            break
         for name, call in calls.items():
             prepare.get(name, lambda: None)()
             seconds[name] += (_events if torch.cuda.is_available() else _wall)(call, 1)

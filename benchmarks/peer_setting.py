@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from step_bench import told
 from torch import Tensor
 
 from ltfast import build
 from ltfast.data.base import Batch
+from ltfast.dist import Ranks
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
@@ -19,6 +22,7 @@ from ltfast.update import Update
 CLASSES, GROUPS = 10, 4
 COUNTS = torch.tensor([500, 300, 180, 110, 66, 40, 24, 14, 9, 5])  # imbalance 100, a tenth of CIFAR-10-LT
 BASE = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # lr small: nothing may overflow in a benchmark
+TRAINED = ",trained"  # compiled, recorded, bf16
 METHODS = ("ce", "bcl", "ce+sam", "bcl+sam", "gsa-paper", "gsa-exact", "gkp-gsa", "gsa-release+gkp")
 
 
@@ -35,15 +39,11 @@ class Setting:
         self.batch = Batch(views, labels, torch.arange(batch, device=device))
 
     def config(self, method: str) -> build.Config:
-        """CIFAR-10-LT's recipe, eager."""
-        flags = {
-            "model": self.name,
-            "batch": len(self.batch.labels),
-            "compile": "off",
-            "capture": "off",
-            "precision": "fp32",
-        }
-        return build_config("cifar10-lt", method, {}, flags)
+        """CIFAR-10-LT's recipe: eager in float32, or with TRAINED behind the method as `ltfast train` runs it."""
+        flags: dict[str, Any] = {"model": self.name, "batch": len(self.batch.labels)}
+        if not method.endswith(TRAINED):
+            flags |= {"compile": "off", "capture": "off", "precision": "fp32"}
+        return build_config("cifar10-lt", method.removesuffix(TRAINED), {}, flags)
 
     def model(self, method: str) -> LongTailModel:
         """A network in training mode."""
@@ -63,8 +63,13 @@ class Setting:
         member: Tensor | None = None
         if rule is not None:
             member = membership_for(build.MEMBERSHIP_KIND[rule.groups], COUNTS, self.groups).to(self.device)
-        forward = build.build_forward(config, model, objective, self.device)
-        step = TrainStep(model, objective, flat, FlatBuffers(model), update, rule, member, forward=forward)
+        forward, capture = build.build_forward(config, model, objective, self.device, told), None
+        if method.endswith(TRAINED):
+            build.build_device(config, Ranks())  # cuDNN and TF32 as in training
+            capture = build.build_capture(config.with_(capture="on"), None, self.device, Ranks(), told)
+        step = TrainStep(
+            model, objective, flat, FlatBuffers(model), update, rule, member, forward=forward, capture=capture
+        )
         views = self.batch.views[: objective.n_views]
         batch = Batch(views, self.batch.labels, self.batch.index)
         return lambda: step(batch), 1 if rule is None else rule.gram_every

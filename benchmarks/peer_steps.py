@@ -3,14 +3,16 @@
     python benchmarks/peer_steps.py --peer release=GKP-GSA/sam.py --peer davda54=SAM/sam.py --peer timm=TIMM/train.py --write
     python benchmarks/peer_steps.py --only ltfast/bcl ltfast/gkp-gsa
 
-One network, one batch of CIFAR-sized pictures, four groups, float32, eager; only the step differs. Steps with plain cross-entropy see
-one view, those with balanced contrastive learning (bcl) three. Counted, a mean over one period of the method:
+One network, one batch of CIFAR-sized pictures, four groups, float32, eager; only the step differs. On a GPU our steps stand there
+as `ltfast train` takes them, too (",trained": compiled, recorded, bf16). Steps with plain cross-entropy see one view, those with
+balanced contrastive learning (bcl) three. Counted on the CPU, a mean over one period of the method:
     kernels         operators dispatched; ours: kernels launched on a GPU plus operators dispatched
     gflops          of convolutions and matrix products;  flops_vs_sgd: over those of our plain step with the same loss
     gigabytes       read and written by those operators
     syncs_per_step  calls that hand a number to the host or carry one over
     peak_mib        of memory taken during a step beyond what lives between steps
-Timed on any device, all in turns: seconds of a step and their ratio to our plain step with the same loss in the same round.
+Timed on any device, all in turns: seconds of a step and their ratio to our plain step with the same loss in the same round;
+on a GPU peak_mib as its allocator saw it.
 Other code is given by path or used where its package is installed (see peers.py): the released train() and timm's
 train_one_epoch() are called as they are; only their surroundings are made here. With --write, what this commit has rows of
 already is not counted again.
@@ -19,6 +21,7 @@ already is not counted again.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,13 +40,14 @@ import op_bench  # noqa: E402
 import peer_tables  # noqa: E402
 import peers  # noqa: E402
 from peer_code import composer_steps, release_steps, timm_steps  # noqa: E402
-from peer_setting import GROUPS, METHODS, Setting  # noqa: E402
+from peer_setting import GROUPS, METHODS, TRAINED, Setting  # noqa: E402
 
 from ltfast.kernels import counting  # noqa: E402
 from tests.peak import peak_bytes  # noqa: E402
 from tests.syncs import Waits  # noqa: E402
 
 WARM_UP = 2  # steps: state is made in the first
+RECORDED = 64  # steps until every branch of a period of 16 has been recorded
 CE, BCL = "ce", "bcl"
 
 
@@ -85,7 +89,8 @@ def repeated(step: Callable[[], object]) -> Callable[[int], None]:
 
 def ours(setting: Setting) -> Iterator[tuple[str, Callable[[], Contender]]]:
     """Our trainer's steps, by method."""
-    for method in METHODS:
+    trained = ("bcl", "gkp-gsa") if setting.device.type == "cuda" else ()
+    for method in (*METHODS, *(name + TRAINED for name in trained)):
 
         def make(method: str = method) -> Contender:
             step, period = setting.our_step(method)
@@ -147,24 +152,23 @@ def counted(contender: Contender) -> dict[str, float]:
     return {**values, "peak_mib": peak_bytes(lambda: contender.run(period)) / 2**20}
 
 
-def figures_of(contender: Contender, device: str) -> dict[str, Any]:
-    """Counted figures, on any device."""
-    figures: dict[str, Any] = dict(counted(contender))
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        contender.run(contender.period)
-        figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return figures
+def peak_on_gpu(contender: Contender) -> float:
+    """MiB that the allocator lent during a period beyond what lived before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contender.run(contender.period)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def clocked(makers: dict[str, Callable[[], Contender]], rounds: int) -> dict[str, dict[str, harness.Timing]]:
+def clocked(
+    makers: dict[str, Callable[[], Contender]], rounds: int, budget: float = math.inf
+) -> dict[str, dict[str, harness.Timing]]:
     """Seconds of a step of each, in turns, and their ratio to our plain step with the same loss."""
     everyone = {name: make() for name, make in makers.items()} if rounds else {}
     for contender in everyone.values():
-        contender.run(WARM_UP + contender.period)
+        contender.run(RECORDED if contender.name.endswith(TRAINED) else WARM_UP + contender.period)
     calls = {name: (lambda c=c: c.run(c.period)) for name, c in everyone.items()}
-    seconds = harness.in_turns(calls, rounds, {})
+    seconds = harness.in_turns(calls, rounds, {}, budget)
     seconds = {name: [s / everyone[name].period for s in values] for name, values in seconds.items()}
     found = dict[str, dict[str, harness.Timing]]()
     for base in (CE, BCL):
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--rounds", type=int, help="of the clock; 0: only count (default: 5, on a GPU 20)")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds of the clock's rounds")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
     args = parser.parse_args()
     paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
@@ -226,7 +231,8 @@ def main() -> None:
     }
     rounds = (20 if args.device == "cuda" else 5) if args.rounds is None else args.rounds
     chosen = dict[str, Callable[[], Contender]]()
-    done = known(config, args.device) if args.write else {}
+    on_gpu = args.device == "cuda"
+    done = known(config, args.device) if args.write and not on_gpu else {}
     plain = {base: done[f"ltfast/{base}"]["gflops"] for base in (CE, BCL) if f"ltfast/{base}" in done}
     for name, make in (*ours(setting), *loops(setting, paths), *others(setting, paths)):
         base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
@@ -236,10 +242,16 @@ def main() -> None:
         if name in done:
             print(f"{name:34s} done before")
             continue
+        if name.endswith(TRAINED):
+            continue
         contender = make()
-        figures = figures_of(contender, args.device)
-        plain.setdefault(contender.base, figures["gflops"])  # ours come first, and of ours the plain steps
-        figures["flops_vs_sgd"] = figures["gflops"] / plain[contender.base]
+        if on_gpu:
+            contender.run(WARM_UP)
+            figures = {"peak_mib": peak_on_gpu(contender)}
+        else:
+            figures = counted(contender)
+            plain.setdefault(contender.base, figures["gflops"])  # ours come first, and of ours the plain steps
+            figures["flops_vs_sgd"] = figures["gflops"] / plain[contender.base]
         print(
             f"{name:34s}",
             {k: round(v, 3) for k, v in figures.items()},
@@ -247,7 +259,7 @@ def main() -> None:
         )
         if args.write:
             write(name, figures, {**config, "base": contender.base})
-    for name, times in clocked(chosen, rounds).items():
+    for name, times in clocked(chosen, rounds, args.budget).items():
         print(f"{name:34s}", {k: float(f"{v.median:.4g}") for k, v in times.items()}, flush=True)
         if args.write:
             base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL

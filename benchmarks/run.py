@@ -100,9 +100,10 @@ ORDER = Stage("order", ("benchmarks/data.py", "order", "--append"), 120)
 STEP = Stage("throughput", ("benchmarks/throughput.py",), 900)
 STEP_SMALL = Stage(
     "throughput-main",
-    ("benchmarks/throughput.py", "--cases", "resnet32", "--methods", "bcl", "gsa-paper", "gsa-full", "gsa-exact"),
-    160,
-)
+    ("benchmarks/throughput.py", "--cases", "resnet32", "--methods", "bcl", "gsa-paper", "gsa-full", "gsa-exact",
+     "--modes", "recorded"),
+    90,
+)  # fmt: skip
 STAGES: dict[str, tuple[Stage, ...]] = {
     "cuda": (
         TESTS, STEP_SMALL, SPEEDRUN, PEER_STEPS, *kernels(60), PEERS, STEP, INPUT_GPU, PEER_PIPELINE, CIFAR, INPUT, VIEWS, MODE_R,

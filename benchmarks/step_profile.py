@@ -110,7 +110,7 @@ def sections_of(step: TrainStep, make: Callable[[], Any], steps: int) -> dict[st
 
 
 def sections_of_kernels(step: Callable[[], Any], steps: int) -> dict[str, float]:
-    """Shares of kernel time on a GPU; "forward" holds forward and backward together. Not confirmed on a GPU."""
+    """Shares of kernel time on a GPU; "forward" holds forward and backward together."""
     from torch.profiler import ProfilerActivity, profile
 
     seconds: dict[str, float] = defaultdict(float)

@@ -6,7 +6,7 @@
 Pictures are random, lie on the device, and become three views there as in training (224 px: ready views, data excluded);
 only the profile counts that. On the CPU there are only ratios: the steps that are compared take turns, and a ratio is the
 median over rounds of one step's time by the other's. On a GPU there are absolute figures too, of eager, compiled and
-recorded steps; the mode stands in the case. The GPU part is not confirmed on a GPU.
+recorded steps; the mode stands in the case.
     ratio_vs_sgd     a step's time over that of plain SGD on the same batch and base loss
     ratio_vs_twin    over that of the same method written out in plain PyTorch (ltfast/optim/reference.py, torch.optim)
     share_of_bare    forward and backward alone, times the FLOP ratio, over the step's time (1 = nothing else costs anything)
@@ -148,6 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=None, help="methods, see `ltfast methods`")
     parser.add_argument("--cases", nargs="+", default=None, help="models of the cases to run")
+    parser.add_argument(
+        "--modes", nargs="+", default=None, help="of a GPU: recorded, compiled, eager [those of the case]"
+    )
     parser.add_argument("--rounds", type=int, default=16, help="rounds of turns on the CPU [16]")
     parser.add_argument(
         "--write", action=argparse.BooleanOptionalAction, default=True, help="append rows and write the picture"
@@ -158,7 +161,7 @@ def main() -> None:
     for case in CASES[device.type]:
         if args.cases and case.model not in args.cases:
             continue
-        for mode in case.modes:
+        for mode in args.modes or case.modes:
             sgd = Bench("bcl", case, device, mode)
             for method in args.methods or case.methods:
                 bench = Bench(method, case, device, mode)
