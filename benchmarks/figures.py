@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peer_tables
 import seeded
 
 from ltfast.recipes import ALIASES
@@ -116,7 +115,3 @@ if __name__ == "__main__":
     counts = load("digits-lt", num_views=1, val_per_class=10, batch=64).train_counts.tolist()
     accuracy_by_count(ROOT / "docs" / "img" / "digits-lt.png", counts)
     write_baseline(ROOT / "ltfast" / "baselines.json")
-    fill(ROOT / "README.md", "digits-lt", accuracy_table("digits-lt"))
-    fill(ROOT / "README.md", "peers", peer_tables.readme_parts())
-    fill(ROOT / "README.md", "steps", peer_tables.readme_steps())
-    fill(ROOT / "docs" / "findings.md", "cifar10-lt", accuracy_table("cifar10-lt"))

@@ -5,7 +5,7 @@
 Both make the three views of balanced contrastive learning: crop, flip, AutoAugment, cutout; and twice resized crop, flip,
 jitter, gray. On a CPU in one process and one thread, by processor seconds, so that a busy machine matters less; ours makes
 the views of a batch at once, where its pictures lie. On a GPU ours is timed there and the plain pipeline with --workers
-processes by the wall clock (not confirmed on a GPU). Large pictures: benchmarks/data.py.
+processes by the wall clock (not yet run on a GPU). Large pictures: benchmarks/data.py.
 """
 
 from __future__ import annotations

@@ -49,13 +49,10 @@ def value(found: Figures, metric: str) -> str:
 def table(
     chosen: dict[str, Figures], label: Callable[[str], str], metrics: Sequence[str], heads: Sequence[str], first: str
 ) -> str:
-    """Markdown: one line a case; seconds on a GPU in the last column."""
-    timed = cases("cuda")
-    lines = [f"| {first} | " + " | ".join(heads) + " | ms on a GPU |", "|---" * (len(heads) + 2) + "|"]
+    """Markdown: one line a case."""
+    lines = [f"| {first} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for case, found in chosen.items():
-        seconds = timed.get(case, {}).get("seconds")
-        last = f"{1e3 * seconds['value']:.2f} ({seconds['device']})" if seconds else NOT_MEASURED
-        lines.append(f"| `{label(case)}` | " + " | ".join(value(found, m) for m in metrics) + f" | {last} |")
+        lines.append(f"| `{label(case)}` | " + " | ".join(value(found, m) for m in metrics) + " |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """benchmarks/results/REPORT.md: tables made from the committed rows and nothing else.
 
-    python benchmarks/report.py            # writes REPORT.md and fills the marked tables of docs/findings.md
+    python benchmarks/report.py            # writes REPORT.md and fills the marked tables of README and docs
 
 The newest row of a case, metric and device counts. What has no row is said to be not measured.
 """
@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import ablation
 import figures
+import gpu_tables
 import peer_tables
 import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "kernels.md")
 NOT_MEASURED = "not measured"
 Row = dict[str, Any]
 
@@ -254,12 +256,15 @@ def report() -> str:
     ]) + "\n"  # fmt: skip
 
 
-def fill_findings(path: Path) -> None:
-    """Regenerate the marked tables of docs/findings.md."""
+def fill_page(path: Path) -> None:
+    """Regenerate the marked tables of a page."""
     made = {name: lambda name=name: figures.accuracy_table(name) for name in ("digits-lt", "cifar10-lt")}
     made |= {f"ablation-{s}": lambda s=s: ablation.table(s, RESULTS / "ablation.jsonl") for s in ablation.SWEEPS}
     made |= {"precision": precision, "peers": peer_tables.optimizer_part, "steps": peer_tables.whole_steps}
     made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
+    made |= gpu_tables.TABLES
+    if path.name == "README.md":  # shorter tables of the same name
+        made |= {"peers": peer_tables.readme_parts, "steps": peer_tables.readme_steps}
     for name in re.findall(r"<!-- ([a-z0-9-]+) -->", path.read_text()):
         if name in made:
             figures.fill(path, name, made[name]())
@@ -268,12 +273,11 @@ def fill_findings(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "REPORT.md")
-    parser.add_argument("--no-findings", action="store_true", help="leave docs/findings.md as it is")
+    parser.add_argument("--no-pages", action="store_true", help="leave README and docs as they are")
     args = parser.parse_args()
     args.out.write_text(report())
-    findings = ROOT / "docs" / "findings.md"
-    if findings.exists() and not args.no_findings:
-        fill_findings(findings)
+    for page in PAGES if not args.no_pages else ():
+        fill_page(page)
     print(f"wrote {args.out}")
 
 

@@ -3,8 +3,7 @@
     python benchmarks/speedrun.py --data-dir CIFAR --runs 5 [--set epochs=60 lr=0.3]
 
 As cifar10-airbench does: one table row an epoch, then every run's accuracy and seconds, their means and deviations; the
-clock starts after an untimed warm-up, and only the training split is used. The log holds the recipe itself. Not yet run on
-a GPU.
+clock starts after an untimed warm-up, and only the training split is used. The log holds the recipe itself.
 """
 
 from __future__ import annotations

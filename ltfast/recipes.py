@@ -53,9 +53,10 @@ def places() -> Values:
 def cifar10_speedrun() -> Values:
     """CIFAR-10-LT, ratio 100, on one GPU in the shortest time to the accuracy that the released code reaches after 200 epochs.
 
-    Not tuned: no GPU was at hand, so neither accuracy nor time is measured. First guesses, each to be tried against less:
-    one view and logit adjustment (most of the gain on digits-lt came from it, and a third of BCL's pictures); a network
-    four times as wide and half as deep as ResNet-32 (large products, few launches); Nesterov, a short warm-up, cosine to 0.
+    Not tuned: run once (docs/findings.md), and the released code's accuracy is not known yet. First guesses, each to be tried
+    against less: one view and logit adjustment (most of the gain on digits-lt came from it, and a third of BCL's pictures); a
+    network four times as wide and half as deep as ResNet-32 (large products, few launches); Nesterov, a short warm-up, cosine
+    to 0.
     The rules are cifar10-airbench's: only the training split is used, and the clock starts after an untimed warm-up.
     """
     return {

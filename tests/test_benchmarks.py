@@ -259,7 +259,7 @@ def test_findings_are_filled_where_they_are_marked(results: Path, tmp_path: Path
     put(results, "bcl", 0, top1=80.0, few=70.0, ece=1.0)
     page = tmp_path / "findings.md"
     page.write_text("kept\n<!-- ablation-sam -->\nold\n<!-- /ablation-sam -->\n<!-- unknown -->\n")
-    report.fill_findings(page)
+    report.fill_page(page)
     text = page.read_text()
     assert "old" not in text
     assert "not measured" in text

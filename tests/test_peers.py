@@ -195,10 +195,7 @@ def test_tables_of_other_code_say_what_was_not_measured(results: Path) -> None:
     rows.append({"case": "pipeline/x/y", "metric": "images_per_cpu_s", "value": 10.5, "cuda": None, "config": {}})
     (results / "peers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.other_code()
-    assert (
-        "| `loop/a/SAM` | 5 | not counted | 2 | not measured | not counted | not counted | 1.25 | not measured |"
-        in text
-    )
+    assert "| `loop/a/SAM` | 5 | not counted | 2 | not measured | not counted | not counted | 1.25 |" in text
     assert "| `a/SAM` | 900 |" in text
     assert "| `x/y` | 10.5 | not measured |" in text
 
