@@ -38,6 +38,7 @@ class Durable:
     buffers: FlatBuffers
     update: Update
     epoch: int
+    compiling: float
     batch: int
     steps: int
     store: Store | None = None
@@ -106,6 +107,7 @@ class Durable:
 
     def compiled(self, name: str, *, seconds: float, reason: str | None) -> None:
         """Note what was compiled or recorded, or (reason) why it runs eagerly instead; see `ltfast.compiled.Report`."""
+        self.compiling += seconds
         if reason is not None:
             self.progress.note(f"{name}: running eagerly, slower and with the same results, because of {reason}")
         self.log("compile", what=name, seconds=seconds, ok=reason is None, reason=reason)

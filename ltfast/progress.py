@@ -127,6 +127,7 @@ class ConsoleProgress(Progress):
         self.console.print(
             f"epoch {epoch + 1:{width}}/{epochs}  {phase:5}  loss {summary['loss']:.3f}"
             + (f"  val: {figures}" if figures else "") + f"  {summary['seconds']:.1f} s"
+            + (f", {summary['compiling']:.1f} of them compiling" if summary["compiling"] >= 0.1 else "")
             + (f"  skipped so far: {summary['skipped']:,}" if summary["skipped"] else "")
         )  # fmt: skip
 

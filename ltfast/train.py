@@ -91,6 +91,7 @@ class Trainer(Durable):
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1}
         self.sums: dict[str, Tensor] = {}  # over the steps of this epoch so far, for the log
         self.seconds = 0.0  # spent on this epoch so far
+        self.compiling = 0.0  # of them, since the epoch began or was taken up again
         self.started = time.perf_counter()  # of this epoch, as if it had never been broken off
         self.wire = Traffic()
         self.make_step()
@@ -188,7 +189,7 @@ class Trainer(Durable):
     def train_epoch(self, epoch: int) -> Action:
         """One pass over the training images (the rest of it after a resume); STOP if it was broken off."""
         self.model.train()
-        self.started, sums = time.perf_counter() - self.seconds, self.sums
+        self.started, sums, self.compiling = time.perf_counter() - self.seconds, self.sums, 0.0
         total = self.source.steps_per_epoch
         for batch in self.source.train(epoch, self.batch):
             self.set_schedules(epoch + self.batch / total)
@@ -218,6 +219,7 @@ class Trainer(Durable):
         means = self.ranks.mean_(torch.stack(list(self.sums.values()))) / self.source.steps_per_epoch
         result: dict[str, Any] = dict(zip(self.sums, means.tolist(), strict=True))
         result["seconds"] = time.perf_counter() - self.started  # the device has finished: its figures have been read
+        result["compiling"] = self.compiling  # seconds of those
         result["skipped"] = int(self.update.skipped)  # steps without a finite loss and gradient, since the run began
         result |= self.replaced_images()
         if self.ranks.world > 1:  # what this rank hands to collectives in a step
