@@ -15,12 +15,15 @@ Legend: B batch, D elements of the flattened encoder.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ltfast.preserve.layers import Unlike, known_layers, sample_gradients
 
 # Bytes of per-sample gradients held at once when `chunk` is not given: 9 samples of a ResNet-50, 512 of a ResNet-32.
 CHUNK_BYTES = 1 << 30
@@ -97,7 +100,48 @@ Squares = Callable[[dict[str, Tensor], Tensor, Tensor], Iterator[tuple[str, Tens
 
 
 def _sample_squares(model: nn.Module, loss_fn: LossFn, chunk: int) -> Squares:
-    """Yields sum over samples of squared gradients, parameter by parameter, `chunk` samples at a time."""
+    """Yields sum over samples of squared gradients, parameter by parameter, `chunk` samples at a time.
+
+    On a GPU layer by layer where every layer is of a kind that layers.py knows (each first chunk is checked against
+    autograd), else by vmap.
+    """
+    by_vmap, unlike = _vmapped_squares(model, loss_fn), False
+
+    def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+        nonlocal unlike
+        layers = known_layers(model, list(params)) if _by_layers(images) and not unlike else None
+        for i, (x, y) in enumerate(zip(images.split(chunk), labels.split(chunk), strict=True)):
+            if layers is not None:
+                sums: dict[str, Tensor] = {}
+                found = partial(_keep_squares, sums)
+                loss = partial(_of_labels, loss_fn, y)
+                try:
+                    sample_gradients(model, layers, loss, x, list(params), found, check=i == 0)
+                except Unlike:
+                    layers, unlike = None, True
+                else:
+                    yield from sums.items()
+                    continue
+            yield from by_vmap(params, x, y)
+
+    return squares
+
+
+def _by_layers(images: Tensor) -> bool:
+    """cuDNN is slow at vmap's convolutions of a group a sample; on a CPU they are faster for small networks."""
+    return images.is_cuda
+
+
+def _keep_squares(sums: dict[str, Tensor], name: str, gradients: Tensor) -> None:
+    sums[name] = gradients.square().sum(0)  # never in place: gradients of two parameters may share memory
+
+
+def _of_labels(loss_fn: LossFn, labels: Tensor, outputs: Tensor) -> Tensor:
+    return loss_fn(outputs, labels)
+
+
+def _vmapped_squares(model: nn.Module, loss_fn: LossFn) -> Squares:
+    """The same for any network that torch.func.vmap can batch, all samples at once."""
 
     def loss(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return loss_fn(functional_call(model, params, (image[None],)), label[None]).sum()
@@ -105,11 +149,10 @@ def _sample_squares(model: nn.Module, loss_fn: LossFn, chunk: int) -> Squares:
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
 
     def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-            with _vmap_friendly():
-                gradients = per_sample(params, x, y)
-            for name, g in gradients.items():
-                yield name, g.square().sum(0)  # never in place: gradients of two parameters may share memory
+        with _vmap_friendly():
+            gradients = per_sample(params, images, labels)
+        for name, g in gradients.items():
+            yield name, g.square().sum(0)
 
     return squares
 

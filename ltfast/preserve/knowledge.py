@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def collapse_knowledge(
             theta_star = ranks.broadcast_(mean.to(flat.device, copy=True))
             chosen = sample_indices(groups, source.train_labels, j, budget, seed)
             images = (batch.views[0] for batch in source.evaluate("train", calibration))
-            with swapped_parameters(flat.data[span], theta_star), reestimate_batchnorm(model, images):
+            with untuned(), swapped_parameters(flat.data[span], theta_star), reestimate_batchnorm(model, images):
                 batches = ((batch.views[0], batch.labels) for batch in source.evaluate("train", chosen))
                 agree_on_statistics(model, ranks)
                 sums, seen = fisher_sums(model, names, batches, loss, mode=fisher, flatten=flatten)
@@ -69,6 +70,17 @@ def collapse_knowledge(
             yield theta_star, (ranks.sum_(sums) / total).float()
 
     return stream_anchor(pairs(), sizes, strength)
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Inside, cuDNN takes the kernels that it expects to be fast: trying them costs more than a few batches can gain."""
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 @torch.no_grad()
