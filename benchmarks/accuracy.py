@@ -10,6 +10,9 @@ compares like with like. A finished run under --work is not trained again, an in
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import io
 import json
 import subprocess
 import sys
@@ -66,29 +69,31 @@ def finished(folder: Path) -> bool:
 def train(folder: Path, method: str, seed: int, args: argparse.Namespace) -> None:
     """Train one run into `folder` through the command line, or continue it."""
     if folder.exists():
-        command = [sys.executable, "-m", "ltfast", "train", "--resume", str(folder)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return
-    command = [
-        sys.executable,
-        "-m",
-        "ltfast",
-        "train",
-        "--dataset",
-        args.dataset,
-        "--method",
-        method,
-        "--seed",
-        str(seed),
-    ]
-    command += [
-        "--out",
-        str(folder),
-        "--no-tensorboard",
-        *(["--data-dir", args.data_dir] if args.data_dir else []),
-        *args.flags,
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        words = ["train", "--resume", str(folder)]
+    else:
+        words = ["train", "--dataset", args.dataset, "--method", method, "--seed", str(seed), "--out", str(folder)]
+        words += ["--no-tensorboard", *(["--data-dir", args.data_dir] if args.data_dir else []), *args.flags]
+    if args.together:
+        here(words)
+    else:
+        subprocess.run([sys.executable, "-m", "ltfast", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def here(words: list[str]) -> None:
+    """An ltfast command in this process: on a GPU starting, tuning and reading from the compiler's cache take longer than many
+    epochs."""
+    import torch
+
+    from ltfast.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = main(words)
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if code:
+        raise SystemExit(f"ltfast {' '.join(words)}: exit status {code}\n{said.getvalue()[-2000:]}")
 
 
 def main() -> None:
@@ -99,6 +104,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further run starts")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="where run folders go")
+    parser.add_argument("--together", action="store_true", help="all runs in this process, which saves starting each")
     parser.add_argument("--collect", nargs="+", type=Path, help="only append the rows of these finished runs")
     parser.add_argument("flags", nargs="*", help="further flags of ltfast train, after --")
     args = parser.parse_args()

@@ -76,11 +76,11 @@ def kernels(seconds: float) -> Iterator[Stage]:
         yield Stage(f"kernel-{op}", (f"benchmarks/bench_{op}.py", "--device", "{device}", "--write"), seconds)
 
 
-METHODS = ("ce", "bcl", "bcl+sam", "gsa-paper", "gsa-full", "gkp-gsa")
+METHODS = ("ce", "bcl", "gkp-gsa", "gsa-paper", "bcl+sam", "gsa-full", "gsa-release")
 CIFAR = Stage(
     "cifar10-lt",
     ("benchmarks/accuracy.py", "--dataset", "cifar10-lt", "--data-dir", "{data}", "--budget", "{budget}",
-     "--work", "runs/accuracy", "--seeds", "0", "1", "2", "--methods", *METHODS),
+     "--work", "runs/accuracy", "--together", "--seeds", "0", "1", "2", "--methods", *METHODS),
     24 * 3600, 120, True,
 )  # fmt: skip
 DIGITS = Stage("digits-lt", ("benchmarks/accuracy.py", "--budget", "{budget}"), 3600, 60, True)
