@@ -120,7 +120,7 @@ def read(path: Path) -> seeded.Runs:
         cell, seed = case.removeprefix("digits-lt/").rsplit("/seed=", 1)
         return cell, int(seed)
 
-    return seeded.read(path, cell_and_seed)
+    return seeded.read(seeded.rows(path), cell_and_seed)
 
 
 def rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:

@@ -22,7 +22,7 @@ STYLES = {"ce": ("#D55E00", "s", "--"), "gkp-gsa": ("#0072B2", "o", "-")}
 
 
 def read(bench: str) -> seeded.Runs:
-    """All runs of methods.
+    """All runs of methods, as long as the longest.
 
     A method that a short name stands for (gsa-full+gkp) counts as rows of the short name (gkp-gsa).
     """
@@ -32,7 +32,7 @@ def read(bench: str) -> seeded.Runs:
         method, _, seed = case.split("/")
         return short.get(method, method), int(seed.removeprefix("seed="))
 
-    return seeded.read(RESULTS / f"{bench}.jsonl", method_and_seed)
+    return seeded.read(seeded.rows(RESULTS / f"{bench}.jsonl", longest=True), method_and_seed)
 
 
 def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:

@@ -131,7 +131,7 @@ def section(part: Section) -> str:
 
 def accuracy(bench: str) -> str:
     """Mean and standard deviation over seeds of every method, and how the runs were made."""
-    rows = read(bench)
+    rows = seeded.rows(RESULTS / f"{bench}.jsonl", longest=True)
     if not rows:
         return NOT_MEASURED
     settings = sorted({(r["config"]["images"], r["config"]["epochs"], r["config"]["batch"], r["device"]) for r in rows})

@@ -11,14 +11,22 @@ Run = dict[str, Any]  # metric -> value, and "torch" -> its version
 Runs = dict[tuple[str, int, str], Run]  # (name, seed, version of torch) -> run
 
 
-def read(path: Path, name_and_seed: Callable[[str], tuple[str, int]]) -> Runs:
-    """All runs of a file (none if it is missing), later ones later; the last row of a metric wins.
+def rows(path: Path, *, longest: bool = False) -> list[dict[str, Any]]:
+    """Rows of a file, none if it is missing; longest: only of its longest runs, beside which shorter ones are smoke."""
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not longest:
+        return found
+    sizes = [row["config"]["images"] * row["config"]["epochs"] for row in found]
+    return [row for row, size in zip(found, sizes, strict=True) if size == max(sizes)]
+
+
+def read(rows: list[dict[str, Any]], name_and_seed: Callable[[str], tuple[str, int]]) -> Runs:
+    """All runs, later ones later; the last row of a metric wins.
 
     name_and_seed: what a row's case says.
     """
     runs: Runs = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in rows:
         key = *name_and_seed(row["case"]), row.get("torch", "")
         runs[key] = {**runs.pop(key, {"torch": key[2]}), row["metric"]: row["value"]}
     return runs

@@ -137,6 +137,41 @@ def test_gradient_gram_is_that_of_the_group_means():
     assert not torch.allclose(gram, torch.diag(gram.diagonal()), rtol=1e-2)
 
 
+def test_an_engine_that_is_set_back_forgets_and_keeps_its_addresses():
+    """As after untimed steps, which a recorded step outlives."""
+    rule = dataclasses.replace(RULES["gsa-full"], gram_every=2, ascent_every=2)
+    made = []
+    for steps_before in (0, 5):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        flat = FlatParameters(model.parameters())
+        engine = Engine(flat, rule, torch.tensor([10.0, 5.0, 2.0]))
+        start = {name: value.clone() for name, value in engine.state().items()}
+
+        def climb(seed, model=model, engine=engine):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+            values = nn.functional.cross_entropy(model(x), torch.arange(8) % 3, reduction="none")
+            losses = torch.stack([part.mean() for part in values.split((3, 3, 2))])
+            branch = engine.next_branch()
+            if branch == "repeat":
+                engine.repeat()
+            else:
+                engine.ascend(losses, torch.tensor([3.0, 3.0, 2.0]) / 8, branch)
+            engine.restore()
+
+        for step in range(steps_before):
+            climb(100 + step)
+        held = dict(engine.held)
+        engine.load_state(start)
+        climb(0)
+        assert all(engine.held[name] is value for name, value in held.items())
+        made.append(engine)
+    fresh, back = made
+    assert torch.equal(fresh.memory, back.memory)
+    assert fresh.steps == back.steps == 1
+    assert all(torch.equal(fresh.held[name], back.held[name]) for name in fresh.held)
+
+
 def test_engine_logs_the_cosine_at_each_refresh():
     model = nn.Linear(4, 3)
     flat = FlatParameters(model.parameters())

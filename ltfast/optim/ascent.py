@@ -186,7 +186,9 @@ class Ascent:
         self.steps = int(state["steps"])
         self.seen.copy_(state["seen"])
         self.remembers = "memory" in state
-        if self.remembers:
+        if not self.remembers:
+            self.memory.zero_()  # a matrix that is mixed into the first one
+        else:
             self.holds_rest = bool(state.get("holds_rest", False))
             self.memory.copy_(state["memory"])
             self.theta_sq.copy_(state["theta_sq"])

@@ -210,6 +210,10 @@ class Engine(Ascent):
         if self.eps is not None:
             self.eps.copy_(state["eps"])
             held = {k.removeprefix("held."): v for k, v in state.items() if k.startswith("held.")}
-            self.held = self.stats = {name: value.clone().to(self.device) for name, value in held.items()}
+            if held and not self.held:
+                self.held = {name: value.clone().to(self.device) for name, value in held.items()}
+            elif held:  # a recorded step writes to their addresses
+                torch._foreach_copy_(list(self.held.values()), [held[name].to(self.device) for name in self.held])
+            self.stats = self.held
         if "averages" in state:
             self.flat.grads[g : 2 * g].copy_(state["averages"])
