@@ -13,7 +13,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def load_into(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
     """Start `module` from a file of weights: safetensors, or a torch state dict read with weights_only, also as the
-    "state_dict" or "model" of a training checkpoint and with the prefixes of wrappers (DDP's, torch.compile's).
+    "state_dict" or "model" of a training checkpoint and as a part of a larger model (a run's encoder, the backbone or query
+    encoder of a pre-trained one, the inside of DDP's and torch.compile's wrappers).
 
     A classifier and whatever else stands outside the module is ignored; every parameter of the module must be there.
 
@@ -181,9 +183,8 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     """
     state = module.state_dict()
     tensors = current_names({WRAPPERS.sub("", k): v for k, v in _read_weights(path).items()})
-    # A run's whole model has the encoder under "encoder."; so do vision transformers have a part of theirs.
-    own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
-    tensors = max(tensors, own, key=lambda names: len(names.keys() & state.keys()))
+    prefix = part_with(tensors, state)
+    tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     missing = [k for k in state if k not in tensors and not k.endswith("num_batches_tracked")]
     if missing:
         raise UserError(
@@ -205,6 +206,17 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
                         "is it for another --model or --image-size?"
                     )
                 v.copy_(tensors[k])
+
+
+def part_with(names: Iterable[str], wanted: Container[str]) -> str:
+    """What stands before most of the `wanted` names, "" or such as "encoder_q."; of several as good ones the first."""
+    found = Counter([""])
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                found["".join(f"{part}." for part in parts[:i])] += 1
+    return found.most_common(1)[0][0]
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

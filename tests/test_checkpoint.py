@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ltfast import checkpoint
 from ltfast.errors import UserError
+from ltfast.models import create_encoder
 from ltfast.store import Store
 
 
@@ -299,3 +300,17 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
     finally:
         tmp_path.chmod(0o700)
     assert Store(tmp_path).load()[1] == {"epoch": 1}
+
+
+@pytest.mark.parametrize("names", ["{}", "encoder.{}", "backbone.{}", "module.encoder_q.{}", "model.student.trunk.{}"])
+def test_weights_are_found_inside_larger_models(names: str, tmp_path: Path) -> None:
+    encoder, _ = create_encoder("resnet18", 3)
+    other, _ = create_encoder("resnet18", 3)
+    saved = {names.format(k): v for k, v in other.state_dict().items()}
+    saved |= {names.format("fc.weight"): torch.ones(3, 512), "head.0.weight": torch.ones(2)}
+    # A second encoder of the same kind, as momentum contrast has: the first in the file is the one that was trained.
+    saved |= {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in other.state_dict().items()}
+    torch.save({"state_dict": saved, "epoch": 7}, tmp_path / "pretrained.pth")
+    checkpoint.load_weights(encoder, tmp_path / "pretrained.pth")
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
