@@ -50,13 +50,18 @@ def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None,
 
 
 def draw_curves(runs: Runs) -> Figure:
-    """Training loss, learning rate and validation accuracy by epoch; vertical lines mark groupings."""
-    figure, axes = panels(3, 2)
-    parts = [("loss", "training loss"), ("lr", "learning rate"), ("top1", "validation, all classes (%)")]
-    parts += [(k, f"validation, {k}-shot (%)") for k in ("many", "medium", "few")]
+    """Training loss, learning rate and, where a run has any, validation accuracy by epoch; vertical lines mark groupings."""
+    parts = [("loss", "training loss"), ("lr", "learning rate")]
+    if any(np.isfinite(run["top1"]).any() for _, _, run in runs):
+        parts += [("top1", "validation, all classes (%)")]
+        parts += [(k, f"validation, {k}-shot (%)") for k in ("many", "medium", "few")]
+    figure, axes = panels(3, 2) if len(parts) > 2 else panels(2)
     for ax, (key, title) in zip(axes, parts, strict=True):
         for i, name, run in runs:
             plot(ax, run["epoch"], run[key], i, name)
+        if not ax.lines:
+            ax.text(0.5, 0.5, "no such classes", ha="center", transform=ax.transAxes, color="#777777")
+        for i, _, run in runs if ax.lines else ():
             for epoch in run["groupings"]:
                 ax.axvline(epoch + 0.5, color=colour(i), linewidth=0.8, linestyle=":")
         ax.set(title=title, xlabel="epoch")
@@ -65,8 +70,6 @@ def draw_curves(runs: Runs) -> Figure:
             log_ticks(ax.yaxis, "{x:g}")
         if key not in ("loss", "lr"):
             ax.set_ylim(-3, 103)
-        if not ax.lines:
-            ax.text(0.5, 0.5, "not recorded", ha="center", transform=ax.transAxes, color="#777777")
     legend_below(figure, axes)
     return figure
 
@@ -248,7 +251,11 @@ def draw_times(runs: Runs) -> Figure:
     """Left: seconds by part of the run; right: a training epoch over a scouting epoch, measured and predicted by FLOPs."""
     ratios = [(name, run) for _, name, run in runs if run["measured"] is not None]
     figure, axes = panels(2 if ratios else 1, height=max(2.0, 1.2 + 0.45 * len(runs)))
-    parts = [part for part in ("scouting", "grouping", "training") if any(part in run["parts"] for _, _, run in runs)]
+    parts = [
+        part
+        for part in ("compiling", "scouting", "grouping", "training")
+        if any(part in run["parts"] for _, _, run in runs)
+    ]
     rows, start = np.arange(len(runs)), np.zeros(len(runs))
     for k, part in enumerate(parts):
         seconds = np.array([run["parts"].get(part, 0.0) for _, _, run in runs])

@@ -5,7 +5,7 @@ Legend: C classes, E epochs, G groups. Arrays are numpy float64 with NaN for wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -264,19 +264,26 @@ def groups(view: RunView) -> dict[str, Any]:
 
 
 def times(view: RunView) -> dict[str, float]:
-    """Seconds of the run by part: epochs of scouting and of training, grouping with Fisher and anchor."""
+    """Seconds of the run by part: epochs of scouting and of training, without those of them that went into compiling;
+    grouping with Fisher and anchor."""
     rows = view.kind("epoch")
     parts = {
-        "scouting": sum(r["seconds"] for r in rows if r.get("phase") == "scout"),
-        "training": sum(r["seconds"] for r in rows if r.get("phase") != "scout"),
+        "compiling": sum(r.get("compiling", 0.0) for r in rows),
+        "scouting": sum(stepping(r) for r in rows if r.get("phase") == "scout"),
+        "training": sum(stepping(r) for r in rows if r.get("phase") != "scout"),
         "grouping": sum(r.get("seconds", 0.0) for r in view.rows.get("group", [])),
     }
     return {k: float(v) for k, v in parts.items() if v}
 
 
+def stepping(row: Mapping[str, Any]) -> float:
+    """Seconds of an epoch's row without compiling."""
+    return float(row["seconds"]) - float(row.get("compiling", 0.0))
+
+
 def epoch_ratio(view: RunView) -> float | None:
     """Median seconds of a training epoch over those of a scouting epoch; None if a run lacks either."""
     rows = view.kind("epoch")
-    scouts = [r["seconds"] for r in rows if r.get("phase") == "scout"]
-    others = [r["seconds"] for r in rows if r.get("phase") != "scout"]
+    scouts = [stepping(r) for r in rows if r.get("phase") == "scout"]
+    others = [stepping(r) for r in rows if r.get("phase") != "scout"]
     return float(np.median(others) / np.median(scouts)) if scouts and others else None

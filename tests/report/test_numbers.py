@@ -145,6 +145,16 @@ def test_forces_scale_the_gradient_by_alpha(tmp_path):
     assert numbers.times(view) == {"scouting": 1.5, "training": 2.0}
 
 
+def test_compiling_is_a_part_of_its_own(tmp_path):
+    rows = [
+        {"kind": "epoch", "epoch": 0, "seconds": 41.0, "compiling": 40.0, "phase": "scout"},
+        {"kind": "epoch", "epoch": 1, "seconds": 32.0, "compiling": 30.0, "phase": "train"},
+    ]
+    view = view_of(tmp_path, [DATA, *rows])
+    assert numbers.times(view) == {"compiling": 70.0, "scouting": 1.0, "training": 2.0}
+    assert numbers.epoch_ratio(view) == 2.0
+
+
 def test_groups_and_their_sizes(tmp_path):
     view = view_of(tmp_path, [DATA, {"kind": "group", "epoch": 2, "groups": [0, 1, 0, 2, 2]}])
     found = numbers.groups(view)

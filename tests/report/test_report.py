@@ -242,6 +242,22 @@ def test_no_axis_needs_formulas(tmp_path):
             assert not any("$" in tick for tick in ticks)
 
 
+def test_without_validation_there_are_no_panels_for_it():
+    epoch, unknown = np.arange(1, 5), np.full(4, np.nan)
+    run = {
+        "epoch": epoch,
+        "loss": epoch,
+        "lr": epoch,
+        "groupings": [2],
+        **dict.fromkeys(("top1", "many", "medium", "few"), unknown),
+    }
+    with look():
+        assert len(draw_curves([Entry(0, "a", run)]).axes) == 2
+        other = draw_curves([Entry(0, "a", {**run, "top1": epoch})])
+    assert len(other.axes) == 6
+    assert [ax.texts[0].get_text() for ax in other.axes if ax.texts] == ["no such classes"] * 3
+
+
 def test_a_run_of_one_epoch_has_one_tick():
     run = {"epoch": np.array([1]), "groupings": []}
     run |= dict.fromkeys(("loss", "lr", "top1", "many", "medium", "few"), np.array([1.0]))
