@@ -93,7 +93,8 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
     """Shares of tail classes' test images by predicted class, one panel a run: (name, numbers, class names, counts)."""
     columns = min(3, len(runs))
     deepest = max(len(c.rows) for _, c, _, _ in runs)
-    figure, axes = panels(columns, -(-len(runs) // columns), height=1.3 + 0.27 * deepest)
+    upright = max((len(name) for _, _, names, _ in runs for name in names), default=0) >= 4  # names below the columns
+    figure, axes = panels(columns, -(-len(runs) // columns), height=1.3 + 0.27 * deepest + 0.6 * upright)
     image = None
     for ax, (name, found, names, counts) in zip(axes, runs, strict=False):
         long, short = distinct(names, 16), distinct(names, 12)
@@ -112,7 +113,7 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
             if row in found.columns:
                 ax.add_patch(frame(found.columns.index(row), i))
         ax.set(title=shorten(name, 32), xlabel="predicted class")
-    axes[0].set_ylabel("tail class (training images)")
+    axes[0].set_ylabel("tail class\n(training images)")
     assert image is not None
     figure.colorbar(image, ax=axes[: len(runs)], label="% of its test images", fraction=0.03, pad=0.01)
     for ax in axes[len(runs) :]:
