@@ -1,10 +1,12 @@
-"""Ablations on digits-lt: each cell changes one thing, every seed is paired with plain BCL of the same seed.
+"""Ablations: each cell changes one thing, every seed is paired with plain BCL of the same seed.
 
     python benchmarks/ablation.py --list                                # sweeps and their cells
-    python benchmarks/ablation.py --sweeps radius sam --seeds 0 1 2     # 10 to 30 s a run on one quiet core
+    python benchmarks/ablation.py --sweeps radius-full sam --seeds 0 1 2     # digits-lt: 10 to 30 s a run on one quiet core
+    python benchmarks/ablation.py --dataset cifar10-lt --data-dir CIFAR --sweeps baseline gkp    # needs a GPU
     python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
 Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
-with like. A cell and seed that has its row is not run again. Rows: case "digits-lt/<cell>/seed=<k>".
+with like. A cell and seed that has its row is not run again. Rows: case "<data set>/<cell>/seed=<k>" of ablation.jsonl, or of
+ablation-<data set>.jsonl for other data than digits-lt.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ import torch
 from ablation_cells import SWEEPS, Cell, baseline_of, same
 
 FIGURES = ("top1", "medium", "few", "ece")
-FIXED = {"device": "cpu", "compile": "off", "tensorboard": False, "checkpoint_every": 10**6}
+DIGITS = "digits-lt"
+FIXED = {"tensorboard": False, "checkpoint_every": 10**6}
+SMALL = {"device": "cpu", "compile": "off"}  # of digits-lt: everywhere the same
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 LEVEL = 0.95
 
@@ -35,8 +39,18 @@ class Scouted(Exception):
     """Scouting is over."""
 
 
+def bench_of(dataset: str) -> str:
+    """Name of the results file."""
+    return "ablation" if dataset == DIGITS else f"ablation-{dataset}"
+
+
+def fixed(dataset: str) -> dict[str, Any]:
+    """Flags of every run."""
+    return {**FIXED, **SMALL} if dataset == DIGITS else FIXED
+
+
 @lru_cache(maxsize=1)
-def scouted(seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> State:
+def scouted(dataset: str, seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> State:
     """State of a run at the end of scouting, which is plain BCL and the same for every cell with a memory bank."""
     from ltfast.dist import Ranks
     from ltfast.progress import Progress
@@ -50,7 +64,7 @@ def scouted(seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> Stat
                 raise Scouted
             return False
 
-    config = build_config("digits-lt", "bcl+gkp", {}, {**FIXED, **dict(flags), "seed": seed, "scout": scout})
+    config = build_config(dataset, "bcl+gkp", {}, {**fixed(dataset), **dict(flags), "seed": seed, "scout": scout})
     scout_run = Scout(config, None, Ranks(), Progress())
     with contextlib.suppress(Scouted):
         scout_run.fit()
@@ -59,7 +73,7 @@ def scouted(seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> Stat
     return {name: tensor.clone() for name, tensor in (tensors | shared).items()}, meta
 
 
-def run_cell(cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float]:
+def run_cell(dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float]:
     """Figures of one cell trained in this process: test accuracy of its last weights (the test split chooses nothing)."""
     from ltfast.dist import Ranks
     from ltfast.progress import Progress
@@ -69,11 +83,11 @@ def run_cell(cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float
     from ltfast.train import Trainer
 
     with tempfile.TemporaryDirectory(prefix="ltfast-ablation-") as folder:
-        flags = {**FIXED, **cell.settings, **flags, "seed": seed, "out": f"{folder}/run"}
-        config = build_config("digits-lt", cell.method, {}, flags)
+        flags = {**fixed(dataset), **cell.settings, **flags, "seed": seed, "out": f"{folder}/run"}
+        config = build_config(dataset, cell.method, {}, flags)
         trainer = Trainer(config, RunFolder.create(config), Ranks(), Progress())
         if trainer.scouts:
-            tensors, meta = scouted(seed, config.preserve.scout, tuple(shared_flags(flags).items()))
+            tensors, meta = scouted(dataset, seed, config.preserve.scout, tuple(shared_flags(flags).items()))
             restore(trainer, tensors, meta)
         result = trainer.fit()
         if "stopped" in result:
@@ -82,12 +96,13 @@ def run_cell(cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float
         assert trainer.store is not None
         trainer.store.close()
         trainer.folder.close()
-        return {**{name: result["last"][name] for name in FIGURES}, **mechanics(trainer.folder)}
+        figures = {name: result["last"][name] for name in FIGURES if result["last"][name] is not None}
+        return {**figures, **mechanics(trainer.folder)}
 
 
 def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags that scouting depends on; no cell changes others than these and those of sharpness and preservation."""
-    return {name: value for name, value in flags.items() if name == "epochs"}
+    return {name: value for name, value in flags.items() if name in ("epochs", "data_dir")}
 
 
 def mechanics(run: Any) -> dict[str, float]:
@@ -117,7 +132,7 @@ def read(path: Path) -> seeded.Runs:
     """All runs of cells."""
 
     def cell_and_seed(case: str) -> tuple[str, int]:
-        cell, seed = case.removeprefix("digits-lt/").rsplit("/seed=", 1)
+        cell, seed = case.partition("/")[2].rsplit("/seed=", 1)
         return cell, int(seed)
 
     return seeded.read(seeded.rows(path), cell_and_seed)
@@ -158,20 +173,22 @@ def table(sweep: str, path: Path) -> str:
 
 
 def mean_of(runs: Iterable[Mapping[str, float]], figure: str) -> str:
-    """Mean with two decimals."""
-    return f"{statistics.fmean(run[figure] for run in runs):.2f}"
+    """Mean with two decimals; "-" where there is no such class."""
+    values = [run[figure] for run in runs if figure in run]
+    return f"{statistics.fmean(values):.2f}" if values else "-"
 
 
 def differences(cell: str, runs: seeded.Runs, figure: str) -> list[float]:
     """A figure of a cell's last runs minus the baseline's."""
-    return [run[figure] - partner[figure] for run, partner in seeded.pairs(runs, cell, baseline_of(cell))]
+    pairs = seeded.pairs(runs, cell, baseline_of(cell))
+    return [run[figure] - partner[figure] for run, partner in pairs if figure in run and figure in partner]
 
 
 def paired(cell: str, runs: seeded.Runs, figure: str) -> str:
     """Mean difference to the baseline of the same seeds, +- half of its 95 % interval."""
     deltas = differences(cell, runs, figure)
     if not deltas:
-        return "no baseline"
+        return "no baseline" if not seeded.pairs(runs, cell, baseline_of(cell)) else "-"
     mean, half = interval(deltas)
     return f"{mean:+.2f} +- {half:.2f}" if len(deltas) > 1 else f"{mean:+.2f} (one seed)"
 
@@ -197,9 +214,10 @@ def run_sweeps(
     flags: Mapping[str, Any],
     only: list[str] | None = None,
     again: bool = False,
+    dataset: str = DIGITS,
 ) -> None:
     """Run what has no row yet (`again`: all), all chosen sweeps at one seed before the next, until the budget is spent."""
-    path, started, longest = harness.RESULTS / "ablation.jsonl", time.monotonic(), 0.0
+    path, started, longest = harness.RESULTS / f"{bench_of(dataset)}.jsonl", time.monotonic(), 0.0
     cells = {name: (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items() if same(name) == name}
     if only:
         cells = {name: cell for name, cell in cells.items() if name in {same(each) for each in only}}
@@ -211,18 +229,23 @@ def run_sweeps(
             if begun - started + longest > budget:
                 print(f"budget of {budget:g} s spent before {name}, seed {seed}", flush=True)
                 return
-            figures = run_cell(cell, seed, flags)
+            figures = run_cell(dataset, cell, seed, flags)
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
             config = {"method": cell.method, **cell.settings, **flags, "sweep": sweep}
+            config.pop("data_dir", None)
             for metric, value in figures.items():
-                harness.append_row("ablation", f"digits-lt/{name}/seed={seed}", metric, round(value, 6), config=config)
-            shown = f"top-1 {figures['top1']:.2f}  few {figures['few']:.2f}  {seconds:.0f} s"
+                case = f"{dataset}/{name}/seed={seed}"
+                harness.append_row(bench_of(dataset), case, metric, round(value, 6), config=config)
+            few = f"  few {figures['few']:.2f}" if "few" in figures else ""
+            shown = f"top-1 {figures['top1']:.2f}{few}  {seconds:.0f} s"
             print(f"{sweep:13s} {name:60s} seed {seed}  {shown}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default=DIGITS)
+    parser.add_argument("--data-dir", help="its folder or pack")
     parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--cells", nargs="+", help="only these cells of the sweeps")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
@@ -240,11 +263,16 @@ def main() -> None:
         for sweep in args.sweeps:
             print(
                 f"\n## {sweep}\n"
-                + (table(sweep, args.results / "ablation.jsonl") if args.table else "\n".join(SWEEPS[sweep]))
+                + (
+                    table(sweep, args.results / f"{bench_of(args.dataset)}.jsonl")
+                    if args.table
+                    else "\n".join(SWEEPS[sweep])
+                )
             )
         return
-    flags = {"epochs": args.epochs} if args.epochs else {}
-    run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells, args.again)
+    flags: dict[str, Any] = {"epochs": args.epochs} if args.epochs else {}
+    flags |= {"data_dir": args.data_dir} if args.data_dir else {}
+    run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells, args.again, args.dataset)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,9 @@ def preset_pairs(bench: str, base: str = "bcl") -> str:
     return "\n".join(lines + sorted(found, key=lambda line: -found[line]))
 
 
-def ablations() -> str:
+def ablations(dataset: str = ablation.DIGITS) -> str:
     """A table for each sweep that has a row; the others are named."""
-    path, parts, missing = RESULTS / "ablation.jsonl", [], []
+    path, parts, missing = RESULTS / f"{ablation.bench_of(dataset)}.jsonl", [], []
     measured = {cell for cell, _ in ablation.rows(path)}
     for sweep, cells in ablation.SWEEPS.items():
         if any(ablation.same(name) in measured for name in cells):
@@ -250,6 +250,7 @@ def report() -> str:
         f"Paired by seed, +- half of a 95 % interval:\n\n{preset_pairs('digits-lt')}",
         f"## Accuracy, CIFAR-10-LT\n\n{smoke}\n\n{accuracy('cifar10-lt')}",
         f"## Ablations\n\n{PAIRED}\n\n{picture}{ablations()}",
+        f"## Ablations, CIFAR-10-LT\n\n{ablations('cifar10-lt')}",
         f"## Precision\n\n{kept}\n\n{precision()}",
         f"## Other code\n\n{other_code()}",
         *(section(part) for part in SECTIONS),

@@ -84,6 +84,11 @@ CIFAR = Stage(
     24 * 3600, 120, True,
 )  # fmt: skip
 DIGITS = Stage("digits-lt", ("benchmarks/accuracy.py", "--budget", "{budget}"), 3600, 60, True)
+ABLATION_CIFAR = Stage(
+    "ablation-cifar10-lt",
+    ("benchmarks/ablation.py", "--dataset", "cifar10-lt", "--data-dir", "{data}", "--budget", "{budget}"),
+    24 * 3600, 300, True,
+)  # fmt: skip
 ABLATION = Stage("ablation", ("benchmarks/ablation.py", "--budget", "{budget}"), 6 * 3600, 60, True)
 PEERS = Stage("peers", ("benchmarks/peers.py", "--device", "{device}", "--compiled", "--write", "{peers}"), 600)
 PEER_STEPS = Stage(
@@ -107,6 +112,7 @@ STEP_SMALL = Stage(
 STAGES: dict[str, tuple[Stage, ...]] = {
     "cuda": (
         TESTS, STEP_SMALL, SPEEDRUN, PEER_STEPS, *kernels(60), PEERS, STEP, INPUT_GPU, PEER_PIPELINE, CIFAR, INPUT, VIEWS, MODE_R,
+        ABLATION_CIFAR,
     ),
     "cpu": (
         PEERS, *kernels(180), OPTIMIZERS, PEER_PIPELINE, PEER_STEPS,

@@ -202,9 +202,9 @@ def ascent(views: Sequence[RunView]) -> Item:
 
 def times(views: Sequence[RunView]) -> Item:
     caption = (
-        "Seconds as logged; grouping includes Fisher and anchor, compiling is told apart. Right: the median training epoch "
-        "over the median scouting epoch, beside the ratio that the plan predicts from counted FLOPs; small networks are bound by the number of "
-        "operations instead, and cost more."
+        "Seconds as logged; grouping includes Fisher and anchor, compiling is told apart. Right: the median training epoch over "
+        "the median scouting epoch, beside the ratio that the plan predicts from counted FLOPs; small networks are bound by the "
+        "number of operations instead, and cost more."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
