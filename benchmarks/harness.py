@@ -123,12 +123,12 @@ def in_turns(
 ) -> Timings:
     """Seconds of each call in each round, A B C A B C ...: what disturbs the machine disturbs all of them alike.
 
-    prepare: what to do before a call, outside the clock. budget: seconds after which no further round starts.
+    prepare: what to do before a call, outside the clock. budget: seconds after which no round but the first starts.
     """
     seconds: Timings = {name: [] for name in calls}
     started = time.monotonic()
-    for _ in range(rounds):
-        if time.monotonic() - started > budget:
+    for turn in range(rounds):
+        if turn and time.monotonic() - started > budget:
             break
         for name, call in calls.items():
             prepare.get(name, lambda: None)()

@@ -55,7 +55,10 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree ltfast runs from, with '+' if it is modified; outside a checkout LTFAST_COMMIT, or None."""
+    """LTFAST_COMMIT, for a copy whose repository did not come along or is another's; else the commit of the source tree that
+    ltfast runs from, with '+' if it is modified; None outside a checkout."""
+    if told := os.environ.get("LTFAST_COMMIT"):
+        return told
     root = Path(ltfast.__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
@@ -64,10 +67,10 @@ def commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
-            return os.environ.get("LTFAST_COMMIT")
+            return None
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("LTFAST_COMMIT")
+        return None
 
 
 def cpu_name() -> str:

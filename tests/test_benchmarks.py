@@ -22,6 +22,7 @@ import harness  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import seeded  # noqa: E402
 
 from tests.docs import parsing  # noqa: E402
 
@@ -223,6 +224,16 @@ def test_roundings_against_float64() -> None:
     kept = precision.ROUNDINGS["bf16 autocast"](x, weights)
     assert torch.equal(kept[::2], x[::2])
     assert not torch.equal(kept[1::2], x[1::2])
+
+
+def test_smoke_runs_do_not_mix_with_long_ones(tmp_path: Path) -> None:
+    rows = [
+        {"config": {"images": n, "epochs": e}, "value": i} for i, (n, e) in enumerate([(3000, 15), (9, 9), (3000, 15)])
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["value"] for row in seeded.rows(tmp_path / "x.jsonl", longest=True)] == [0, 2]
+    assert len(seeded.rows(tmp_path / "x.jsonl")) == 3
+    assert seeded.rows(tmp_path / "none.jsonl", longest=True) == []
 
 
 # -- report.py ---------------------------------------------------------------------------------------------------------------

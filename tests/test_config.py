@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 
+from ltfast import runs
 from ltfast.config import FIELDS, SECTIONS, TYPES, Config, check, flatten, load_toml
 from ltfast.data.augment import RECIPES as SMALL_VIEWS
 from ltfast.data.large_views import RECIPES as LARGE_VIEWS
@@ -144,3 +145,9 @@ def test_rule_overrides_and_impossible_rules() -> None:
     ):
         with pytest.raises(UserError):
             rule_of(build_config("digits-lt", method, {}, flags))
+
+
+def test_a_copy_can_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its repository may not have come along, or be that of another state."""
+    monkeypatch.setenv("LTFAST_COMMIT", "0123abc")
+    assert runs.commit() == "0123abc"

@@ -13,6 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_tables  # noqa: E402
 import harness  # noqa: E402
 import peer_code  # noqa: E402
 import peer_pipeline  # noqa: E402
@@ -74,6 +75,21 @@ def test_on_a_gpu_the_clock_starts_with_an_empty_queue(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
     harness.in_turns({"a": lambda: order.append("a")}, 1, {"a": lambda: order.append("before")})
     assert order == ["before", "wait", "event", "a", "event", "wait"]
+
+
+def test_device_time_is_measured_behind_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    event = SimpleNamespace(record=lambda: order.append("event"), elapsed_time=lambda end: 2000.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("queue"))
+    found = harness.device_time(lambda: order.append("call"), repetitions=2)
+    assert order == ["call", "wait", "queue", *["event", "call", "event"] * 2, "wait"]
+    assert (found.median, found.n) == (2.0, 2)
+
+
+def test_no_further_round_starts_after_the_budget() -> None:
+    assert len(harness.in_turns({"a": lambda: None}, 50, {}, budget=-1.0)["a"]) == 1
 
 
 def test_a_pipeline_of_processes_is_timed_in_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +214,32 @@ def test_tables_of_other_code_say_what_was_not_measured(results: Path) -> None:
     assert "| `loop/a/SAM` | 5 | not counted | 2 | not measured | not counted | not counted | 1.25 |" in text
     assert "| `a/SAM` | 900 |" in text
     assert "| `x/y` | 10.5 | not measured |" in text
+
+
+def test_tables_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    assert {make() for make in gpu_tables.TABLES.values()} == {"not measured"}
+
+    def put(
+        bench: str, case: str, cuda: str | None = "13", config: dict[str, str] | None = None, **values: float
+    ) -> None:
+        facts = {"device": "GPU", "torch": "2", "triton": "3", "cuda": cuda, "config": config or {}}
+        with open(tmp_path / f"{bench}.jsonl", "a") as file:
+            for metric, value in values.items():
+                file.write(json.dumps({"case": case, "metric": metric, "value": value, **facts}) + "\n")
+
+    put("kernels", "gram/ltfast/R=1/N=5", seconds=3e-6, device_seconds=2e-6, share_of_copy=0.9)
+    put("kernels", "gram/eager/R=1/N=5", seconds=5e-6)
+    put("kernels", "gram/fused/R=1/N=5", None, seconds=9.0)  # of a CPU
+    assert "| `gram/R=1/N=5` | 2 | 0.90 | 2.50 |  |  |  |" in gpu_tables.kernels()
+    values = {"seconds": 0.01, "images_per_s": 2e4, "ratio_vs_sgd": 2.0, "flops_vs_sgd": 2.0, "share_forward": 0.98}
+    put("throughput", f"bcl/{gpu_tables.MODEL}", **values)
+    put("throughput", "bcl/resnet50/224px", **values)
+    assert "| `bcl/resnet32` | 10.0 | 20,000 | 2.00 | 2.00 | 2.0 % |" in gpu_tables.steps(readme=True)
+    assert "resnet50" not in gpu_tables.steps(readme=True)
+    assert "resnet50" in gpu_tables.steps()
+    put("peers", "step/a/b/m/B=2", config={"base": "bcl", "load": "busy"}, seconds=0.5, seconds_vs_sgd=3.0)
+    assert "| `a/b` | 3 | 500.0 | 3.00 | not measured | shared |" in gpu_tables.other_code()
 
 
 def test_a_peer_class_is_taken_out_of_a_file_that_does_not_import(tmp_path: Path) -> None:
