@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
-NOT_MEASURED = "not measured"
+from peer_tables import NOT_MEASURED, Figures, cases, step_name
+
 OTHERS = ("eager", "compiled", "foreach", "fused")  # implementations beside ours
 MODEL = "resnet32/32px/B=256/G=4/recorded"  # the README's steps
-Cases = dict[str, dict[str, dict[str, Any]]]
 
 
-def cases(bench: str) -> Cases:
-    """Case -> metric -> newest row measured on a GPU."""
-    path, table = RESULTS / f"{bench}.jsonl", defaultdict[str, dict[str, dict[str, Any]]](dict)
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        if row.get("cuda") is not None:
-            table[row["case"]][row["metric"]] = row
-    return dict(table)
-
-
-def seconds(found: dict[str, dict[str, Any]]) -> float | None:
+def seconds(found: Figures) -> float | None:
     """The device's own time, or where only that was measured the time from call to call."""
     row = found.get("device_seconds", found.get("seconds"))
     return None if row is None else float(row["value"])
 
 
-def devices(found: Cases) -> str:
+def devices(found: dict[str, Figures]) -> str:
     """The GPUs and versions of some rows, for the line above their table."""
     rows = [row for metrics in found.values() for row in metrics.values()]
     return "; ".join(sorted({f"{r['device']}, torch {r['torch']}, triton {r['triton']}" for r in rows}))
@@ -38,7 +25,7 @@ def devices(found: Cases) -> str:
 
 def kernels() -> str:
     """Markdown: every kernel beside a copy of the same size and other implementations."""
-    found, problems = cases("kernels"), defaultdict[str, dict[str, Any]](dict)
+    found, problems = cases("cuda", "kernels"), defaultdict[str, dict[str, Any]](dict)
     for case, metrics in found.items():
         op, name, *rest = case.split("/")
         problems["/".join([op, *rest])][name] = metrics
@@ -62,7 +49,7 @@ def kernels() -> str:
 
 def steps(readme: bool = False) -> str:
     """Markdown: the trainer's steps, fastest mode first; readme: only the recorded steps of the small network."""
-    found = {case: f for case, f in cases("throughput").items() if "seconds" in f}
+    found = {case: f for case, f in cases("cuda", "throughput").items() if "seconds" in f}
     if readme:
         found = {case: f for case, f in found.items() if case.endswith(MODEL)}
     if not found:
@@ -84,18 +71,18 @@ def steps(readme: bool = False) -> str:
 
 def other_code() -> str:
     """Markdown: whole steps of other code beside ours."""
-    found = {case: f for case, f in cases("peers").items() if case.startswith("step/") and "seconds" in f}
+    found = {case: f for case, f in cases("cuda").items() if case.startswith("step/") and "seconds" in f}
     if not found:
         return NOT_MEASURED
     lines = ["| step | views | ms | time / plain step | peak MiB | machine |", "|---" * 6 + "|"]
     for case, metrics in found.items():
-        config, name = metrics["seconds"]["config"], case.split("/", 1)[1].rsplit("/", 2)[0]
+        config = metrics["seconds"]["config"]
         peak = f"{metrics['peak_mib']['value']:,.0f}" if "peak_mib" in metrics else NOT_MEASURED
         cells = [
             "3" if config["base"] == "bcl" else "1", f"{1e3 * metrics['seconds']['value']:.1f}",
             f"{metrics['seconds_vs_sgd']['value']:.2f}", peak, "shared" if "load" in config else "idle",
         ]  # fmt: skip
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        lines.append(f"| `{step_name(case)}` | " + " | ".join(cells) + " |")
     return f"{devices(found)}:\n\n" + "\n".join(lines)
 
 

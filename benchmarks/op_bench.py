@@ -108,10 +108,8 @@ def run(op: str, make: Callable[[int, str], Iterator[Case]], description: str | 
     print(LINE.format("case", "kernels", "passes", "B/element", "us", "GB/s", "of copy"))
     for n in arguments.sizes or (GPU_SIZES if on_gpu else CPU_SIZES):
         for case in make(n, arguments.device):
-            calls = {name: call for name, call in case.calls.items() if on_gpu or name != "compiled"}
-            calls = {
-                name: call for name, call in calls.items() if not arguments.only or name in ("ltfast", *arguments.only)
-            }
+            wanted = ("ltfast", *(arguments.only or case.calls))
+            calls = {k: call for k, call in case.calls.items() if k in wanted and (on_gpu or k != "compiled")}
             times = {} if on_gpu or n < LEAST_TIMED else in_turns(calls)
             for name, call in calls.items():
                 report(op, case, name, call, arguments.device, times.get(name, {}), arguments.write)

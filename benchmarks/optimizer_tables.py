@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import figures
+import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "optimizers.jsonl"
@@ -38,8 +38,7 @@ def newest(path: Path = ROWS) -> tuple[Cases, dict[str, int]]:
     """Case -> metric -> value, and case -> n."""
     cases: Cases = defaultdict(dict)
     counts: dict[str, int] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in seeded.rows(path):
         cases[row["case"]][row["metric"]] = row["value"]
         counts[row["case"]] = row["n"]
     return cases, counts
@@ -58,8 +57,7 @@ def counted(model: str = "resnet50") -> str:
 def on_cpu() -> str:
     """Markdown: time of every op on a CPU beside that of other implementations."""
     table: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for line in KERNEL_ROWS.read_text().splitlines() if KERNEL_ROWS.exists() else ():
-        row = json.loads(line)
+    for row in seeded.rows(KERNEL_ROWS):
         op, name, *rest = row["case"].split("/")
         if row["cuda"] is None and row["metric"] in ("seconds", "seconds_vs_ltfast", "share_of_copy"):
             table["/".join([op, *rest[:-1]])][name][row["metric"]] = row["value"]

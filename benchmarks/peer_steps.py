@@ -178,6 +178,11 @@ def clocked(
     return found
 
 
+def base_of(name: str) -> str:
+    """Loss of a contender by its name, known before it is made."""
+    return CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
+
+
 def write(name: str, figures: dict[str, Any], config: dict[str, Any]) -> None:
     """Append rows."""
     case = f"step/{name}/{config['model']}/B={config['batch']}"
@@ -235,8 +240,7 @@ def main() -> None:
     done = known(config, args.device) if args.write and not on_gpu else {}
     plain = {base: done[f"ltfast/{base}"]["gflops"] for base in (CE, BCL) if f"ltfast/{base}" in done}
     for name, make in (*ours(setting), *loops(setting, paths), *others(setting, paths)):
-        base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
-        if args.only and name not in args.only and f"ltfast/{base}" != name:
+        if args.only and name not in args.only and f"ltfast/{base_of(name)}" != name:
             continue
         chosen[name] = make
         if name in done:
@@ -262,8 +266,7 @@ def main() -> None:
     for name, times in clocked(chosen, rounds, args.budget).items():
         print(f"{name:34s}", {k: float(f"{v.median:.4g}") for k, v in times.items()}, flush=True)
         if args.write:
-            base = CE if name.startswith(("ltfast/ce", "loop/", "timm", "composer")) else BCL
-            write(name, times, {**config, "base": base, "threads": torch.get_num_threads()})
+            write(name, times, {**config, "base": base_of(name), "threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import seeded
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
@@ -23,11 +24,10 @@ STEP_HEADS = (
 README_NETWORK = "resnet50"  # of the optimizer part: large enough for time to be memory traffic
 
 
-def cases(device: str = "cpu") -> dict[str, Figures]:
+def cases(device: str = "cpu", bench: str = "peers") -> dict[str, Figures]:
     """Case -> metric -> newest row of one kind of device: "cpu", or "cuda" for any GPU."""
-    path, table = RESULTS / "peers.jsonl", defaultdict[str, Figures](dict)
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    table = defaultdict[str, Figures](dict)
+    for row in seeded.rows(RESULTS / f"{bench}.jsonl"):
         if (row["cuda"] is None) == (device == "cpu"):
             table[row["case"]][row["metric"]] = row
     return dict(table)

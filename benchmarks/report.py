@@ -8,7 +8,6 @@ The newest row of a case, metric and device counts. What has no row is said to b
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 from collections import defaultdict
@@ -58,8 +57,7 @@ PAIRED = (
 
 def read(bench: str) -> list[Row]:
     """All rows of one results file, oldest first; none if there is no file."""
-    path = RESULTS / f"{bench}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    return seeded.rows(RESULTS / f"{bench}.jsonl")
 
 
 def newest(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:

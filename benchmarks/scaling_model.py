@@ -39,9 +39,7 @@ FLOAT64_FLOPS = 50e12  # of the distances between class centres; an H200's tenso
 class Machine:
     """What the model assumes of the hardware; bandwidths are what collectives reach, not what a data sheet says."""
 
-    rate: float = (
-        1500.0  # images/s of BCL (three 224 x 224 views, ResNet-50, bf16) on one GPU; used where no row has it
-    )
+    rate: float = 1500.0  # images/s of BCL (three 224 x 224 views, ResNet-50, bf16) on one GPU, where no row has it
     floor: float = 0.008  # s: a pass is not faster than its launches, however small the batch
     gpus: int = 8  # in one machine
     inside: float = 300e9  # bytes/s of an all-reduce over NVLink

@@ -217,7 +217,7 @@ def test_tables_of_other_code_say_what_was_not_measured(results: Path) -> None:
 
 
 def test_tables_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(peer_tables, "RESULTS", tmp_path)
     assert {make() for make in gpu_tables.TABLES.values()} == {"not measured"}
 
     def put(

@@ -15,7 +15,6 @@ Legend: B batch, D elements of the flattened encoder.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ltfast.preserve.layers import Unlike, known_layers, sample_gradients
+from ltfast.preserve.layers import Unlike, known_layers, sample_squares
 
 # Bytes of per-sample gradients held at once when `chunk` is not given: 9 samples of a ResNet-50, 512 of a ResNet-32.
 CHUNK_BYTES = 1 << 30
@@ -86,7 +85,7 @@ def fisher_sums(
     params = {n: named[n].detach() for n in names}
     chunk = chunk or max(1, min(MAX_CHUNK, CHUNK_BYTES // (4 * sum(p.numel() for p in params.values()))))
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in params.items()}
-    squares = _sample_squares(model, loss_fn, chunk) if mode == "per-sample" else _batch_squares(model, loss_fn)
+    squares = _sample_squares(model, names, loss_fn, chunk) if mode == "per-sample" else _batch_squares(model, loss_fn)
     seen = 0
     with _modes(model, training=False):
         for images, labels in batches:
@@ -99,45 +98,32 @@ def fisher_sums(
 Squares = Callable[[dict[str, Tensor], Tensor, Tensor], Iterator[tuple[str, Tensor]]]
 
 
-def _sample_squares(model: nn.Module, loss_fn: LossFn, chunk: int) -> Squares:
+def _sample_squares(model: nn.Module, names: list[str], loss_fn: LossFn, chunk: int) -> Squares:
     """Yields sum over samples of squared gradients, parameter by parameter, `chunk` samples at a time.
 
-    On a GPU layer by layer where every layer is of a kind that layers.py knows (each first chunk is checked against
-    autograd), else by vmap.
+    On a GPU layer by layer where every layer is of a kind that layers.py knows (each batch's first chunk is checked
+    against autograd), else by vmap.
     """
-    by_vmap, unlike = _vmapped_squares(model, loss_fn), False
+    by_vmap = _vmapped_squares(model, loss_fn)
+    layers = known_layers(model, names) if _by_layers(model) else None
 
     def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-        nonlocal unlike
-        layers = known_layers(model, list(params)) if _by_layers(images) and not unlike else None
+        nonlocal layers
         for i, (x, y) in enumerate(zip(images.split(chunk), labels.split(chunk), strict=True)):
             if layers is not None:
-                sums: dict[str, Tensor] = {}
-                found = partial(_keep_squares, sums)
-                loss = partial(_of_labels, loss_fn, y)
                 try:
-                    sample_gradients(model, layers, loss, x, list(params), found, check=i == 0)
-                except Unlike:
-                    layers, unlike = None, True
-                else:
-                    yield from sums.items()
+                    yield from sample_squares(model, layers, loss_fn, x, y, names, check=i == 0).items()
                     continue
+                except Unlike:
+                    layers = None
             yield from by_vmap(params, x, y)
 
     return squares
 
 
-def _by_layers(images: Tensor) -> bool:
+def _by_layers(model: nn.Module) -> bool:
     """cuDNN is slow at vmap's convolutions of a group a sample; on a CPU they are faster for small networks."""
-    return images.is_cuda
-
-
-def _keep_squares(sums: dict[str, Tensor], name: str, gradients: Tensor) -> None:
-    sums[name] = gradients.square().sum(0)  # never in place: gradients of two parameters may share memory
-
-
-def _of_labels(loss_fn: LossFn, labels: Tensor, outputs: Tensor) -> Tensor:
-    return loss_fn(outputs, labels)
+    return next(model.parameters()).is_cuda
 
 
 def _vmapped_squares(model: nn.Module, loss_fn: LossFn) -> Squares:

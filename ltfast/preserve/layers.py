@@ -24,7 +24,6 @@ AGREE = (
     0.02  # of the root of the samples' squared gradients: more than TF32 changes their sum, less than a mistake does
 )
 Gradients = Iterator[tuple[str, Tensor]]  # (parameter of the layer, gradients of B samples [B, *shape])
-Found = Callable[[str, Tensor], None]  # told the name of a parameter and the gradients of a chunk's samples
 
 
 def _of_convolution(layer: nn.Conv2d, x: Tensor, up: Tensor) -> Gradients:
@@ -92,42 +91,45 @@ class Unlike(Exception):
     """A layer's gradients do not add up to autograd's: it is used in a way that its inputs and outputs do not show."""
 
 
-def sample_gradients(
+def sample_squares(
     model: nn.Module,
     layers: Sequence[tuple[str, nn.Module]],
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
+    labels: Tensor,
     names: Sequence[str],
-    found: Found,
     *,
     check: bool = False,
-) -> None:
-    """Tell `found` the gradients of every sample of `images` [B, ...] with respect to the parameters `names` of `layers`.
+) -> dict[str, Tensor]:
+    """Sums over the samples of `images` [B, ...] of their squared gradients with respect to the parameters `names` of `layers`.
 
-    loss: outputs [B, C] -> loss of each sample [B]. The model must be in evaluation mode, so that samples do not mix. check:
-    compare their sums with autograd's gradients.
+    loss: (outputs [B, C], labels [B]) -> loss of each sample [B]. The model must be in evaluation mode, so that samples do not mix. check:
+    compare the gradients' own sums with autograd's.
 
     Raises:
         Unlike: with check, if they differ, or if a layer is used more than once.
     """
-    wanted = set(names)
     values = {name: p.detach() for name, p in model.named_parameters()}
     if check:
         values |= {name: values[name].requires_grad_() for name in names}
-    sums = dict[str, tuple[Tensor, Tensor]]()  # the samples' sum, and the root of the sum of their squares
+    squares = dict.fromkeys(names, images.new_zeros(()))
+    sums = dict[str, Tensor]()
 
     def arrived(prefix: str, layer: nn.Module, x: Tensor, up: Tensor) -> None:
         rule = _rule(layer)
         assert rule is not None
         with torch.no_grad():
-            for name, gradients in rule(layer, x, up):
-                if prefix + name not in wanted:
+            for own, gradients in rule(layer, x, up):
+                name = prefix + own
+                if name not in squares:
                     continue
+                if check and name in sums:
+                    raise Unlike(name)
+                squares[name] = gradients.square().sum(
+                    0
+                )  # never in place: gradients of two parameters may share memory
                 if check:
-                    if prefix + name in sums:
-                        raise Unlike(prefix)
-                    sums[prefix + name] = gradients.sum(0), gradients.norm()
-                found(prefix + name, gradients)
+                    sums[name] = gradients.sum(0)
 
     def passed(prefix: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
@@ -135,14 +137,14 @@ def sample_gradients(
 
     with _hooks(layers, passed), torch.enable_grad():
         start = images.detach().requires_grad_()  # gradients of all outputs, and of no parameter unless checked
-        total = loss(functional_call(model, values, (start,))).sum()
+        total = loss(functional_call(model, values, (start,)), labels).sum()
         known = torch.autograd.grad(total, [start, *(values[n] for n in names if check)], allow_unused=True)
     for name, exact in zip(names, known[1:], strict=False):
-        if exact is None:
-            continue
-        own, size = sums.get(name, (torch.zeros_like(exact), exact.norm()))
-        if not bool((own - exact).norm() <= AGREE * size):
-            raise Unlike(name)
+        if exact is not None:
+            error = (sums.get(name, 0.0) - exact).norm()
+            if not bool(error <= AGREE * squares[name].sum().sqrt()):
+                raise Unlike(name)
+    return squares
 
 
 @contextmanager
