@@ -94,19 +94,23 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def run(op: str, make: Callable[[int, str], Iterator[Case]], description: str | None) -> None:
+def run(
+    op: str,
+    make: Callable[[int, str], Iterator[Case]],
+    description: str | None,
+    gpu_sizes: tuple[int, ...] = GPU_SIZES,
+    cpu_sizes: tuple[int, ...] = CPU_SIZES,
+) -> None:
     """Command line of one benchmark script: `make(n, device)` yields its cases."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", help="parameters N (default: 25.6M and 100M; on a CPU 100k and 25.6M)"
-    )
+    parser.add_argument("--sizes", type=int, nargs="+", help=f"elements N (default: {gpu_sizes}; on a CPU {cpu_sizes})")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="ltfast and only these beside it (eager, ...)")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/kernels.jsonl")
     arguments = parser.parse_args()
     on_gpu = arguments.device.startswith("cuda")
     print(LINE.format("case", "kernels", "passes", "B/element", "us", "GB/s", "of copy"))
-    for n in arguments.sizes or (GPU_SIZES if on_gpu else CPU_SIZES):
+    for n in arguments.sizes or (gpu_sizes if on_gpu else cpu_sizes):
         for case in make(n, arguments.device):
             wanted = ("ltfast", *(arguments.only or case.calls))
             calls = {k: call for k, call in case.calls.items() if k in wanted and (on_gpu or k != "compiled")}

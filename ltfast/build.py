@@ -20,6 +20,7 @@ from ltfast.graph import Captured, CudaRecorder, Recorder
 from ltfast.kernels.common import MAX_ROWS
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
+from ltfast.models.conv import use_own_kernels
 from ltfast.models.registry import is_cifar_encoder
 from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import Rule
@@ -166,6 +167,8 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     model = LongTailModel(encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier)
     if cfg.weights and not published:
         checkpoint.load_weights(model.encoder, Path(cfg.weights))
+    if config.run.convolutions == "kernel":
+        use_own_kernels(model)
     return model
 
 

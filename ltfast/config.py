@@ -211,6 +211,11 @@ class Run:
     capture: str = _opt(
         "auto", "record whole steps as CUDA graphs; auto = small pictures on one GPU", choices=("auto", "on", "off")
     )
+    convolutions: str = _opt(
+        "library",
+        "3x3 convolutions of 16 and 32 channels in bf16 or fp16; kernel = ltfast's own",
+        choices=("library", "kernel"),
+    )
     deterministic: bool = _opt(False, "bit-reproducible kernels")
     checkpoint_every: int = _opt(1, "epochs between checkpoints", least=1)
     checkpoint_minutes: float = _opt(15.0, "also checkpoint after this many minutes in mid-epoch; 0 = off", least=0)

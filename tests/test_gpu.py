@@ -2,7 +2,7 @@
 
     pytest -m gpu tests/test_gpu.py
 
-None of this has been confirmed on a GPU yet; tolerances are those of the same comparisons on the CPU, widened for cuDNN.
+Tolerances are those of the same comparisons on the CPU, widened for cuDNN.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ltfast.graph import Captured, CudaRecorder
 from ltfast.losses import membership_for
 from ltfast.memory import OVERHEAD, activations
 from ltfast.models import LongTailModel, create_encoder
+from ltfast.models.conv import use_own_kernels
 from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import Rule
 from ltfast.recipes import build_config
@@ -74,11 +75,14 @@ def run(
     compiled: bool = False,
     recorded: bool = False,
     half: torch.dtype | None = None,
+    own: bool = False,
     between: Callable[[int], None] = lambda step: None,
 ) -> tuple[Tensor, TrainStep]:
     """(weights after `steps` steps, the step)."""
     rule: Rule | None = KINDS_RECORDED[name][0]
     net, objective, batches = make(device)
+    if own:
+        use_own_kernels(net)
     flat = FlatParameters(net.parameters())
     scaler = LossScale(torch.device(device), 1024.0) if half == torch.float16 else None
     update = Update(flat, momentum=0.9, weight_decay=1e-3, scaler=scaler)
@@ -141,11 +145,12 @@ def test_cpu_and_gpu_agree_for_three_steps(name: str) -> None:
     assert gap(cpu, gpu, start) < DEVICES
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["library", "own kernels"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_goes_the_same_way(half: torch.dtype) -> None:
+def test_half_precision_goes_the_same_way(half: torch.dtype, own: bool) -> None:
     full, _ = run("gsa-full", steps=3)
     start, _ = run("gsa-full", steps=0)
-    low, step = run("gsa-full", steps=3, half=half, compiled=True)
+    low, step = run("gsa-full", steps=3, half=half, own=own, compiled=True)
     assert float(step.update.skipped) == 0
     assert gap(full, low, start) < HALF
 

@@ -7,6 +7,8 @@ Shortcuts are option A (subsample, pad channels with zeros: no parameters), so R
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltfast.models.conv import Conv3x3
+
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 CIFAR_STRIDES = (1, 2, 2)  # maps of 32, 16, 8 pixels for 32 x 32 pictures; 8, 4, 2 for the 8 x 8 digits
 # One halving fewer. Not for the digits (resnet8, imbalance 60, 40 epochs, 4 seeds, one core; top-1, ms a step of 64):
@@ -21,9 +23,9 @@ class BasicBlock(nn.Module):
         super().__init__()
         if out_channels < in_channels:
             raise ValueError(f"out_channels: {out_channels} < in_channels {in_channels}; option A only pads channels")
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.conv1 = Conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
         self.pad = out_channels - in_channels
@@ -59,7 +61,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"width, in_channels: ({width}, {in_channels}) must be at least 1")
         blocks = (depth - 2) // 6
         self.feature_dim = 4 * width
-        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.conv1 = Conv3x3(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = _stage(width, width, blocks, strides[0])
         self.layer2 = _stage(width, 2 * width, blocks, strides[1])

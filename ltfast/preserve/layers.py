@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ltfast.models.conv import Conv3x3
+
 AGREE = (
     0.02  # of the root of the samples' squared gradients: more than TF32 changes their sum, less than a mistake does
 )
@@ -60,7 +62,7 @@ def _of_batchnorm(layer: _BatchNorm, x: Tensor, up: Tensor) -> Gradients:
 
 def _rule(layer: nn.Module) -> Callable[..., Gradients] | None:
     """How a layer's gradients are computed, or None if it is of no kind that is known here."""
-    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+    if type(layer) in (nn.Conv2d, Conv3x3) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return _of_convolution
     if type(layer) is nn.Linear:
         return _of_linear

@@ -53,6 +53,14 @@ def penalty_gradient() -> Tensor:
     return torch.ops.ltfast.anchor_grad(theta.detach(), rows(4), rows(4), torch.ones(4), torch.ones(()))
 
 
+def convolution(channels: int) -> None:
+    x = torch.zeros(2, channels, 16, 16, dtype=NARROW).to(memory_format=torch.channels_last)
+    weight = torch.zeros(channels, channels, 3, 3)
+    for mirror in (False, True):
+        torch.ops.ltfast.conv3x3(x, weight, mirror)
+    torch.ops.ltfast.conv3x3_weight(x, x)
+
+
 one = torch.ones(())
 SMALL = {  # name: (module, call)
     "gram-1": ("gram", lambda: K.gram(rows(1), flat())),
@@ -80,6 +88,8 @@ LOOPED = {  # kernels with a loop over rows, where the listing shows one iterati
     "anchor_penalty": ("anchor", lambda: K.anchor_penalty(flat(), rows(4), rows(4), torch.ones(4))),
     "anchor_grad": ("anchor", penalty_gradient),
     "collapse_anchors": ("anchor", lambda: K.collapse_anchors(rows(4), rows(4), torch.ones(4))),
+    "conv-16": ("conv", lambda: convolution(16)),
+    "conv-32": ("conv", lambda: convolution(32)),
     "coefficients-sam": ("coefficients", ascent(1, "joint", rho=0.05)),
     "coefficients-gsa": ("coefficients", ascent(4, "orthogonal")),
     "coefficients-friendly": ("coefficients", ascent(4, "friendly", objective="per_group")),

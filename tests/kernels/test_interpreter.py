@@ -11,7 +11,7 @@ import pytest
 from .support import skip_if_interpreting
 
 HERE = Path(__file__).parent
-FILES = ("gram", "coefficients", "perturb", "step", "anchor", "ops", "working_copy", "counts", "large", "graph")
+FILES = ("gram", "coefficients", "perturb", "step", "anchor", "conv", "ops", "working_copy", "counts", "large", "graph")
 # triton 3.6's interpreter cannot turn a bound of range() into an int with numpy 2.4; later ones can.
 PROBE = """
 import numpy, torch, triton, triton.language as tl

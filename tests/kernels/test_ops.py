@@ -29,6 +29,7 @@ def op_samples() -> dict[str, list[tuple]]:
     rows, coef, one = normal(G, N, seed=9), normal(G, seed=10), torch.ones(())
     partials = gram_partials(rows, theta)
     scalars = (0.1, None, 0.0, None, 1.0, None)
+    pictures, filters = normal(2, 16, 3, 4, seed=11), normal(16, 16, 3, 3, seed=12)
     device_scalars = (0.0, one, 0.0, one, 0.0, one)
     rule = (0.0, None, 0.1, None, 2e-3, None, 3e-3, None, 1.0, None)
     return {
@@ -50,6 +51,11 @@ def op_samples() -> dict[str, list[tuple]]:
         "anchor_penalty": [(theta.clone().requires_grad_(), rows, rows**2, coef)],
         "anchor_grad": [(theta, rows, rows**2, coef, one)],
         "collapse_anchors": [(rows, rows**2, coef.abs())],
+        "conv3x3": [
+            (pictures.clone().requires_grad_(), filters.clone().requires_grad_(), False),
+            (pictures, filters, True),
+        ],
+        "conv3x3_weight": [(pictures, pictures)],
     }
 
 

@@ -1,0 +1,161 @@
+"""conv3x3 and its gradients against nine shifted products in float64, and through torch.compile and autocast."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ltfast.errors import UserError
+from ltfast.kernels import common
+from ltfast.kernels.conv import WEIGHT_BLOCK, WEIGHT_PROGRAMS, conv3x3, conv3x3_reference
+from ltfast.models import create_encoder
+from ltfast.models.conv import Conv3x3, use_own_kernels
+from ltfast.models.resnet import BasicBlock
+
+from .support import PLACES, check, normal, same_bits, skip_if_interpreting
+
+# N, I, O, H, W: more than one program, a last one half full, one row, one column, one pixel, channels that change
+SHAPES = [(3, 16, 16, 9, 7), (2, 32, 32, 8, 8), (2, 16, 32, 5, 4), (2, 32, 16, 4, 4), (3, 16, 16, 1, 5), (2, 16, 16, 5, 1), (1, 32, 32, 1, 1)]  # fmt: skip
+KINDS = {torch.float32: "convolution", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NHWC = torch.channels_last
+
+
+def problem(n: int, i: int, o: int, h: int, w: int, dtype: torch.dtype, place: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures in channels_last, a filter, and the gradient of the result."""
+    x = normal(n, i, h, w, seed=1).to(dtype).to(place, memory_format=NHWC)
+    return (
+        x,
+        normal(o, i, 3, 3, seed=2, place=place),
+        normal(n, o, h, w, seed=3).to(dtype).to(place, memory_format=NHWC),
+    )
+
+
+def with_gradients(function, x: Tensor, weight: Tensor, up: Tensor) -> list[Tensor]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = function(x, weight)
+    return [y, *torch.autograd.grad(y, [x, weight], up.to(y.dtype))]
+
+
+def skip_bfloat16_in_the_interpreter(dtype: torch.dtype, place: str) -> None:
+    if common.INTERPRET and place == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("triton's interpreter multiplies the bits of bfloat16, not its numbers")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", list(KINDS))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_result_and_gradients(place, dtype, shape):
+    skip_bfloat16_in_the_interpreter(dtype, place)
+    x, weight, up = problem(*shape, dtype, place)
+    found = with_gradients(conv3x3, x, weight, up)
+    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
+    assert found[0].is_contiguous(memory_format=NHWC)
+    x, weight = x.double(), weight.to(dtype).double()
+    expected = with_gradients(conv3x3_reference, x, weight, up)
+    turned = with_gradients(conv3x3_reference, x, weight.flip(2, 3), up)
+    kinds = [KINDS[dtype], KINDS[dtype], "convolution"]
+    for actual, exact, wrong, kind in zip(found, expected, turned, kinds, strict=True):
+        check(actual, exact, kind, [wrong] if shape[-2:] != (1, 1) and actual is not found[2] else [])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("channels", [16, 32])
+def test_every_program_of_the_weights_gradient_takes_several_blocks(place, channels, monkeypatch):
+    monkeypatch.setitem(WEIGHT_PROGRAMS, channels, 4)
+    pixels = 2 * 4 * WEIGHT_BLOCK + 77
+    x, weight, up = problem(1, channels, channels, 1, pixels, torch.float32, place)
+    found, again = (with_gradients(conv3x3, x, weight, up)[2] for _ in range(2))
+    check(found, with_gradients(conv3x3_reference, x.double(), weight.double(), up)[2], "convolution")
+    assert same_bits(found, again)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_any_memory_format_of_pictures_filter_and_gradient(place):
+    x, weight, up = problem(2, 16, 32, 6, 5, torch.float32, place)
+    expected = with_gradients(conv3x3, x, weight, up)
+    for a, b, c in itertools.product((NHWC, torch.contiguous_format), repeat=3):
+        found = with_gradients(
+            conv3x3, x.contiguous(memory_format=a), weight.contiguous(memory_format=b), up.contiguous(memory_format=c)
+        )
+        assert all(same_bits(p, q) for p, q in zip(found, expected, strict=True))
+
+
+def test_bad_arguments_are_named():
+    x, weight = torch.ones(2, 16, 4, 4), torch.ones(16, 16, 3, 3)
+    for name, arguments in {
+        r"x_NCHW must be .* not \(2, 8, 4, 4\)": (x[:, :8], weight),
+        "x_NCHW must be": (x[0], weight),
+        r"x_NCHW must be .* not \(0,": (x[:0], weight),
+        "weight_OIKK must be": (x, weight[:, :, :1]),
+        r"weight_OIKK must be \[O, 16": (x, weight[:8]),
+        "x_NCHW is torch.float64": (x.double(), weight),
+        "weight_OIKK is torch.float16": (x, weight.half()),
+        "weight_OIKK lies on meta": (x, weight.to("meta")),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            conv3x3(*arguments)
+    with pytest.raises(ValueError, match="2\\^31 pixels"):
+        conv3x3(torch.empty(1, 16, 2**16, 2**15, device="meta"), weight.to("meta"))
+
+
+# --- in a network -------------------------------------------------------------------------------------------------------
+
+
+def block(place: str, own: bool) -> BasicBlock:
+    torch.manual_seed(0)
+    made = BasicBlock(16, 16).to(place, memory_format=NHWC)
+    if own:
+        use_own_kernels(made)
+    return made
+
+
+def passed(model: torch.nn.Module, function, x: Tensor) -> list[Tensor]:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = function(x)
+    return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+
+@skip_if_interpreting()
+@pytest.mark.parametrize("place", PLACES)
+def test_a_block_under_autocast_computes_what_the_library_computes(place):
+    x = normal(4, 16, 8, 8, seed=4, place=place).to(memory_format=NHWC)
+    library, ours = (passed(m, m, x) for m in (block(place, False), block(place, True)))
+    for a, b in zip(ours, library, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() < 0.02 * b.norm()  # both are rounded to bfloat16, at different places
+    with torch.no_grad():  # no autocast: the library, bit for bit
+        assert same_bits(block(place, True)(x), block(place, False)(x))
+
+
+@skip_if_interpreting()
+@pytest.mark.parametrize("place", PLACES)
+def test_a_block_compiles_to_one_graph_with_the_same_result(place):
+    x = normal(4, 16, 8, 8, seed=5, place=place).to(memory_format=NHWC)
+    model = block(place, True)
+    eager = passed(model, model, x)
+    compiled = passed(model, torch.compile(model, fullgraph=True, dynamic=False), x)
+    for a, b in zip(compiled, eager, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_its_operations_are_counted_like_the_librarys():
+    counts = []
+    for own in (False, True):
+        model, x = block("cpu", own), normal(2, 16, 6, 6, seed=6)
+        with FlopCounterMode(display=False) as counter:
+            passed(model, model, x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_only_what_the_kernel_can_do_goes_through_it():
+    encoder, _ = create_encoder("resnet20", 3)
+    use_own_kernels(encoder)
+    layers = [m for m in encoder.modules() if isinstance(m, Conv3x3)]
+    ours = [m for m in layers if m.own_kernel]
+    assert len(layers) == 19
+    assert len(ours) == 6 + 5  # not the stem's 3 channels, the 64 of the last stage, or a stride of 2
+    with pytest.raises(UserError, match="--convolutions kernel"):
+        use_own_kernels(torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3)))
