@@ -17,7 +17,10 @@ from ltfast.models.resnet import BasicBlock
 from .support import PLACES, check, normal, same_bits, skip_if_interpreting
 
 # N, I, O, H, W: more than one program, a last one half full, one row, one column, one pixel, channels that change
-SHAPES = [(3, 16, 16, 9, 7), (2, 32, 32, 8, 8), (2, 16, 32, 5, 4), (2, 32, 16, 4, 4), (3, 16, 16, 1, 5), (2, 16, 16, 5, 1), (1, 32, 32, 1, 1)]  # fmt: skip
+SHAPES = [
+    (3, 16, 16, 9, 7), (2, 32, 32, 8, 8), (2, 16, 32, 5, 4), (2, 32, 16, 4, 4), (3, 16, 16, 1, 5), (2, 16, 16, 5, 1),
+    (1, 32, 32, 1, 1),
+]  # fmt: skip
 KINDS = {torch.float32: "convolution", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NHWC = torch.channels_last
 
