@@ -54,6 +54,59 @@ class AscentStats(NamedTuple):
     bad: Tensor  # 0-d: 1 if the gradient is not finite; the update takes it as its found_inf
 
 
+class _Directions(NamedTuple):
+    """uh = D u, float64: D [K, R], |uh_k|^2, which of them became u_k, and which there are."""
+
+    D: Tensor
+    norm_sq: Tensor
+    fallback: Tensor
+    valid: Tensor
+
+
+def _directions(gram: Tensor, w: Tensor, direction: str, sigma: float | Tensor) -> _Directions:
+    """Eq. 12 and its relatives from M [R, R] and the shares w [G], 0 for an absent group."""
+    groups, diagonal = len(w), gram.diagonal()[: len(w)]
+    own = torch.eye(len(gram), dtype=torch.float64, device=gram.device)[:groups]  # D of uh_k = u_k
+    if direction == "joint":
+        D = w[None]
+        norm_sq = ((D @ gram) * D).sum(1)
+        return _Directions(D, norm_sq, torch.zeros_like(norm_sq, dtype=torch.bool), norm_sq > 0)
+
+    global_sq = w @ gram[:groups, :groups] @ w  # |u|^2
+    p = torch.where(global_sq > 0, (gram[:groups, :groups] @ w) / global_sq, 0.0)  # <u_k, u> / <u, u>
+    if direction == "none":
+        D = own
+    elif direction == "orthogonal":  # Eq. 12
+        D = own - p[:, None] * w
+    elif direction == "projected":
+        D = p[:, None] * w
+    else:  # friendly: rows are u_1..u_G, m_1..m_G
+        sigma_K1 = torch.as_tensor(sigma, dtype=torch.float64, device=gram.device).expand(groups)[:, None]
+        D = own - sigma_K1 * own.roll(groups, 1)
+    norm_sq = ((D @ gram) * D).sum(1)
+    single = groups == 1 and direction in ("orthogonal", "projected")
+    fallback = (w > 0) & ((norm_sq <= FALLBACK * diagonal) | single)
+    norm_sq = torch.where(fallback, diagonal, norm_sq)
+    return _Directions(torch.where(fallback[:, None], own, D), norm_sq, fallback, (w > 0) & (norm_sq > 0))
+
+
+def _radii(
+    norm: Tensor,
+    theta_norm: Tensor,
+    n: Tensor,
+    n_elements: int,
+    scale: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 13, and sqrt(d) of Eq. 15: (radius before the clip, which bound it met, length that is meant) of directions of
+    length `norm` whose groups hold n images."""
+    radius = scale * (theta_norm / (2 * norm)).sqrt() * n_elements**-0.25 * (n.clamp(min=2) - 1) ** -0.25
+    clipped = (radius > high).double() - (radius < low).double()
+    low, high = (torch.as_tensor(bound).to(radius) for bound in (low, high))
+    return radius, clipped, n_elements**0.5 * radius.clamp(min=low).clamp(max=high)
+
+
 def ascent_coefficients_reference(
     gram_PRR: Tensor,
     theta_sq_P: Tensor | None,
@@ -69,78 +122,43 @@ def ascent_coefficients_reference(
     aggregate: str,
     objective: str,
 ) -> tuple[Tensor, Tensor]:
-    """The torch oracle in float64: D (K x R) holds the directions, uh = D u; returns (coefficients, stats [7, K])."""
-    rows, groups = gram_PRR.shape[-1], shares_G.shape[0]
+    """The torch oracle in float64: directions, their lengths, and what is made of them; (coefficients, stats [7, K])."""
     present = shares_G > 0
-    live = present.repeat(rows // groups)
+    live = present.repeat(gram_PRR.shape[-1] // len(shares_G))
     gram = torch.where(live[:, None] & live, gram_PRR.double().sum(0), 0.0)  # M
     w = torch.where(present, shares_G.double(), 0.0)
-    plain = torch.eye(rows, dtype=torch.float64, device=gram.device)[:groups]  # D of "none": uh_k = u_k
-
-    global_sq = w @ gram[:groups, :groups] @ w  # |u|^2
-    p = torch.where(global_sq > 0, (gram[:groups, :groups] @ w) / global_sq, 0.0)  # <u_k, u> / <u, u>
-    if direction == "joint":
-        D = w[None]
-    elif direction == "none":
-        D = plain
-    elif direction == "orthogonal":  # Eq. 12
-        D = plain - p[:, None] * w
-    elif direction == "projected":
-        D = p[:, None] * w
-    else:  # friendly: rows are u_1..u_G, m_1..m_G
-        sigma_K1 = torch.as_tensor(sigma, dtype=torch.float64, device=gram.device).expand(groups)[:, None]
-        D = plain - sigma_K1 * plain.roll(groups, 1)
-
-    norm_sq = ((D @ gram) * D).sum(1)
-    fallback = torch.zeros_like(norm_sq, dtype=torch.bool)
-    if direction != "joint":
-        single = groups == 1 and direction in ("orthogonal", "projected")
-        fallback = present & ((norm_sq <= FALLBACK * gram.diagonal()[:groups]) | single)
-        D = torch.where(fallback[:, None], plain, D)
-        norm_sq = torch.where(fallback, gram.diagonal()[:groups], norm_sq)
-        valid = present & (norm_sq > 0)
-    else:
-        valid = norm_sq > 0
+    D, norm_sq, fallback, valid = _directions(gram, w, direction, sigma)
     norm = norm_sq.clamp(min=0).sqrt()
-
-    if rho is None:  # Eq. 13, and sqrt(d) of Eq. 15
+    if rho is None:
         assert theta_sq_P is not None
         assert counts_G is not None
         n = counts_G.double().sum()[None] if direction == "joint" else counts_G.double()
         theta_norm = theta_sq_P.double().sum().sqrt()
-        radius = scale * (theta_norm / (2 * norm)).sqrt() * n_elements**-0.25 * (n.clamp(min=2) - 1) ** -0.25
-        clipped = (radius > rho_max).double() - (radius < rho_min).double()
-        intended = n_elements**0.5 * radius.clamp(min=torch.as_tensor(rho_min).to(radius)).clamp(
-            max=torch.as_tensor(rho_max).to(radius)
-        )
+        radius, clipped, intended = _radii(norm, theta_norm, n, n_elements, scale, rho_min, rho_max)
     else:
-        radius = torch.zeros_like(norm) + rho
-        clipped, intended = torch.zeros_like(norm), radius
-    r = torch.where(valid, intended / norm, 0.0)
+        radius = intended = torch.zeros_like(norm) + rho
+        clipped = torch.zeros_like(norm)
 
+    r = torch.where(valid, intended / norm, 0.0)
     coef = torch.where((r != 0)[:, None], r[:, None] * D, 0.0)  # [K, R]
+    length_sq = torch.where(valid, r * r * norm_sq, 0.0)
     if objective == "shared":
-        if direction == "joint":
-            a = torch.ones_like(r)
-        else:
+        a = torch.ones_like(r)
+        if direction != "joint":
             a = w / w.sum() if aggregate == "share" else present.double() / present.sum()
         coef = torch.where(present.any(), a, 0.0) @ coef
-        length_sq = (coef @ gram @ coef).expand_as(r)
+        total = coef @ gram @ coef
         if direction != "joint":
-            vanishes = length_sq[0] <= FALLBACK * (a * torch.where(valid, intended, 0.0)).sum() ** 2
-            coef, length_sq = torch.where(vanishes, 0.0, coef), torch.where(vanishes, 0.0, length_sq)
-    else:
-        length_sq = r * r * norm_sq
+            vanishes = total <= FALLBACK * (a * torch.where(valid, intended, 0.0)).sum() ** 2
+            coef, total = torch.where(vanishes, 0.0, coef), torch.where(vanishes, 0.0, total)
+        length_sq = total.expand_as(r)
+
     coef = coef.float()
     finite = torch.isfinite(coef).all() & torch.isfinite(gram).all() & torch.isfinite(shares_G).all()
     ok = finite & valid.any()
-    stats = torch.stack(
-        (norm_sq, radius, clipped, fallback.double(), length_sq, torch.ones_like(r), torch.ones_like(r))
-    )
-    stats = torch.where(valid, stats, 0.0)
-    stats[6] = ~finite
-    stats[4], stats[5] = (length_sq, ok) if objective == "shared" else (torch.where(valid, length_sq, 0.0), ok)
-    return torch.where(ok, coef, 0.0), stats.float()
+    found = torch.where(valid, torch.stack((norm_sq, radius, clipped, fallback.double())), 0.0)
+    flags = torch.stack((ok, ~finite)).double()[:, None].expand(2, len(r))
+    return torch.where(ok, coef, 0.0), torch.cat((found, length_sq[None], flags)).float()
 
 
 def _one_row(gram_PRR: Tensor, rho: float, objective: str) -> tuple[Tensor, Tensor]:
