@@ -50,7 +50,7 @@ class AscentStats(NamedTuple):
     clipped: Tensor  # [K] -1 at the lower bound, +1 at the upper, 0 inside (or fixed rho)
     fallback: Tensor  # [K] 1 where uh_k was replaced by u_k
     length_sq: Tensor  # |sum_j c_j u_j|^2: 0-d (shared) or [K] (per group); |eps / s|^2 of the perturbation
-    ok: Tensor  # 0-d: 0 if the gradient is zero or not finite: every coefficient is 0 and the step should be skipped
+    ok: Tensor  # 0-d: 0 if the gradient is zero or not finite: every coefficient is 0
     bad: Tensor  # 0-d: 1 if the gradient is not finite; the update takes it as its found_inf
 
 

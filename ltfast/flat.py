@@ -109,7 +109,7 @@ class FlatParameters:
         """
         if [p.data_ptr() for p in self.params] == self._addresses:
             return
-        for p, view, address in zip(self.params, self._views, self._addresses, strict=True):
+        for i, (p, view, address) in enumerate(zip(self.params, self._views, self._addresses, strict=True)):
             if p.data_ptr() == address:
                 continue
             if p.device != view.device or p.dtype != view.dtype or p.shape != view.shape:
@@ -117,8 +117,14 @@ class FlatParameters:
                     f"a parameter is now {p.dtype} {tuple(p.shape)} on {p.device}, was {view.dtype} {tuple(view.shape)} "
                     f"on {view.device}: move or convert the model before you make its optimizer"
                 )
+            if view.data_ptr() != address:  # its storage went into shared memory (share_memory_, a queue)
+                view = self._views[i] = torch.from_dlpack(self.views(self.data)[i])
             view.copy_(p.detach())
             p.data = view
+
+    def changed(self) -> None:
+        """The buffer was written: autograd must notice parameters that a graph has saved, as after any write in place."""
+        torch.autograd.graph.increment_version(self.params)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Views of a [N] buffer shaped and strided like the parameters, in order."""
@@ -172,7 +178,8 @@ class GradientRows:
         self._views = [[view.data for view in flat.views(row)] for row in self.data]
         self._attached = [[0] * len(self.params) for _ in range(rows)]  # version when attached
         self._dirty = [[False] * len(self.params) for _ in range(rows)]  # the row holds a gradient there
-        self._used: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.params)  # by `consume`
+        self._used: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.params)  # by `consume` or `attach`
+        self._consumed = False  # by `consume`
         self.gathered = 0
 
     def attach(self, row: int = 0, *, zero: bool = True, only: Sequence[bool] | None = None) -> Tensor:
@@ -182,6 +189,7 @@ class GradientRows:
             self.data[row].zero_()
             self._attached[row] = [view._version for view in views]
             self._used = [(weakref.ref(view), view._version) for view in views]
+            self._consumed = False
             self._dirty[row] = [False] * len(views)
         for p, view, wanted in zip(self.params, views, repeat(True) if only is None else only, strict=False):
             p.grad = view if wanted else None
@@ -260,14 +268,26 @@ class GradientRows:
         """Remember the gradients as used, so that `fresh` tells whether new ones have come."""
         for i, p in enumerate(self.params):
             self._used[i] = None if p.grad is None else (weakref.ref(p.grad), p.grad._version)
+        self._consumed = True
 
     def fresh(self) -> bool:
-        """True if a parameter has a gradient that came after the last `attach` or `consume`."""
+        """True if a parameter has a gradient that came after the last `attach` or `consume`.
+
+        Used gradients that were written since may have been set to zero (`model.zero_grad(set_to_none=False)`): then, and
+        only then, the host looks.
+        """
+        written = []
         for p, used in zip(self.params, self._used, strict=True):
             grad = p.grad
-            if grad is not None and (used is None or used[0]() is not grad or used[1] != grad._version):
+            if grad is None:
+                continue
+            if used is None or used[0]() is not grad:
                 return True
-        return False
+            if used[1] != grad._version:
+                written.append(grad)
+        if not written or not self._consumed:
+            return bool(written)
+        return bool(torch.stack([grad.detach().any() for grad in written]).any())
 
 
 class FlatBuffers:

@@ -31,6 +31,7 @@ from ltfast.optim.inner import (
     fused,
     fused_step,
     release_state,
+    replaced,
 )
 from ltfast.optim.skips import SkipCounter
 from ltfast.optim.state import export_extra, import_extra, merge_groups
@@ -80,12 +81,20 @@ class FlatOptimizer(Optimizer):
         check_options({**defaults, **base_kwargs})
         super().__init__(params, {**defaults, **base_kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
-        closure = inspect.signature(type(self.base_optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            name = type(self.base_optimizer).__name__
-            raise ValueError(f"base_optimizer {name} evaluates the loss itself (its step needs a closure): use another")
+        self._check_base(defaults)
         self.defaults.update(self.base_optimizer.defaults)
         self._setup()
+
+    def _check_base(self, defaults: dict[str, Any]) -> None:
+        """ValueError if no step can be made of the base optimizer's."""
+        name = type(self.base_optimizer).__name__
+        closure = inspect.signature(type(self.base_optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(f"base_optimizer {name} evaluates the loss itself (its step needs a closure): use another")
+        if both := sorted(defaults.keys() & self.base_optimizer.defaults.keys()):
+            raise ValueError(
+                f"base_optimizer {name} has an option {both[0]} of its own, which would be ours: use another"
+            )
 
     def _setup(self) -> None:
         """Everything that is made anew after unpickling, too."""
@@ -101,6 +110,7 @@ class FlatOptimizer(Optimizer):
         self.stats: dict[str, Tensor] = {}
         self.alpha: float | Tensor | None = None
         self._first_bad: Tensor | None = None
+        self._scaler: GradScaler | None = None  # that of the first pass
         self._first_pass = _FirstPass(self)
         self._watch_base()
         self._skips = SkipCounter(self.blocks[0].flat.device)
@@ -115,8 +125,13 @@ class FlatOptimizer(Optimizer):
         owner = weakref.ref(self)
 
         def before(*_: Any) -> None:
-            if (optimizer := owner()) is not None and optimizer._fused:
+            if (optimizer := owner()) is None:
+                return
+            optimizer.restore()
+            if optimizer._fused:
                 optimizer._switch(False)
+            for block in optimizer.blocks:
+                block.flat.rows.consume()
 
         self._base_hook = self.base_optimizer.register_step_pre_hook(before)
 
@@ -210,6 +225,7 @@ class FlatOptimizer(Optimizer):
             with torch.no_grad():
                 for block in self.blocks:
                     block.restore()
+            self._first_bad = None
             self._moved()
 
     @property
@@ -257,6 +273,7 @@ class FlatOptimizer(Optimizer):
             yield
         except BaseException:
             self.restore()
+            self._forget_scaler(self._scaler)
             raise
 
     @torch.no_grad()
@@ -276,8 +293,10 @@ class FlatOptimizer(Optimizer):
             skip = self._skip(row, found_inf, check)
             self._switch(covered)
             if self._fused:
-                for block, present in zip(self.blocks, presents, strict=True):
-                    fused_step(self.base_optimizer, block, row, present, scale, skip)
+                self._follow_state()
+                with self._base_hooks():
+                    for block, present in zip(self.blocks, presents, strict=True):
+                        fused_step(self.base_optimizer, block, row, present, scale, skip)
             else:
                 self.restore()
                 foreign_step(self.base_optimizer, self.blocks, row, presents, scale, skip)
@@ -290,7 +309,25 @@ class FlatOptimizer(Optimizer):
         for optimizer in (self, self.base_optimizer):
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
         for block in self.blocks:
+            block.flat.changed()
             block.flat.rows.consume()
+
+    def _follow_state(self) -> None:
+        """Somebody may have cleared or replaced `state`, or what it holds of a parameter: then that is the state."""
+        self.base_optimizer.state = self.state
+        if any(replaced(self.base_optimizer, block) for block in self.blocks):
+            adopt_state(self.base_optimizer, self.blocks)
+
+    @contextmanager
+    def _base_hooks(self) -> Iterator[None]:
+        """Around the fused step: the hooks of the base optimizer, whose own step it stands for."""
+        base = self.base_optimizer
+        for key, before in list(base._optimizer_step_pre_hooks.items()):
+            if key != self._base_hook.id:
+                before(base, (), {})
+        yield
+        for after in list(base._optimizer_step_post_hooks.values()):
+            after(base, (), {})
 
     def _skip(self, row: int, found_inf: Tensor | None, check: bool) -> Tensor | None:
         """0-dim flag, nonzero if this update must not happen; None if nothing speaks for or against.
@@ -448,9 +485,11 @@ class _FirstPass:
     """Stands for the optimizer in GradScaler.unscale_ of the first pass, which allows one call an optimizer and step."""
 
     def __init__(self, owner: FlatOptimizer) -> None:
-        self._owner = owner
+        self._owner = weakref.ref(owner)  # a cycle would keep a dropped optimizer's memory until it is collected
         self.params: list[Tensor] | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return self._owner.param_groups if self.params is None else [{"params": self.params}]
+        owner = self._owner()
+        assert owner is not None
+        return owner.param_groups if self.params is None else [{"params": self.params}]

@@ -150,7 +150,7 @@ class GroupAscent(FlatOptimizer):
         coef, rows, loss = (self._exact if exact else self._stale)(closures, scaler)
         stats = ascent.stats
         self.stats = stats
-        self._first_bad = stats["bad"] if self.rule.split else 1.0 - stats["ok"]
+        self._first_bad = stats["bad"]
         return coef, rows, loss
 
     def _evaluate(self, closure: Closure) -> Losses:

@@ -26,12 +26,19 @@ OPTIONS = {"rho": "rho", "adaptive": "adaptive", "C": "radius_C", "rho_min": "rh
 
 
 class GroupedOptimizer(GroupAscent):
-    """The whole step of the optimizers in this file; see GSA for how to use it."""
+    """The whole step of the optimizers in this file; see GSA for how to use it.
+
+    Attributes:
+        scheduled: options of the rule that live in the param groups. (A base optimizer may have a `rho` of its own.)
+    """
+
+    scheduled: tuple[str, ...] = ("C", "rho_min", "rho_max")
 
     def _sync_rule(self) -> None:
         """Take over options that were changed in the param groups."""
         options = {}
-        for name, field in OPTIONS.items():
+        for name in self.scheduled:
+            field = OPTIONS[name]
             values = [group[name] for group in self.param_groups if name in group]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{name} differs between the param groups: one ascent has one {name}")
@@ -227,6 +234,7 @@ class ImbSAM(GroupedOptimizer):
     """
 
     groups = "head-tail"
+    scheduled = ("rho", "adaptive")
 
     def __init__(
         self,
@@ -295,7 +303,10 @@ class CCSAM(GroupedOptimizer):
         if not present:
             raise ValueError(f"closure: no batch share is above 0: {shares.tolist()}")
         self._attach()
-        bad, holders = [], [block.flat.rows for block in self._climbing]
+        bad, holders = (
+            [(~torch.isfinite((losses.detach() * shares).sum())).float()],
+            [block.flat.rows for block in self._climbing],
+        )
         self.ascent.n_elements = sum(block.flat.numel for block in self._climbing)
         for k in present:
             self.restore()  # the graph of the losses at theta is read once more

@@ -51,6 +51,7 @@ class Block:
         slots: flat optimizer state by torch's name.
         counters: each parameter's number of updates (SGD: of its momentum buffer), 0-dim; parameters always updated
             together share one tensor.
+        shown: indices of the parameters whose state `publish` has shown.
         counting: the counters are up to date; SGD without dampening has no use for them.
         anchor: (A, T, strength) of a quadratic penalty, or None.
     """
@@ -65,6 +66,7 @@ class Block:
         self.views: dict[str, list[Tensor]] = {}
         self.counters = [torch.zeros((), device=self.flat.device, dtype=torch.float32)] * len(self.flat.params)
         self.expected = [p.requires_grad for p in self.flat.params]
+        self.shown: set[int] = set()
         self.counting = False
         self.anchor: Anchor | None = None
         self._runs: dict[Present, list[Run]] = {}
@@ -270,11 +272,22 @@ def publish(base: Optimizer, block: Block, indices: Iterable[int]) -> None:
     """Show the flat state of these parameters in base.state, under torch's names."""
     names = [name for name in SLOTS[type(base)] if name in block.slots]  # type: ignore[index]
     for i in indices if names else ():
+        block.shown.add(i)
         state = base.state[block.flat.params[i]]
         for name in names:
             state[name] = block.views[name][i]
         if type(base) is AdamW:
             state["step"] = block.counters[i]
+
+
+def replaced(base: Optimizer, block: Block) -> bool:
+    """True if state that `publish` showed is no longer there."""
+    views = list(block.views.items())
+    for i in block.shown:
+        state = base.state.get(block.flat.params[i])
+        if state is None or any(state.get(name) is not held[i] for name, held in views):
+            return True
+    return False
 
 
 def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
@@ -297,6 +310,7 @@ def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
                 counts[i] = float(state["step"])
         block.set_counters(counts)
         block.counting = False
+        block.shown.clear()
         publish(base, block, [i for i, count in enumerate(counts) if count > 0])
 
 

@@ -60,7 +60,6 @@ class SAM(FlatOptimizer):
         super()._setup()
         device = self.blocks[0].flat.device
         self._one = torch.ones(1, device=device, dtype=torch.float32)
-        self._scaler: GradScaler | None = None  # that of the first pass
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -72,7 +71,9 @@ class SAM(FlatOptimizer):
             zero_grad: clear the gradients afterwards, ready for the second pass.
             scaler: the GradScaler that scaled the loss; its overflow check covers this pass too.
         """
-        self.restore()
+        if self.climbed:  # the last step was given up between its passes
+            self.restore()
+            self._forget_scaler(self._scaler)
         if scaler is not None:
             self._unscale(scaler)
         self._collect()
@@ -80,6 +81,8 @@ class SAM(FlatOptimizer):
             if not 0 <= group["rho"] < float("inf"):
                 raise ValueError(f"rho is {group['rho']}; it must be a finite number >= 0")
         self._climb()
+        for block in self.blocks:
+            block.flat.changed()
         self._scaler = scaler
         if zero_grad:
             self.zero_grad()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Per-parameter state of davda54's SAM (its base optimizer's momentum is not in its state dict) and of F-SAM.
 OLD_P, AVERAGE = "old_p", "momentum"
+RADIUS = ("rho", "adaptive")  # options of SAM's groups: an optimizer with another rule stays what it is
 
 
 def indices(optimizer: FlatOptimizer) -> dict[Tensor, int]:
@@ -42,7 +43,10 @@ def merge_groups(optimizer: FlatOptimizer, state_dict: dict[str, Any]) -> tuple[
             f"state_dict has groups of {[len(g['params']) for g in groups]} parameters, this optimizer {sizes}"
         )
     merged = [
-        {**{k: v for k, v in ours.items() if k != "params"}, **theirs}
+        {
+            **{k: v for k, v in ours.items() if k != "params"},
+            **{k: v for k, v in theirs.items() if k in ours or k not in RADIUS},
+        }
         for ours, theirs in zip(optimizer.param_groups, groups, strict=True)
     ]
     for group in merged:

@@ -20,7 +20,8 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     statistics: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, _NormBase) and module.track_running_stats:
-            statistics += [b for b in module.buffers(recurse=False)]
+            # .data: graphs that wait for their backward must not see the copying back as a change
+            statistics += [b.data for b in module.buffers(recurse=False)]
     kept = [torch.empty_like(b) for b in statistics]
     if statistics:
         torch._foreach_copy_(kept, statistics)
