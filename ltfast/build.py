@@ -196,11 +196,11 @@ def build_objective(config: Config, counts: Tensor, agreement: Agreement | None 
 def record_batches(source: Any, recorder: Recorder, report: Report = quiet) -> None:
     """Make the views of a `SmallSource` by replaying one recorded graph: some hundred small launches otherwise."""
     make = source.make_batch
-    recorded = Captured(lambda branch, index, key: tuple(make(index, key)[:2]), "views", recorder, report)
+    recorded = Captured(lambda branch, draw, key: tuple(make(draw, key)[:2]), "views", recorder, report)
 
-    def make_batch(index: Tensor, key: Tensor) -> Batch:
-        views, labels = recorded("train", index, key)
-        return Batch(views, labels, index)
+    def make_batch(draw: Tensor, key: Tensor) -> Batch:
+        views, labels = recorded("train", draw, key)
+        return Batch(views, labels, draw % source.sizes["train"])
 
     source.make_batch = make_batch
 

@@ -76,13 +76,6 @@ class Ranks:
         """Average a float tensor over the ranks, in place; every rank gets the same bits."""
         return self.sum_(tensor).div_(self.world) if self.world > 1 else tensor
 
-    def sum_async(self, tensor: Tensor) -> Any:
-        """Start `sum_`; returns an object whose wait() ends it, or None when alone."""
-        if self.world == 1:
-            return None
-        self.traffic.add(tensor)
-        return dist.all_reduce(tensor, async_op=True)
-
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor with rank 0's, in place."""
         if self.world > 1:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class Durable:
     """Base of Trainer: everything that touches the run folder. Only rank 0 has one; every rank calls every method."""
 
+    needs_groups: bool
+    scouts: int
     config: Config
     folder: RunFolder | None
     ranks: Ranks
@@ -69,6 +71,11 @@ class Durable:
                 f"{self.folder.path}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
             )
         if not self.folder.metrics("data"):
+            if self.needs_groups and self.scouts >= self.config.optim.epochs:
+                self.progress.note(
+                    f"all epochs ({self.scouts}) are for scouting: no groups, and nothing of {self.config.method} that needs them; "
+                    "give more --epochs or less --scout"
+                )
             self.log(
                 "data",
                 class_names=self.source.class_names,

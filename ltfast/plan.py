@@ -79,6 +79,18 @@ class Plan:
     """See base.split_note."""
 
 
+def ascent_groups(config: Config, classes: int) -> int:
+    """Groups of the ascent; those of GKP are always the bank's."""
+    rule = rule_of(config)
+    kinds = {"bank": config.preserve.groups, "class": classes, "head-tail": 2, "focal": 2}
+    return kinds.get(rule.groups, 1) if rule else 1
+
+
+def predicted_flops(config: Config, classes: int) -> float:
+    """FLOPs of the method's step over those of a plain one with the same loss."""
+    return flops_ratio(rule_of(config), ascent_groups(config, classes), 3 if config.loss.loss == "bcl" else 1)
+
+
 def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing.
 
@@ -93,8 +105,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     model = build.build_model(config, source.input_shape, source.num_classes)
     flat = FlatParameters(model.parameters())
     banked = needs_groups(config, rule)
-    kinds = {"bank": config.preserve.groups, "class": source.num_classes, "head-tail": 2, "focal": 2}
-    groups = kinds.get(rule.groups, 1) if rule else 1  # of the ascent; GKP's are always those of the bank
+    groups = ascent_groups(config, source.num_classes)
     rows = gradient_rows(rule, groups)
     slots = 1 if config.optim.optimizer == "sgd" else 2
     kept = rule is not None and rule.scope == "all"
@@ -116,7 +127,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
         groups=groups,
         bank_groups=config.preserve.groups if banked else 0,
-        flops_vs_sgd=flops_ratio(rule, groups, 3 if config.loss.loss == "bcl" else 1),
+        flops_vs_sgd=predicted_flops(config, source.num_classes),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
         activation_bytes=kept_images,
         bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if banked else 0,

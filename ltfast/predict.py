@@ -16,6 +16,7 @@ from torch import Tensor
 from ltfast import build, checkpoint
 from ltfast.config import Config
 from ltfast.data.base import Source
+from ltfast.data.large_source import LargeSource
 from ltfast.errors import UserError
 from ltfast.models import LongTailModel
 from ltfast.runs import RunFolder
@@ -39,12 +40,7 @@ class Preprocess:
     def of(source: Source) -> Preprocess:
         """What `source.evaluate` does to a picture."""
         channels, _, size = source.input_shape
-        plain = getattr(source, "plain", None)
-        if plain is not None:
-            return Preprocess(channels, size, tuple(plain.mean), tuple(plain.std), False)
-        from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD
-
-        return Preprocess(channels, size, tuple(IMAGENET_MEAN), tuple(IMAGENET_STD), True)
+        return Preprocess(channels, size, tuple(source.mean), tuple(source.std), crop=isinstance(source, LargeSource))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocess:

@@ -137,8 +137,3 @@ class ConsoleProgress(Progress):
     def end(self) -> None:
         if self.task is not None:
             self.bar.stop()
-
-
-def json_only(result: dict[str, Any]) -> dict[str, Any]:
-    """A test result without the bulky confusion matrix, for one-line output."""
-    return {k: v for k, v in result.items() if k != "confusion"}

@@ -110,7 +110,6 @@ def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     trainer.bank.load_state_dict(part(tensors, "bank."))
     if "groups" in tensors:
         trainer.groups = tensors["groups"]
-        trainer.source.set_groups(trainer.groups)
     if "anchor.weight" in tensors:
         weight, target, const = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
         trainer.anchor = Anchor(weight, target, const, trainer.config.preserve.gkp_lambda)

@@ -35,7 +35,8 @@ CENTRES_MAX = 1000
 class Taken(NamedTuple):
     """What a step leaves behind, on the device.
 
-    result: 0-dim figures for the log; features: [B, D] of view 1; stats: of the ascent, one value a direction.
+    result: 0-dim figures for the log (0 of a skipped step), and whether the step was "good"; features: [B, D] of view 1;
+    stats: of the ascent, one value a direction.
     """
 
     result: dict[str, Tensor]
@@ -134,7 +135,7 @@ class TrainStep:
             loss, features, stats = self._shared(branch, x, labels)
         bad = (~torch.isfinite(loss)).float()
         if self.update.scaler is not None and stats and branch != REPEAT:
-            bad = bad.maximum(1 - stats["ok"].min())  # overflow on the way up
+            bad = bad.maximum(stats["bad"].max())  # overflow on the way up; ok = 0 may also mean that no group climbs
         if self.reducer is not None:
             self.reducer.finish(bad)
         kept = self.engine.kept if self.engine is not None else None
@@ -142,8 +143,13 @@ class TrainStep:
         self.buffers.undo(self.update.in_a_row)
         if self.engine is not None:
             self.engine.climbed = False
-        means = {name: value.mean() for name, value in stats.items()}
-        return Taken({"loss": loss, "grad_norm": norm, **means}, features[: labels.numel()], stats)
+        figures = {"loss": loss, "grad_norm": norm, **{name: value.mean() for name, value in stats.items()}}
+        good = self.update.in_a_row == 0
+        values = torch.where(
+            good, torch.stack([value.float() for value in figures.values()]), 0.0
+        )  # of no skipped step
+        result = dict(zip(figures, values.unbind(), strict=True))
+        return Taken({**result, "good": good.float()}, features[: labels.numel()], stats)
 
     # -- parts -----------------------------------------------------------------------------------------------------------
 

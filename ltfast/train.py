@@ -1,16 +1,18 @@
 """The training loop, top to bottom as in the paper: scout, fill the memory bank, group, preserve, descend.
 
 for each epoch:
-    if it is time:  groups  <- spectral clustering of the bank            (MBG)
-                    anchor  <- Fisher-weighted anchors, collapsed to one  (GKP)
-    for each batch: L = alpha * L_gsa + (1 - alpha) * L_gkp               (GSA + GKP, ltfast/step.py)
-    bank            <- this epoch's encoder, for classes whose features were never better
+    if it is time:  groups <- spectral clustering of the bank                             MBG: preserve/grouping.py
+                    anchor <- Fisher-weighted anchors, collapsed to one                   GKP: preserve/knowledge.py
+    for each batch: ascent to theta + eps_k of every group      GSA: step.py; Eq. 12 to 15: kernels/coefficients.py
+                    descent by alpha g(theta + eps) + (1 - alpha) lambda A (theta - T)    update.py
+    bank <- this epoch's encoder, for classes whose features were never better            preserve/quality.py, bank.py
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -99,7 +101,9 @@ class Trainer(Durable):
     def take_bank(self) -> None:
         """Start from the memory bank of an earlier run, if --bank names one."""
         if run := self.config.preserve.bank:
-            state = self.ranks.on_main(lambda: load_bank(Path(run), self.source.class_names))
+            state = self.ranks.on_main(
+                lambda: load_bank(Path(run), self.source.class_names, self.config.preserve.center)
+            )
             self.bank.load_state_dict(self.ranks.tensors(state, kept=WEIGHTS))
 
     # -- the algorithm ---------------------------------------------------------------------------------------------------
@@ -145,7 +149,6 @@ class Trainer(Durable):
         seed = self.config.run.seed
         groups = self.ranks.on_main(lambda: group_classes(self.bank, counts, cfg.groups, center=cfg.center, seed=seed))
         self.groups = self.ranks.broadcast_(torch.zeros_like(counts) if groups is None else groups)
-        self.source.set_groups(self.groups)
         if cfg.gkp:
             sizes = group_sizes(self.groups, counts, cfg.groups, cfg.gkp_normalise)
             anchor = collapse_knowledge(
@@ -165,7 +168,7 @@ class Trainer(Durable):
         Fishers of early snapshots reach A of 30 and more; uncapped, lambda = 10 then diverges within an epoch.
         """
         cfg = self.config
-        strongest = (1 - cfg.preserve.alpha_end) * cfg.preserve.gkp_lambda
+        strongest = (1 - min(cfg.preserve.alpha_start, cfg.preserve.alpha_end)) * cfg.preserve.gkp_lambda
         limit = critical_weight(cfg.optim.lr, cfg.optim.momentum, strongest)
         capped = float((anchor.weight > limit).sum() / self.flat.numel)
         if capped:
@@ -179,6 +182,9 @@ class Trainer(Durable):
         """The step for the groups there are: plain descent while scouting for them."""
         rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
         membership = build.build_membership(self.config, self.rule, self.source.train_counts, self.groups)
+        self.source.set_groups(
+            membership.argmax(1) if self.groups is None else self.groups
+        )  # of the stratified sampler
         self.step = TrainStep(
             self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, forward=self.forward,
             reducer=self.reducer, agreement=self.agreement, capture=self.capture,
@@ -215,9 +221,10 @@ class Trainer(Durable):
         return Action.GO
 
     def summary(self) -> dict[str, Any]:
-        """Means over the epoch's steps and over the ranks; the sums start afresh."""
-        means = self.ranks.mean_(torch.stack(list(self.sums.values()))) / self.source.steps_per_epoch
-        result: dict[str, Any] = dict(zip(self.sums, means.tolist(), strict=True))
+        """Means over the epoch's steps that were not skipped and over the ranks; the sums start afresh."""
+        sums = dict(zip(self.sums, self.ranks.mean_(torch.stack(list(self.sums.values()))).tolist(), strict=True))
+        good = sums.pop("good", float(self.source.steps_per_epoch))
+        result: dict[str, Any] = {name: value / good if good else math.nan for name, value in sums.items()}
         result["seconds"] = time.perf_counter() - self.started  # the device has finished: its figures have been read
         result["compiling"] = self.compiling  # seconds of those
         result["skipped"] = int(self.update.skipped)  # steps without a finite loss and gradient, since the run began
@@ -302,11 +309,11 @@ class Trainer(Durable):
             ) from error
 
 
-def load_bank(run: Path, class_names: Sequence[str] = ()) -> dict[str, Tensor]:
+def load_bank(run: Path, class_names: Sequence[str] = (), center: bool = False) -> dict[str, Tensor]:
     """The memory bank of an earlier run (`--bank RUN`), whose classes must be `class_names` if any are given.
 
     Raises:
-        UserError: not a run folder, or it filled no bank, or one of other classes.
+        UserError: not a run folder, or it filled no bank, or one of other classes, or one that cannot be centred.
     """
     folder = RunFolder.open(run)
     for row in folder.metrics("data") if class_names else []:
@@ -321,6 +328,10 @@ def load_bank(run: Path, class_names: Sequence[str] = ()) -> dict[str, Tensor]:
     bank = part(state[0], "bank.")
     if bool((bank["entry"] < 0).all()):
         raise UserError(f"--bank {run}: that run filled no memory bank; choose one trained with gkp or gsa-*")
+    if center and "origin" not in bank:
+        raise UserError(
+            f"--center: the bank of {run} lacks the weights that its run began with; fill one by a run with --center"
+        )
     return bank
 
 

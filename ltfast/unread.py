@@ -25,5 +25,8 @@ def unread(config: Config, given: Iterable[str]) -> list[str]:
         read |= dict.fromkeys(("focal_gamma", "focal_strength"), rule.groups == "focal")
         read["tail_below"], read["gram_ema"] = rule.groups == "head-tail", rule.gram_every > 1
         read["aggregate"] = rule.objective == "shared"
+    if config.data.sampler == "group-stratified":
+        grouped = needs_groups(config, rule) or (rule is not None and rule.groups != "one")
+        read["sampler"] = grouped  # else it is "instance"
     chosen = set(given)
     return [name for name in FIELDS if name in chosen and not read.get(name, True)]

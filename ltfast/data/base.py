@@ -47,6 +47,8 @@ class Source(Protocol):
     sizes: dict[str, int]
     test_from: str
     steps_per_epoch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def train(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of one epoch, from `start_step` on: ceil(n / batch) steps of a constant size."""
@@ -76,8 +78,3 @@ def shot_groups(counts_C: Tensor) -> Tensor:
     20)."""
     counts = counts_C.to(torch.int64)
     return torch.where(counts > MANY_ABOVE, 0, torch.where(counts < FEW_BELOW, 2, 1))
-
-
-def shot_names(counts_C: Tensor) -> tuple[str, ...]:
-    """The same as names, one of SHOT_NAMES for each class."""
-    return tuple(SHOT_NAMES[group] for group in shot_groups(counts_C).tolist())

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ltfast.data.base import SPLITS, Batch
 from ltfast.data.finish import Finisher
-from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, evaluation_size
+from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from ltfast.data.lists import ImageList
-from ltfast.data.sampler import epoch_order, rank_slice, steps_per_epoch
+from ltfast.data.sampler import Ordered, steps_per_epoch
 from ltfast.data.small import check_batch, check_sampler
 from ltfast.errors import UserError
 
@@ -43,7 +43,7 @@ class Step:
     index: Tensor
 
 
-class LargeSource:
+class LargeSource(Ordered):
     """Base of DaliSource and TorchSource; a `Source` (base.py) once `_train_batches` and `_evaluate_batches` exist.
 
     lists: train, val and test; views: 1 or 3 recipes; batch: global; workers: threads (DALI) or processes (torch),
@@ -96,36 +96,12 @@ class LargeSource:
         self.device = torch.device(device)
         # Half of the threads: decoding and cropping, DALI's half, cost about as much as colour on a CPU.
         threads = max(workers // 2, 1) if self.loader == "dali" else 1
+        self.mean, self.std = tuple(mean), tuple(std)
         self.finisher = Finisher(mean, std, self.device, dtype, threads)
-        self.group_of_class: Tensor | None = None
         self.bad: dict[str, str] = {}
         self.replaced = torch.zeros((), dtype=torch.int64, device=self.device)  # this rank's, in this epoch so far
         self._labels = {split: torch.from_numpy(lists[split].labels.astype(np.int64)) for split in SPLITS}
         self.substitutes = Substitutes(train.labels)
-
-    def set_groups(self, group_of_class: Tensor) -> None:
-        """Groups for the group-stratified sampler, LongTensor[C]; takes effect at the next epoch."""
-        if group_of_class.shape != (self.num_classes,):
-            raise ValueError(f"group_of_class must have shape ({self.num_classes},), got {tuple(group_of_class.shape)}")
-        self.group_of_class = group_of_class.to("cpu", torch.int64)
-
-    def epoch_indices(self, epoch: int) -> Tensor:
-        """[steps, batch / world] int64: the images this rank trains on, step by step, before bad files are
-        replaced.
-        """
-        groups = self.group_of_class
-        if self.sampler == "group-stratified" and groups is None:
-            groups = torch.zeros(self.num_classes, dtype=torch.int64)
-        order = epoch_order(
-            self.sampler,
-            self.train_labels,
-            batch=self.batch,
-            seed=self.seed,
-            epoch=epoch,
-            epochs_total=self.epochs_total,
-            group_of_class=groups,
-        )
-        return rank_slice(order, self.batch, self.rank, self.world)
 
     def epoch_steps(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
         """This rank's steps of one epoch. ValueError when start_step is outside the epoch."""
@@ -161,10 +137,6 @@ class LargeSource:
         chosen = torch.arange(self.sizes[split]) if indices is None else indices.to("cpu", torch.int64)
         mine = chosen.tensor_split(self.world)[self.rank]
         return self._evaluate_batches(split, [part for part in mine.split(batch or self.eval_batch) if len(part)])
-
-    def evaluation_sizes(self) -> tuple[int, int]:
-        """(short side after resizing, side of the centre crop)."""
-        return evaluation_size(self.image_size), self.image_size
 
     def state(self, epoch: int, step: int) -> dict[str, Any]:
         """What resuming before (epoch, step) needs: plain numbers, no loader internals."""

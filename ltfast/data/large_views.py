@@ -40,11 +40,6 @@ class ViewRecipe:
     gray_p: float = 0.0
     rand_augment: RandAugment | None = None
 
-    @property
-    def changes_colour(self) -> bool:
-        """Whether anything follows crop and flip."""
-        return self.jitter is not None or self.gray_p > 0 or self.rand_augment is not None
-
 
 _FIRST = ViewRecipe(jitter=(0.4, 0.4, 0.4, 0.0), rand_augment=RandAugment())
 _CONTRASTIVE = ViewRecipe(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)

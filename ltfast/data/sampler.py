@@ -66,6 +66,52 @@ def epoch_order(
     return _drawn_by_class(labels, _class_shares(kind, counts, epoch, epochs_total), places, rng)
 
 
+def times_before(order: Tensor) -> Tensor:
+    """How often each place's image stands before it in the epoch [N]: 0 at its first place."""
+    by_image = torch.argsort(order, stable=True)
+    same = order[by_image]
+    times = torch.empty_like(order)
+    times[by_image] = torch.arange(len(order)) - torch.searchsorted(same, same)
+    return times
+
+
+class Ordered:
+    """What sources of small and of large pictures share: the order of an epoch, of which each rank takes its part.
+
+    Attributes of the source: sampler, train_labels, num_classes, batch, seed, epochs_total, rank, world.
+    """
+
+    sampler: str
+    train_labels: Tensor
+    num_classes: int
+    batch: int
+    seed: int
+    epochs_total: int | None
+    rank: int
+    world: int
+    group_of_class: Tensor | None = None
+
+    def set_groups(self, group_of_class: Tensor) -> None:
+        """Groups for the group-stratified sampler, LongTensor[C]; takes effect at the next epoch."""
+        if group_of_class.shape != (self.num_classes,):
+            raise ValueError(f"group_of_class must have shape ({self.num_classes},), got {tuple(group_of_class.shape)}")
+        self.group_of_class = group_of_class.to("cpu", torch.int64)
+
+    def whole_epoch(self, epoch: int) -> Tensor:
+        """[steps * batch] int64: the images of all ranks, place by place."""
+        groups = self.group_of_class
+        if self.sampler == "group-stratified" and groups is None:  # no groups yet: one, the same images as instance
+            groups = torch.zeros(self.num_classes, dtype=torch.int64)
+        return epoch_order(
+            self.sampler, self.train_labels, batch=self.batch, seed=self.seed, epoch=epoch,
+            epochs_total=self.epochs_total, group_of_class=groups,
+        )  # fmt: skip
+
+    def epoch_indices(self, epoch: int) -> Tensor:
+        """[steps, batch / world] int64 on the CPU: the images that this rank trains on, step by step."""
+        return rank_slice(self.whole_epoch(epoch), self.batch, self.rank, self.world)
+
+
 def rank_slice(order: Tensor, batch: int, rank: int, world: int) -> Tensor:
     """[steps, batch / world]: the rank-th contiguous part of every global batch. ValueError unless world divides
     batch."""

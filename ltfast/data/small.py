@@ -16,11 +16,11 @@ from ltfast.data.augment import Plain, View
 from ltfast.data.base import SPLITS, Batch
 from ltfast.data.pool import Splits
 from ltfast.data.rng import epoch_key, uniforms
-from ltfast.data.sampler import SAMPLERS, epoch_order, rank_slice, steps_per_epoch
+from ltfast.data.sampler import SAMPLERS, Ordered, rank_slice, steps_per_epoch, times_before
 from ltfast.errors import UserError
 
 
-class SmallSource:
+class SmallSource(Ordered):
     """A `Source` over splits that fit on the device. Attributes as in base.Source; `images[split]` and `labels[split]`
     on `device`.
 
@@ -60,56 +60,44 @@ class SmallSource:
         self.views, self.plain = tuple(view.to(self.device) for view in views), plain.to(self.device)
         self.batch, self.eval_batch, self.sampler, self.seed = batch, eval_batch, sampler, seed
         self.rank, self.world, self.epochs_total = rank, world, epochs_total
-        self.group_of_class: Tensor | None = None
         self.steps_per_epoch = steps_per_epoch(self.sizes["train"], batch)
         probe = self.plain(self.images["train"][:1])
         self.input_shape: tuple[int, int, int] = (probe.shape[1], probe.shape[2], probe.shape[3])
 
-    def set_groups(self, group_of_class: Tensor) -> None:
-        """Groups for the group-stratified sampler, LongTensor[C]; takes effect at the next epoch."""
-        if group_of_class.shape != (self.num_classes,):
-            raise ValueError(f"group_of_class must have shape ({self.num_classes},), got {tuple(group_of_class.shape)}")
-        self.group_of_class = group_of_class.to("cpu", torch.int64)
-
     def epoch_indices(self, epoch: int) -> Tensor:
-        """[steps, batch / world] int64 on the device: the positions this rank trains on, step by step."""
-        sampler = self.sampler
-        groups = self.group_of_class
-        if sampler == "group-stratified" and groups is None:  # no groups yet: one group, the same images as instance
-            groups = torch.zeros(self.num_classes, dtype=torch.int64)
-        order = epoch_order(
-            sampler,
-            self.train_labels,
-            batch=self.batch,
-            seed=self.seed,
-            epoch=epoch,
-            epochs_total=self.epochs_total,
-            group_of_class=groups,
-        )
-        return rank_slice(order, self.batch, self.rank, self.world).to(self.device)
+        """[steps, batch / world] int64 on the device: the images that this rank trains on, step by step."""
+        return super().epoch_indices(epoch).to(self.device)
+
+    def epoch_draws(self, epoch: int) -> Tensor:
+        """[steps, batch / world] int64 on the device, for `make_batch`: image + n * (times it was drawn before)."""
+        order = self.whole_epoch(epoch)
+        draws = order + self.sizes["train"] * times_before(order)
+        return rank_slice(draws, self.batch, self.rank, self.world).to(self.device)
 
     def epoch_key(self, epoch: int) -> Tensor:
         """Scalar int64 tensor on the device that stands for (seed, epoch) in `make_batch`."""
         return epoch_key(self.seed, epoch, self.device)
 
-    def make_batch(self, index: Tensor, key: Tensor) -> Batch:
-        """The training batch for positions `index` [b]: tensor arithmetic only, so it can be compiled or captured.
+    def make_batch(self, draw: Tensor, key: Tensor) -> Batch:
+        """The training batch for `draw` [b] of `epoch_draws`: tensor arithmetic only, so it can be compiled or captured.
+        Augmentation hangs on the draw, so an image that is drawn again looks different.
 
         `source.make_batch = torch.compile(source.make_batch, fullgraph=True)` makes one graph for all epochs; Inductor
         fuses the 1,200 operations of the three CIFAR views into 67 kernels (counted on the CPU back end, torch 2.15).
         """
+        index = draw % self.sizes["train"]
         images = self.images["train"][index]
         views = []
         for stream, view in enumerate(self.views):
-            numbers = uniforms(key, index, stream, view.draws) if view.draws else None
+            numbers = uniforms(key, draw, stream, view.draws) if view.draws else None
             views.append(view(images, numbers))
         return Batch(tuple(views), self.labels["train"][index], index)
 
     def train(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """See Source.train."""
-        indices, key = self.epoch_indices(epoch), self.epoch_key(epoch)
+        draws, key = self.epoch_draws(epoch), self.epoch_key(epoch)
         for step in range(start_step, self.steps_per_epoch):
-            yield self.make_batch(indices[step], key)
+            yield self.make_batch(draws[step], key)
 
     def evaluate(self, split: str, indices: Tensor | None = None, batch: int | None = None) -> Iterator[Batch]:
         """See Source.evaluate; ranks take contiguous, nearly equal parts, and the last batch may be smaller."""

@@ -155,6 +155,7 @@ class TorchSource(LargeSource):
             prefetch_factor=AHEAD if workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # its base seed is not drawn from the generator that a resumed run goes on with
         )
         # A worker that collects garbage of its parent runs destructors that need the parent's threads: a DALI
         # pipeline's waits for ever. So nothing is collected between fork and _start_worker.

@@ -137,6 +137,10 @@ class GroupAscent(FlatOptimizer):
             block.flat.resize_rows(self._rows_of(block))
         self.ascent.start(self._counts)
 
+    def _climbing_elements(self) -> int:
+        """d of Eq. 13: what is perturbed; frozen parameters have no part in it."""
+        return max(1, sum(p.numel() for block in self._climbing for p in block.flat.params if p.requires_grad))
+
     # -- the first pass --------------------------------------------------------------------------------------------------
 
     def _first(self, closures: list[Closure], scaler: GradScaler | None) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -146,7 +150,7 @@ class GroupAscent(FlatOptimizer):
         exact = every == 1 or not ascent.remembers or other or ascent.steps % every == 0
         ascent.steps += 1
         self._adopt()
-        ascent.n_elements = sum(block.flat.numel for block in self._climbing)
+        ascent.n_elements = self._climbing_elements()
         coef, rows, loss = (self._exact if exact else self._stale)(closures, scaler)
         stats = ascent.stats
         self.stats = stats

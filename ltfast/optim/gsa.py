@@ -307,7 +307,7 @@ class CCSAM(GroupedOptimizer):
             [(~torch.isfinite((losses.detach() * shares).sum())).float()],
             [block.flat.rows for block in self._climbing],
         )
-        self.ascent.n_elements = sum(block.flat.numel for block in self._climbing)
+        self.ascent.n_elements = self._climbing_elements()
         for k in present:
             self.restore()  # the graph of the losses at theta is read once more
             self._fill(holders, 1, losses[k], None, scaler, add=False, retain=k != present[-1])

@@ -69,6 +69,11 @@ class Rule:
             ("direction", self.direction in DIRECTIONS, f"one of {', '.join(DIRECTIONS)}"),
             ("objective", self.objective in ("shared", "per_group"), "shared or per_group"),
             ("scope", self.scope in ("all", "classifier"), "all or classifier"),
+            (
+                "objective",
+                self.objective == "shared" or self.direction != "joint",
+                "shared with direction joint: every group would climb along the same direction",
+            ),
             ("aggregate", self.aggregate in ("uniform", "share"), "uniform or share"),
             ("rho", self.rho is None or 0 <= self.rho < inf, "None or a finite number >= 0"),
             ("radius_C", 0 <= self.radius_C < inf, "a finite number >= 0"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ltfast.plan import flops_ratio
+from ltfast.plan import predicted_flops
 from ltfast.recipes import rule_of
 from ltfast.report import draw_classes, draw_training, numbers
 from ltfast.report.page import Entry, Item, Table
@@ -213,8 +213,7 @@ def times(views: Sequence[RunView]) -> Item:
             raise Missing("no finished epoch")
         rule = rule_of(view.config)
         ratio = numbers.epoch_ratio(view) if rule is not None else None
-        kinds = {"bank": view.config.preserve.groups, "class": len(view.counts), "head-tail": 2, "focal": 2}
-        predicted = flops_ratio(rule, kinds.get(rule.groups, 1)) if rule else None
+        predicted = predicted_flops(view.config, len(view.counts)) if rule else None
         return {"parts": parts, "measured": ratio, "predicted": predicted}
 
     item = simple(views, "times", "Time", "Where the time went", caption, compute, draw_training.draw_times)

@@ -13,6 +13,7 @@ import numpy as np
 from ltfast.data.base import SHOT_NAMES, shot_groups
 from ltfast.errors import UserError
 from ltfast.observe import head_and_tail
+from ltfast.recipes import needs_groups, rule_of
 from ltfast.report.runs import Missing, RunView
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -252,7 +253,9 @@ def groups(view: RunView) -> dict[str, Any]:
     kept), and images and classes a group."""
     if not view.rows.get("group"):
         raise Missing(
-            "its method makes no groups" if not view.config.preserve.gkp else "it has not grouped its classes yet"
+            "it has not grouped its classes yet"
+            if needs_groups(view.config, rule_of(view.config))
+            else "its method makes no groups"
         )
     row, counts = view.rows["group"][-1], view.counts.numpy()
     group = np.array(row["groups"])

@@ -103,13 +103,6 @@ def pictures_of(live: Live, index: Tensor) -> list[Array]:
 
 def to_picture(view: Tensor, live: Live) -> Array:
     """Undo the normalisation of a plain view [ch, H, W]."""
-    from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD
-
-    plain = getattr(live.source, "plain", None)
-    if plain is not None:
-        unit = (view - plain.offset.cpu()) / plain.scale.cpu()
-    else:
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        unit = view * std + mean
-    unit = unit.clamp(0, 1).permute(1, 2, 0)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (live.source.mean, live.source.std))
+    unit = (view * std + mean).clamp(0, 1).permute(1, 2, 0)
     return (unit.expand(-1, -1, 3) if unit.shape[2] == 1 else unit).numpy()

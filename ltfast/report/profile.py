@@ -17,7 +17,7 @@ from ltfast import build, checkpoint
 from ltfast.data.base import Batch
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
-from ltfast.plan import flops_ratio
+from ltfast.plan import predicted_flops
 from ltfast.preserve import Anchor
 from ltfast.progress import Progress
 from ltfast.report.runs import OUT_OF_TIME, Live, Missing
@@ -59,7 +59,7 @@ def profile_steps(
         parts = {**shares, "waiting for the host": max(0.0, measured - sum(shares.values()))}
     predicted = None
     if trainer.rule is not None:
-        ratio = flops_ratio(trainer.rule, trainer.step.group_counts.numel())
+        ratio = predicted_flops(trainer.config, trainer.source.num_classes)
         trainer.rule = None
         trainer.make_step()
         predicted = ratio * seconds_a_step(trainer, batches, stop, tick)

@@ -9,7 +9,6 @@ from torchvision.transforms.v2 import functional as tv
 from ltfast.data import DATASETS, Batch, Source, load, shot_groups
 from ltfast.data import augment_auto as auto
 from ltfast.data.augment import RECIPES, CifarStrong, Contrastive, Plain, View, recipe
-from ltfast.data.base import shot_names
 from ltfast.data.contact import contact_sheet
 from ltfast.data.pool import Pool, long_tail_splits
 from ltfast.data.rng import uniforms
@@ -247,7 +246,6 @@ def test_contact_sheet(tmp_path) -> None:
 def test_shot_groups() -> None:
     counts = torch.tensor([5000, 101, 100, 20, 19, 1])
     assert shot_groups(counts).tolist() == [0, 0, 1, 1, 2, 2]
-    assert shot_names(counts) == ("many", "many", "medium", "medium", "few", "few")
 
 
 def test_recipes() -> None:
