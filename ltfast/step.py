@@ -265,7 +265,9 @@ class TrainStep:
                 perturbed = self.losses(x, labels).losses
                 if k + 1 < engine.n_groups:
                     self.backward(perturbed[k] * shares[k], self._final_row, add=k > 0)
-        engine.settle()  # the rows are done with, and a recorded step hands nothing to the next one but state at its address
+        engine.settle(
+            engine.rows
+        )  # the rows are done with, and a recorded step hands nothing to the next one but state at its address
         self._descend(perturbed[-1] * shares[-1], add=engine.n_groups > 1)
         assert features is not None
         return (losses.detach() * shares).sum(), features, engine.stats

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltfast.kernels import ascent_coefficients
+from ltfast.kernels import ascent_coefficients, perturb
 from ltfast.optim.rules import Rule
 
 # With a fresh classifier the remembered part may come out far longer than expected (a batch with an odd picture); it is
@@ -64,6 +64,7 @@ class Ascent:
         self.remembers, self.holds_rest = False, False
         self.seen = torch.zeros(self.n_groups, device=device)
         self.tail = torch.arange(self.n_groups, device=device).clamp_max(1).float()  # what a split rule perturbs
+        self.pending: Tensor | None = None  # weights of the moving averages' next update
         self.steps = 0
         self.refresh = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device)
 
@@ -83,14 +84,22 @@ class Ascent:
         weights = shares * self.tail if rule.split else shares
         coef, stats = ascent_coefficients(matrix, theta_sq, weights, self.counts, self.n_elements, **options)
         self.stats = stats._asdict()
+        if rule.direction == "friendly":  # 0: leave the average alone
+            present = (shares > 0).float() * self.stats["ok"]
+            self.pending = present * torch.where(self.seen > 0, 1 - rule.lmbda, 1.0)
+            torch.maximum(self.seen, present, out=self.seen)
         return coef
 
-    def average_weights(self, shares: Tensor) -> Tensor:
-        """[G] weight of this step's gradient in the moving averages ("friendly"); 0: leave the average alone."""
-        present = (shares > 0).float() * self.stats["ok"]
-        weights = present * torch.where(self.seen > 0, 1 - self.rule.lmbda, 1.0)
-        torch.maximum(self.seen, present, out=self.seen)
-        return weights
+    @torch.no_grad()
+    def settle(self, *rows: Tensor) -> None:
+        """Move the averages in `rows` (u_1..u_G, m_1..m_G) by the last ascent's gradients, once it has combined the old ones."""
+        if self.pending is None:
+            return
+        g, weights, self.pending = self.n_groups, self.pending, None
+        for r in rows:
+            for k in range(g):  # m + weight (u - m); perturb leaves m alone where the weight is 0, whatever u holds
+                pair = torch.stack((weights[k], -weights[k]))
+                perturb(r[g + k], r[k : g + k + 1 : g], pair, out=r[g + k])
 
     # -- mode R ----------------------------------------------------------------------------------------------------------
 

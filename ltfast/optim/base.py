@@ -205,12 +205,7 @@ class FlatOptimizer(Optimizer):
         if any(block.flat.params[0].device != block.flat.device for block in self.blocks):
             if self.climbed or any(block.anchor is not None for block in self.blocks):
                 raise RuntimeError("the model moved to another device in mid-step or with an anchor set")
-            extra, settings = export_extra(self), self._settings()
-            self._setup()
-            self.__dict__.update(settings)
-            if self._fused:
-                adopt_state(self.base_optimizer, self.blocks)
-            import_extra(self, extra)
+            self._renew(self._settings(), export_extra(self))
         for block in self.blocks:
             block.flat.adopt()
 
@@ -441,6 +436,10 @@ class FlatOptimizer(Optimizer):
         settings, anchor = state.pop("settings"), state.pop("anchor")
         super().__setstate__(state)
         self.__dict__.update(own)
+        self._renew(settings, extra, anchor)
+
+    def _renew(self, settings: dict[str, Any], extra: dict[str, Any], anchor: tuple[Any, ...] | None = None) -> None:
+        """New buffers for the parameters there are now, with the state and the settings of the old ones."""
         self._setup()
         if anchor is not None:
             self.set_anchor(*anchor)

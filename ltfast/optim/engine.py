@@ -66,7 +66,6 @@ class Engine(Ascent):
     def start(self, counts: Tensor) -> None:
         """Begin afresh with groups of `counts` [G] images: rows, Gram matrix and moving averages are reset."""
         super().start(counts)
-        self._pending: Tensor | None = None  # weights of the moving averages' next update
         self.flat.resize_rows(self.n_rows + (self.rule.objective == "per_group"))
         self.last = FreshGradients(self.flat, self.classifier, self.n_groups) if self.classifier else None
 
@@ -91,7 +90,7 @@ class Engine(Ascent):
 
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """
-        self._pending = None  # of a step that was broken off
+        self.pending = None  # of a step that was broken off
         coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares, classifier_rows)
         self.climbed = True
         if self.rule.objective == "per_group":
@@ -99,7 +98,7 @@ class Engine(Ascent):
         else:
             theta = self.flat.data
             perturb(theta, rows, coef, self.rule.adaptive, out=theta, keep=self.kept)
-            self.settle()
+            self.settle(self.rows)
             if self.eps is not None:
                 torch.sub(self.flat.data, self.kept, out=self.eps)
                 self._hold()
@@ -154,20 +153,7 @@ class Engine(Ascent):
             shares, matrix, *known = self.agreement.remembered(shares, matrix, *known)
             return self.refreshed(matrix, theta_sq, shares, known[0] if known else None)
         partials, theta_sq = gram_partials(self.rows, self.flat.data, rule.adaptive)
-        coef = self.coefficients(partials, theta_sq, shares)
-        if rule.direction == "friendly":
-            self._pending = self.average_weights(shares)
-        return coef
-
-    def settle(self) -> None:
-        """Move the averages by the rows of the last ascent, which must have combined the old ones by then."""
-        if self._pending is None:
-            return
-        g, weights, self._pending = self.n_groups, self._pending, None
-        for k in range(g):  # m + weight (u - m); perturb leaves m alone where the weight is 0, whatever u holds
-            average = self.flat.grads[g + k]
-            pair = torch.stack((weights[k], -weights[k]))
-            perturb(average, self.flat.grads[k : g + k + 1 : g], pair, out=average)
+        return self.coefficients(partials, theta_sq, shares)
 
     # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
 

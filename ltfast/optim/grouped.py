@@ -77,7 +77,6 @@ class GroupAscent(FlatOptimizer):
 
     def _setup(self) -> None:
         super()._setup()
-        self._pending: Tensor | None = None
         self._last: list[FreshGradients | None] = []
         self._last_layers()
         self.ascent = Ascent(self.rule, self._counts, 1, self.blocks[0].flat.device)
@@ -208,20 +207,7 @@ class GroupAscent(FlatOptimizer):
         if self.rule.split:  # coefficients look at groups that are present and perturbed, the update takes them all
             whole = matrix.sum()
             ascent.stats["bad"] = torch.maximum(ascent.stats["bad"], (whole - whole).ne(0))
-        if self.rule.direction == "friendly":
-            self._pending = ascent.average_weights(shares)
         return coef
-
-    @torch.no_grad()
-    def _settle(self, rows: list[Tensor]) -> None:
-        """Move the averages by this step's gradients, once every perturbation has been made of the old ones."""
-        if self._pending is None:
-            return
-        g, weights, self._pending = self._counts.numel(), self._pending, None
-        for r in rows:
-            for k in range(g):  # m + weight (u - m); a weight of 0 leaves m alone whatever u holds
-                pair = torch.stack((weights[k], -weights[k]))
-                perturb(r[g + k], r[k : g + k + 1 : g], pair, out=r[g + k])
 
     def _stale(self, closures: list[Closure], scaler: GradScaler | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Mode R: one backward of sum_j c_j L_j with coefficients from the remembered Gram matrix.
