@@ -277,6 +277,8 @@ def main() -> None:
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else stages that find a GPU use it, and rows of the CPU name it
     stages = tuple(s for s in STAGES[args.device] if not args.only or s.name in args.only)
+    if args.budget < 0:
+        parser.error(f"--budget {args.budget:g}: it must be at least 0")
     unknown = set(args.only or ()) - {s.name for s in stages}
     if unknown:
         parser.error(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltfast.compiled import Compiler, Report, quiet
-from ltfast.config import Config, check
+from ltfast.config import FIELDS, Config, check
 from ltfast.data.base import Batch, Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
@@ -133,13 +133,21 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
         image_size=data.image_size,
         **(large if data.dataset in LARGE else {}),
     )  # fmt: skip
-    if config.preserve.groups > source.num_classes and (
-        config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")
-    ):
-        raise UserError(
-            f"--groups {config.preserve.groups}: more groups than the {source.num_classes} classes; use at most {source.num_classes}"
-        )
     return source
+
+
+def fitting(config: Config, num_classes: int) -> Config:
+    """The config with no more groups than there are classes.
+
+    Raises:
+        UserError: more were asked for.
+    """
+    groups = config.preserve.groups
+    if groups <= num_classes or not (config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")):
+        return config
+    if groups != FIELDS["groups"][1].default:
+        raise UserError(f"--groups {groups}: more groups than the {num_classes} classes; use at most {num_classes}")
+    return config.with_(groups=num_classes)
 
 
 def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: int) -> LongTailModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import re
 import sys
@@ -129,6 +130,9 @@ def build_parser() -> Parser:
     bench = commands.add_parser("bench", help="run the benchmarks of a source checkout within a time budget")
     bench.add_argument("--budget", type=float, default=540.0, metavar="X", help="seconds [540]")
     bench.add_argument("--device", choices=("cuda", "cpu"), default=None, help="where [cuda if there is one]")
+    bench.add_argument("--data", default=None, metavar="PATH", help="CIFAR-10 folder or .npz pack, for accuracy")
+    bench.add_argument("--pictures", default=None, metavar="PATH", help="tar or folder of JPEGs, for input pipelines")
+    bench.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="other code to compare with")
     bench.set_defaults(run=command_bench)
 
     commands.add_parser("methods", help="list the methods").set_defaults(run=command_methods)
@@ -237,8 +241,10 @@ def command_bench(args: argparse.Namespace) -> int:
         raise UserError(
             "bench: the benchmarks are part of the source checkout, not of the installed package; run it there"
         )
-    device = ["--device", args.device] if args.device else []
-    return subprocess.run([sys.executable, str(script), "--budget", str(args.budget), *device]).returncode
+    words = [sys.executable, str(script), "--budget", str(args.budget)]
+    for name in ("device", "data", "pictures"):
+        words += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    return subprocess.run([*words, *(word for peer in args.peer for word in ("--peer", peer))]).returncode
 
 
 def command_methods(args: argparse.Namespace) -> int:
@@ -272,6 +278,9 @@ def command_datasets(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a command
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         parser = build_parser()
         args, unknown = parser.parse_known_args(argv)

@@ -66,7 +66,7 @@ def command_eval(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if args.json:
-        print(to_json(result))
+        print(to_json({**result, "class_names": source.class_names, "train_counts": source.train_counts.tolist()}))
     else:
         print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {counted(result['n'], 'image')}")
         print(format_table(result, source.class_names, source.train_counts))

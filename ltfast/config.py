@@ -378,7 +378,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         UserError: it is missing, cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except OSError as error:

@@ -63,6 +63,7 @@ def evaluate_run(
     """
     from ltfast import build, checkpoint
     from ltfast.places import moved
+    from ltfast.recipes import refuse_unread
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
@@ -70,7 +71,9 @@ def evaluate_run(
     config = moved(run.config, {"on_bad_image": on_bad_image, **given, **(lists or {})})
     ranks = Ranks()
     place = build.build_device(config, ranks)
+    refuse_unread(config.data.dataset, {"data_dir": data_dir, **(lists or {})})
     source = build.build_data(config, place, ranks)
+    run.check_classes(source.class_names, str(folder), "give the data that the run was trained on")
     if not source.sizes.get(split, 0):
         raise UserError(f"--split {split}: this run held out no such images; use --split test")
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)

@@ -208,7 +208,8 @@ def _figures(name: str, images: str, values: list[float | None], width: int, wid
 
 def _line(name: str, images: str, cells: Sequence[str], width: int, wide: int) -> str:
     if len(name) > width:
-        name = name[: width - 3] + "..."
+        end = (width - 3) // 2  # both ends: long names often differ in their last letters
+        name = f"{name[: width - 3 - end]}...{name[-end:]}"
     return f"{name:<{width}} {images:>8}" + "".join(f" {cell[:wide]:>{wide}}" for cell in cells)
 
 

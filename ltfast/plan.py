@@ -100,6 +100,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     rule = rule_of(config)
     large = config.data.dataset in LARGE
     source = build.build_data(config.with_(loader="synthetic") if large else config, torch.device("cpu"), ranks)
+    config = build.fitting(config, source.num_classes)
     processes = max(config.run.gpus, config.run.procs, 1)
     check_batch(config.data.batch, source.sizes["train"], processes, config.data.dataset)
     model = build.build_model(config, source.input_shape, source.num_classes)

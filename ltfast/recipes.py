@@ -83,7 +83,7 @@ FILES = (*LISTED, "folder", "webdataset")
 READ_BY: dict[str, tuple[str, ...]] = {
     "data_dir": (*FILES, "folder-small", *CIFAR), "train_list": LISTED, "val_list": (*LISTED, "webdataset"),
     "test_list": (*LISTED, "webdataset"), "exclude_list": FILES, "image_size": (*FILES, "folder-small"), "download": CIFAR,
-    "imbalance": ("digits-lt", *CIFAR, *FILES, "folder-small"),
+    **dict.fromkeys(("on_bad_image", "loader", "workers"), FILES), "imbalance": ("digits-lt", *CIFAR, *FILES, "folder-small"),
     "val_per_class": ("digits-lt", *CIFAR, *FILES, "folder-small"),
 }  # fmt: skip
 
@@ -163,15 +163,30 @@ def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flag
         raise UserError(f"--dataset {dataset}: unknown{nearest(dataset, RECIPES)}; see `ltfast datasets`")
     layers = {**RECIPES[dataset](), **method_values(method), **file_values, **flags, "dataset": dataset}
     config = Config().with_(**layers)
-    for name, datasets in READ_BY.items():
-        if dataset not in datasets and getattr(config.data, name) != FIELDS[name][1].default:
-            raise UserError(
-                f"{name}={getattr(config.data, name)!r}: {dataset} does not read it (only {', '.join(datasets)}); "
-                "leave it out or choose another --dataset"
-            )
+    given = {name: getattr(config.data, name) for name in READ_BY}
+    refuse_unread(dataset, {name: value for name, value in given.items() if value != FIELDS[name][1].default})
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UserError("nesterov=True: it needs momentum; set --momentum above 0 or leave --nesterov out")
-    return dataclasses.replace(config, method=method)
+    return dataclasses.replace(config, method=method_name(method, config))
+
+
+def method_name(method: str, config: Config) -> str:
+    """`method`, or what the config has become of it by --loss, --sharpness and --gkp."""
+    values = {"loss": config.loss.loss, "sharpness": config.sharpness.sharpness, "gkp": config.preserve.gkp}
+    if values == method_values(method):
+        return method
+    parts = [config.loss.loss, *([config.sharpness.sharpness] if values["sharpness"] != "none" else [])]
+    return "+".join([*parts, "gkp"] if config.preserve.gkp else parts)
+
+
+def refuse_unread(dataset: str, given: Mapping[str, Any]) -> None:
+    """UserError for a value of `given` (None: not given) that data set `dataset` would not look at."""
+    for name, datasets in READ_BY.items():
+        if given.get(name) is not None and dataset not in datasets:
+            raise UserError(
+                f"{name}={given[name]!r}: {dataset} does not read it (only {', '.join(datasets)}); "
+                "leave it out or choose another --dataset"
+            )
 
 
 def rule_of(config: Config) -> Rule | None:

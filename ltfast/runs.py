@@ -11,7 +11,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -193,6 +194,13 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a full disk
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}".encode())
+
+    def check_classes(self, class_names: Sequence[str], what: str, remedy: str) -> None:
+        """UserError, begun by `what` and ended by `remedy`, if the run's classes are not `class_names` in this order."""
+        for row in self.metrics("data")[-1:]:
+            for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names, fillvalue="none")):
+                if there != here:
+                    raise UserError(f"{what}: class {c} is {there!r} there and {here!r} here; {remedy}")
 
     @staticmethod
     def open(path: str | Path, *, lock: bool = False) -> RunFolder:

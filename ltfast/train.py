@@ -15,7 +15,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ class Trainer(Durable):
         self.rule = rule_of(config)
         self.device = build.build_device(config, ranks)
         self.source = build.build_data(config, self.device, ranks)
+        self.config = config = build.fitting(config, self.source.num_classes)
         self.counts = self.source.train_counts.to(self.device)
         model = build.build_model(config, self.source.input_shape, self.source.num_classes)
         if config.run.sync_bn:
@@ -316,12 +316,8 @@ def load_bank(run: Path, class_names: Sequence[str] = (), center: bool = False) 
         UserError: not a run folder, or it filled no bank, or one of other classes, or one that cannot be centred.
     """
     folder = RunFolder.open(run)
-    for row in folder.metrics("data") if class_names else []:
-        for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names, fillvalue="none")):
-            if there != here:
-                raise UserError(
-                    f"--bank {run}: class {c} is {there!r} there and {here!r} here; give the bank of a run with the same classes"
-                )
+    if class_names:
+        folder.check_classes(class_names, f"--bank {run}", "give the bank of a run with the same classes")
     state = Store(folder.checkpoints).load()
     if state is None:
         raise UserError(f"--bank {run}: that run has no training state yet")

@@ -109,7 +109,7 @@ def test_choices_in_two_places_agree() -> None:
     assert set(FIELDS["views"][1].metadata["choices"]) == {"auto", *SMALL_VIEWS, *LARGE_VIEWS}
     for name in ("objective", "scope", "aggregate"):
         for choice in FIELDS[name][1].metadata["choices"]:
-            Rule(**{name: choice})
+            Rule(direction="orthogonal", **{name: choice})
 
 
 def test_every_method_builds() -> None:

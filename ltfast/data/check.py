@@ -141,6 +141,12 @@ def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: i
         notes.append("only one class: a classifier needs at least two")
     if "test" in lists and not len(lists["test"]):
         notes.append(f"no image to test on in {lists['test'].source}")
+    classes = lists["train"].num_classes
+    for split, images in names:
+        if len(images) and int(images.labels.max()) >= classes:
+            notes.append(
+                f"{images.source}: label {int(images.labels.max())} in {split}, but {lists['train'].source} has classes 0..{classes - 1}"
+            )
     for split, images in names:
         report, signed = _check_split(split, images, full, workers)
         splits.append(report)
@@ -192,6 +198,7 @@ def examine(images: ImageList, index: int, full: bool = False) -> Finding:
 def print_check(report: CheckReport, console: Console | None = None, examples: int = 5) -> None:
     """The report as a table, with the first `examples` bad files of each split."""
     from rich.console import Console as RichConsole
+    from rich.markup import escape
     from rich.table import Table
 
     console = console or RichConsole()
@@ -214,10 +221,10 @@ def print_check(report: CheckReport, console: Console | None = None, examples: i
             rows.append(("class without an image", len(split.empty_classes), str(split.empty_classes[0])))
         for row, (finding, count, shown) in enumerate(rows or [("nothing unusual", 0, "")]):
             head = (split.split, f"{split.images:,}") if row == 0 else ("", "")
-            table.add_row(*head, finding, f"{count:,}" if count else "", shown)
+            table.add_row(*head, finding, f"{count:,}" if count else "", escape(shown))
     console.print(table)
     for note in report.notes:
-        console.print(note)
+        console.print(note, markup=False)
 
 
 def write_bad_list(report: CheckReport, path: str | Path) -> int:

@@ -4,6 +4,7 @@ view."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +13,14 @@ from torch import Tensor
 from ltfast.data.base import Batch, Source
 from ltfast.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
 TILE = 96
 """Wanted side of a tile in pixels; small pictures are enlarged by a whole factor, pixel for pixel."""
-GAP, CAPTION, LETTER = 4, 14, 7
+GAP = 4
+LETTERS = 12
+"""A letter is so many times smaller than a tile, and at least 11 pixels high."""
 
 
 def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0) -> Path:
@@ -28,16 +34,19 @@ def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0)
     columns, labels = _collect(source, n, epoch)
     names = [source.class_names[label] for label in labels]
     tile = _tile_side(columns)
-    left = 8 + LETTER * max(len(name) for name in names)
-    sheet = Image.new("RGB", (left + len(columns) * (tile + GAP), CAPTION + len(names) * (tile + GAP)), "white")
+    font = _font(max(11, tile // LETTERS))
+    top = int(1.5 * font.size)
+    left = 12 + int(max(font.getlength(name) for name in names))
+    sheet = Image.new("RGB", (left + len(columns) * (tile + GAP), top + len(names) * (tile + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, pictures in enumerate(columns):
         x = left + column * (tile + GAP)
-        draw.text((x, 1), "plain" if column == 0 else f"view {column}", fill="black")
+        draw.text((x, top // 2), "plain" if column == 0 else f"view {column}", fill="black", font=font, anchor="lm")
         for row, picture in enumerate(_to_bytes(source, pictures)):
-            sheet.paste(Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST), (x, _top(row, tile)))
+            place = (x, top + row * (tile + GAP))
+            sheet.paste(Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST), place)
     for row, name in enumerate(names):
-        draw.text((4, _top(row, tile) + tile // 2 - LETTER), name, fill="black")
+        draw.text((4, top + row * (tile + GAP) + tile // 2), name, fill="black", font=font, anchor="lm")
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +58,12 @@ def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0)
     return path
 
 
-def _top(row: int, tile: int) -> int:
-    return CAPTION + row * (tile + GAP)
+def _font(size: int) -> FreeTypeFont:
+    """DejaVu Sans as it comes with matplotlib: Latin with accents, Greek, Cyrillic."""
+    from matplotlib import font_manager
+    from PIL import ImageFont
+
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
 def _tile_side(columns: list[Tensor]) -> int:

@@ -26,6 +26,7 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "JPEG2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
     "GIF": (b"GIF87a", b"GIF89a"),
 }
+ORIENTATION = 0x0112  # EXIF
 _LEVELS_16_BIT = 257  # 65535 / 255
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # JPEG markers without a length
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
@@ -106,7 +107,7 @@ def _orientation(tiff: bytes) -> int:
     start = int.from_bytes(tiff[4:8], order)
     entries = int.from_bytes(tiff[start : start + 2], order)
     for entry in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
-        if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
+        if int.from_bytes(tiff[entry : entry + 2], order) == ORIENTATION:
             value = int.from_bytes(tiff[entry + 8 : entry + 10], order)
             return value if 1 <= value <= 8 else 1
     return 1
@@ -119,6 +120,8 @@ def to_rgb(image: Image) -> Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return pil.fromarray((levels // _LEVELS_16_BIT).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("floating-point pixels, whose range nobody knows")
     if image.mode == "P":
         image.info.pop("transparency", None)  # else PIL warns; the colours are the palette's either way
     return image.convert("RGB")
@@ -130,7 +133,10 @@ def decode(data: bytes) -> Image:
     from PIL import UnidentifiedImageError
 
     try:
-        return to_rgb(pil.open(io.BytesIO(data), formats=FORMATS))
+        image = pil.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "TIFF":
+            image.getexif().pop(ORIENTATION, None)  # PIL would turn it, alone among formats and loaders
+        return to_rgb(image)
     except UnidentifiedImageError as error:
         raise BadImage(look(data) or "not a picture") from error
     except (OSError, ValueError, SyntaxError, EOFError, pil.DecompressionBombError) as error:

@@ -16,7 +16,7 @@ from ltfast.data.paths import PathTable, unreadable
 from ltfast.errors import UserError
 
 log = logging.getLogger("ltfast.data")
-FOLDER_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+FOLDER_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 SUFFIX_FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -37,6 +37,8 @@ IMAGE_SUFFIXES = frozenset(SUFFIX_FORMATS)
 def scan_folder(root: str | Path) -> dict[str, ImageList]:
     """An image-folder tree: root/train/<class>/..., root/val/..., root/test/...; or root/<class>/... as 'train' alone.
 
+    Splits may be called as in FOLDER_SPLITS, in capitals or not.
+
     Classes are the sorted folder names of train (folders of the other splits must be among them); files are sorted
     by name, below a class folder at any depth. Hidden files and folders do not count; files without an image suffix
     are not read, a warning says how many. Links are followed, into each folder of a class once.
@@ -44,8 +46,13 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
     root = Path(root)
     if not os.path.isdir(root):
         raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
-    folders = {split: next((n for n in names if (root / n).is_dir()), None) for split, names in FOLDER_SPLITS.items()}
+    there = {name.lower(): name for name in _subfolders(root)}  # of "Train" and "train" the latter, which sorts behind
+    folders = {split: next((there[n] for n in names if n in there), None) for split, names in FOLDER_SPLITS.items()}
     if folders["train"] is None:
+        if there and there.keys() <= {name for names in FOLDER_SPLITS.values() for name in names}:
+            raise UserError(
+                f"{root} holds {', '.join(there.values())} and no folder train; expected train/<class>/<picture>.jpg"
+            )
         folders = {"train": ""}
     classes = tuple(_subfolders(root / (folders["train"] or "")))
     if not classes:

@@ -11,7 +11,7 @@ from ltfast.report.budget import Budget, Progress
 from ltfast.report.landscape import side
 from ltfast.report.predictions import Predictions, predict
 from ltfast.report.profile import profile
-from ltfast.report.runs import OUT_OF_TIME, Live, Missing, RunView, open_live
+from ltfast.report.runs import INTERRUPTED, OUT_OF_TIME, Live, Missing, RunView, open_live
 
 PARTS = ("predictions", "profile", "curvature", "landscape", "plane")
 SHARES = 6  # of the time a run takes: as its parts, and two for curvature (head and tail)
@@ -30,11 +30,36 @@ class Computed:
 
 
 def compute_all(
-    views: Sequence[RunView], budget: Budget, *, device: str, data_dir: str | None, quiet: bool
-) -> list[Computed]:
-    """Run by run, so that one model is held at a time; every part gets a fair share of the time that is left."""
+    views: Sequence[RunView],
+    results: Sequence[Computed],
+    budget: Budget,
+    *,
+    device: str,
+    data_dir: str | None,
+    quiet: bool,
+) -> None:
+    """Fill `results` run by run, so that one model is held at a time; every part gets a fair share of the time that is
+    left. Interrupted it leaves what there is, and the rest says so."""
     budget.parts = len(views) * SHARES
-    results = [Computed() for _ in views]
+    try:
+        _compute_all(views, results, budget, device=device, data_dir=data_dir, quiet=quiet)
+    except KeyboardInterrupt:
+        for result in results:
+            for part in PARTS:
+                if getattr(result, part) is None:
+                    result.missing.setdefault(part, INTERRUPTED)
+        raise
+
+
+def _compute_all(
+    views: Sequence[RunView],
+    results: Sequence[Computed],
+    budget: Budget,
+    *,
+    device: str,
+    data_dir: str | None,
+    quiet: bool,
+) -> None:
     with Progress(len(views) * len(PARTS), quiet) as progress:
         for view, result in zip(views, results, strict=True):
             try:
@@ -44,7 +69,6 @@ def compute_all(
                 budget.parts -= SHARES
                 continue
             compute_run(view.name, live, result, budget, progress)
-    return results
 
 
 def compute_run(name: str, live: Live, result: Computed, budget: Budget, progress: Progress) -> None:

@@ -193,7 +193,12 @@ def ascent(views: Sequence[RunView]) -> Item:
     for name, run in item.data.items():
         clipped = numbers.mean((run["above"] + run["below"]).ravel())
         rows.append(
-            (name, 100 * float(clipped), numbers.mean(run["refresh_cos"]), np.nanmin([*run["refresh_min"], np.inf]))
+            (
+                name,
+                100 * float(clipped),
+                float(numbers.mean(run["refresh_cos"])),
+                np.nanmin([*run["refresh_min"], np.inf]),
+            )
         )
     rows = [(n, c, cos, low if np.isfinite(low) else None) for n, c, cos, low in rows]
     item.table = Table(("run", "radii outside the bounds (%)", "mean cosine at refreshes", "smallest"), rows)

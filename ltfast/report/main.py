@@ -55,13 +55,18 @@ def report(
     except OSError as error:
         raise cannot_write(folder, error) from None
     if not quiet:
-        print("report: drawing what the logs hold", file=sys.stderr, flush=True)
+        bound = "" if max_minutes else "; curvature and landscapes may take minutes: --max-minutes bounds them"
+        print(f"report: drawing what the logs hold{bound}", file=sys.stderr, flush=True)
     drawing = time.monotonic()
     with look():
         entries = [build(views) for build in items.LOG_ITEMS]
         rendered = {item.id: render_item(item, save_figures(item, folder)) for item in entries}
     budget.keep(LATER * (time.monotonic() - drawing))
-    computed = compute_all(views, budget, device=device, data_dir=data_dir, quiet=quiet)
+    computed, interrupted = [Computed() for _ in views], False
+    try:
+        compute_all(views, computed, budget, device=device, data_dir=data_dir, quiet=quiet)
+    except KeyboardInterrupt:
+        interrupted = True
     with look():
         others = [build_computed(views, computed) for build_computed in COMPUTED_ITEMS]
         rendered |= {item.id: render_item(item, save_figures(item, folder)) for item in others}
@@ -77,6 +82,9 @@ def report(
         f"Made by ltfast {ltfast.__version__} in {seconds:.0f} s on {time.strftime('%Y-%m-%d')}; numbers: {NUMBERS}."
     )
     (folder / PAGE).write_text(render_page(f"ltfast report: {names}", lead, blocks, footer))
+    if interrupted:
+        print(f"report: interrupted; {folder / PAGE} holds what there was", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt
     return folder / PAGE
 
 

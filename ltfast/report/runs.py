@@ -28,6 +28,7 @@ from ltfast.runs import RunFolder
 
 HELD_BYTES = 1 << 30  # of images kept on the device for curvature and landscapes
 CHUNK = 64  # images differentiated twice at once: eight times fewer than a training step's activations at batch 256
+INTERRUPTED = "the report was interrupted before"
 OUT_OF_TIME = "left out: its share of --max-minutes did not suffice"
 
 
@@ -168,6 +169,7 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
     where = build.build_device(config, Ranks())
     try:
         source = build.build_data(config, where, Ranks())
+        view.folder.check_classes(source.class_names, str(view.folder.path), "its data has changed")
     except UserError as error:
         raise Missing(f"its data is missing ({error})") from None
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)
