@@ -153,7 +153,8 @@ def command_train(args: argparse.Namespace) -> int:
         if flags.keys() - RESUME_OPTIONS or args.method or args.config or args.recipe:
             options = ", ".join(map(flag, sorted(RESUME_OPTIONS)))
             raise UserError(
-                f"--resume: continues the run with its own settings; only these may be given anew: {options}"
+                f"--resume: continues the run with its own settings; only these may be given anew: {options}; to train on with others: "
+                "--weights RUN/checkpoints/last.safetensors"
             )
         config = Config() if launch.launched() else RunFolder.open(args.resume).config.with_(**flags)
     else:

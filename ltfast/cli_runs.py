@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltfast.config import flag
 from ltfast.errors import UserError
 from ltfast.places import LISTS
+
+if TYPE_CHECKING:
+    from ltfast.data.base import Source
 
 
 def add_run_commands(commands: Any) -> None:
@@ -23,6 +27,9 @@ def add_run_commands(commands: Any) -> None:
     evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
     evaluate.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N [as in the run]")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument(
+        "--csv", default=None, metavar="FILE", help="also write a table: class, training images, accuracy"
+    )
     evaluate.set_defaults(run=command_eval)
 
     report = commands.add_parser("report", help="one HTML page with the figures of one or several runs")
@@ -41,11 +48,14 @@ def add_run_commands(commands: Any) -> None:
 
     predict = commands.add_parser("predict", help="classes and probabilities of pictures")
     predict.add_argument("model", metavar="RUN", help="run folder, or file of `ltfast export --format safetensors`")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="picture files, or folders of them")
     predict.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights of a run [last]")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print [5]")
     predict.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N [cpu]")
     predict.add_argument("--json", action="store_true", help="print one JSON object a picture")
+    predict.add_argument(
+        "--csv", action="store_true", help="print a row a picture: image, class 1, probability 1, class 2, ..."
+    )
     predict.set_defaults(run=command_predict)
 
 
@@ -65,12 +75,25 @@ def command_eval(args: argparse.Namespace) -> int:
         lists=lists,
         device=args.device,
     )
+    if args.csv:
+        write_classes(args.csv, result, source)
     if args.json:
         print(to_json({**result, "class_names": source.class_names, "train_counts": source.train_counts.tolist()}))
     else:
         print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {counted(result['n'], 'image')}")
         print(format_table(result, source.class_names, source.train_counts))
     return 0
+
+
+def write_classes(path: str, result: dict[str, Any], source: Source) -> None:
+    """One row a class: name, training images, accuracy in per cent (empty for a class without an image to test)."""
+    accuracies = ["" if value is None else f"{value:.2f}" for value in result["per_class"]]
+    rows = zip(source.class_names, source.train_counts.tolist(), accuracies, strict=True)
+    try:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file, lineterminator="\n").writerows([("class", "train_images", "accuracy"), *rows])
+    except OSError as error:
+        raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from error
 
 
 def command_report(args: argparse.Namespace) -> int:
@@ -88,7 +111,7 @@ def command_export(args: argparse.Namespace) -> int:
 
 
 def command_predict(args: argparse.Namespace) -> int:
-    from ltfast.predict import load_trained, predict
+    from ltfast.predict import load_trained, pictures_below, predict
     from ltfast.runs import to_json
 
     problems: list[UserError] = []
@@ -98,11 +121,15 @@ def command_predict(args: argparse.Namespace) -> int:
         print(f"ltfast: {problem}", file=sys.stderr)
 
     trained = load_trained(args.model, args.checkpoint)
-    for row in predict(trained, args.images, top=args.top, device=args.device, unreadable=unreadable):
+    images, table = list(pictures_below(args.images)), csv.writer(sys.stdout, lineterminator="\n")
+    for row in predict(trained, images, top=args.top, device=args.device, unreadable=unreadable):
         if args.json:
             print(to_json(row))
+            continue
+        pairs = list(zip(row["classes"], row["probabilities"], strict=True))
+        if args.csv:
+            table.writerow([row["image"], *(cell for name, p in pairs for cell in (name, f"{p:.6f}"))])
         else:
-            pairs = zip(row["classes"], row["probabilities"], strict=True)
             print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))
     return 2 if problems else 0
 

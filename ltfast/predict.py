@@ -16,6 +16,7 @@ from torch import Tensor
 from ltfast import build, checkpoint
 from ltfast.config import Config
 from ltfast.data.base import Source
+from ltfast.data.folders import IMAGE_SUFFIXES
 from ltfast.data.large_source import LargeSource
 from ltfast.errors import UserError
 from ltfast.models import LongTailModel
@@ -124,6 +125,22 @@ def _build(config: Config, classes: Sequence[str], preprocess: dict[str, Any]) -
     shape = (how.channels, how.size, how.size)
     model = build.build_model(config.with_(weights=None), shape, len(classes))
     return Trained(model.eval(), config, tuple(classes), how)
+
+
+def pictures_below(paths: Iterable[str | Path]) -> Iterator[str]:
+    """The paths, and for a folder among them the picture files below it, sorted.
+
+    Raises:
+        UserError: a folder without any.
+    """
+    for path in paths:
+        if not Path(path).is_dir():
+            yield str(path)
+            continue
+        found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise UserError(f"{path}: no pictures below this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        yield from found
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import shutil
@@ -247,3 +248,21 @@ def test_captions_of_a_contact_sheet_take_the_room_they_need(tmp_path: Path) -> 
         with Image.open(contact_sheet(source, tmp_path / f"{name}.png", n=4)) as sheet:
             widths.append(sheet.width)
     assert widths[0] > widths[1] + 100
+
+
+def test_tables_of_classes_and_of_a_folder_of_pictures(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = trained
+    assert main(["eval", str(run), "--csv", str(tmp_path / "classes.csv")]) == 0
+    rows = list(csv.reader((tmp_path / "classes.csv").read_text().splitlines()))
+    assert rows[0] == ["class", "train_images", "accuracy"]
+    assert [row[:2] for row in rows[1:]] == [[name, "6"] for name in COLOURS]
+    capsys.readouterr()
+    assert main(["predict", str(run), str(data / "test"), "--csv", "--top", "2"]) == 0
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 18
+    assert all(len(row) == 5 and row[1] in COLOURS and float(row[2]) >= float(row[4]) for row in rows)
+    (tmp_path / "none").mkdir()
+    assert main(["predict", str(run), str(tmp_path / "none")]) == 2
+    assert "no pictures below this folder" in capsys.readouterr().err
