@@ -303,10 +303,8 @@ class CCSAM(GroupedOptimizer):
         if not present:
             raise ValueError(f"closure: no batch share is above 0: {shares.tolist()}")
         self._attach()
-        bad, holders = (
-            [(~torch.isfinite((losses.detach() * shares).sum())).float()],
-            [block.flat.rows for block in self._climbing],
-        )
+        bad = [(~torch.isfinite((losses.detach() * shares).sum())).float()]
+        holders = [block.flat.rows for block in self._climbing]
         self.ascent.n_elements = self._climbing_elements()
         for k in present:
             self.restore()  # the graph of the losses at theta is read once more

@@ -26,7 +26,7 @@ class Computed:
     curvature: geometry.Curvature | None = None
     landscape: geometry.Landscape | None = None
     plane: geometry.Landscape | None = None
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=lambda: dict.fromkeys(PARTS, INTERRUPTED))
 
 
 def compute_all(
@@ -38,28 +38,8 @@ def compute_all(
     data_dir: str | None,
     quiet: bool,
 ) -> None:
-    """Fill `results` run by run, so that one model is held at a time; every part gets a fair share of the time that is
-    left. Interrupted it leaves what there is, and the rest says so."""
+    """Fill `results` run by run, so that one model is held at a time; every part gets a fair share of the time that is left."""
     budget.parts = len(views) * SHARES
-    try:
-        _compute_all(views, results, budget, device=device, data_dir=data_dir, quiet=quiet)
-    except KeyboardInterrupt:
-        for result in results:
-            for part in PARTS:
-                if getattr(result, part) is None:
-                    result.missing.setdefault(part, INTERRUPTED)
-        raise
-
-
-def _compute_all(
-    views: Sequence[RunView],
-    results: Sequence[Computed],
-    budget: Budget,
-    *,
-    device: str,
-    data_dir: str | None,
-    quiet: bool,
-) -> None:
     with Progress(len(views) * len(PARTS), quiet) as progress:
         for view, result in zip(views, results, strict=True):
             try:
