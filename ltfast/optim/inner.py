@@ -51,7 +51,7 @@ class Block:
         slots: flat optimizer state by torch's name.
         counters: each parameter's number of updates (SGD: of its momentum buffer), 0-dim; parameters always updated
             together share one tensor.
-        shown: indices of the parameters whose state `publish` has shown.
+        shown: the parameters whose state `publish` has shown, by id of that state: (the state, index of the parameter).
         counting: the counters are up to date; SGD without dampening has no use for them.
         anchor: (A, T, strength) of a quadratic penalty, or None.
     """
@@ -66,7 +66,7 @@ class Block:
         self.views: dict[str, list[Tensor]] = {}
         self.counters = [torch.zeros((), device=self.flat.device, dtype=torch.float32)] * len(self.flat.params)
         self.expected = [p.requires_grad for p in self.flat.params]
-        self.shown: set[int] = set()
+        self.shown: dict[int, tuple[dict[str, Any], int]] = {}
         self.counting = False
         self.anchor: Anchor | None = None
         self._runs: dict[Present, list[Run]] = {}
@@ -272,8 +272,8 @@ def publish(base: Optimizer, block: Block, indices: Iterable[int]) -> None:
     """Show the flat state of these parameters in base.state, under torch's names."""
     names = [name for name in SLOTS[type(base)] if name in block.slots]  # type: ignore[index]
     for i in indices if names else ():
-        block.shown.add(i)
         state = base.state[block.flat.params[i]]
+        block.shown[id(state)] = state, i
         for name in names:
             state[name] = block.views[name][i]
         if type(base) is AdamW:
@@ -281,12 +281,14 @@ def publish(base: Optimizer, block: Block, indices: Iterable[int]) -> None:
 
 
 def replaced(base: Optimizer, block: Block) -> bool:
-    """True if state that `publish` showed is no longer there."""
-    views = list(block.views.items())
-    for i in block.shown:
-        state = base.state.get(block.flat.params[i])
-        if state is None or any(state.get(name) is not held[i] for name, held in views):
-            return True
+    """True if state that `publish` showed is no longer there. (Looking tensors up takes longer than going through them all.)"""
+    there = set(map(id, base.state.values()))
+    if not block.shown.keys() <= there:
+        return True
+    for name, views in block.views.items():
+        for state, i in block.shown.values():
+            if state.get(name) is not views[i]:
+                return True
     return False
 
 
