@@ -26,7 +26,7 @@ BLOCK = 128  # pixels of a program; two 64-row matrix products on Hopper
 WARPS = 4
 # Weight gradient: few long-lived programs, each leaving 9 I O partial sums, 2.4 and 4.7 MB in all.
 WEIGHT_BLOCK = 64
-WEIGHT_PROGRAMS = {16: 256, 32: 128}
+WEIGHT_PROGRAMS = 4096  # over the channels: 256 programs at 16, 128 at 32
 NHWC = torch.channels_last
 
 
@@ -126,7 +126,7 @@ def _(x_NCHW: Tensor, weight_OIKK: Tensor, mirror: bool) -> Tensor:
 def _partials(x: Tensor, up: Tensor) -> tuple[int, Tensor]:
     """Programs, and where each leaves its [3, 3, I, O] sums."""
     inner, out = x.shape[1], up.shape[1]
-    programs = min(WEIGHT_PROGRAMS[max(inner, out)], cdiv(x.numel() // inner, WEIGHT_BLOCK)) if use_kernel(x) else 1
+    programs = min(WEIGHT_PROGRAMS // max(inner, out), cdiv(x.numel() // inner, WEIGHT_BLOCK)) if use_kernel(x) else 1
     return programs, x.new_empty((programs, 3, 3, inner, out), dtype=torch.float32)
 
 

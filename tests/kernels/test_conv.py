@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltfast.errors import UserError
 from ltfast.kernels import common
-from ltfast.kernels.conv import WEIGHT_BLOCK, WEIGHT_PROGRAMS, conv3x3, conv3x3_reference
+from ltfast.kernels.conv import WEIGHT_BLOCK, conv3x3, conv3x3_reference
 from ltfast.models import create_encoder
 from ltfast.models.conv import Conv3x3, use_own_kernels
 from ltfast.models.resnet import BasicBlock
@@ -66,7 +66,7 @@ def test_result_and_gradients(place, dtype, shape):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("channels", [16, 32])
 def test_every_program_of_the_weights_gradient_takes_several_blocks(place, channels, monkeypatch):
-    monkeypatch.setitem(WEIGHT_PROGRAMS, channels, 4)
+    monkeypatch.setattr("ltfast.kernels.conv.WEIGHT_PROGRAMS", 4 * channels)
     pixels = 2 * 4 * WEIGHT_BLOCK + 77
     x, weight, up = problem(1, channels, channels, 1, pixels, torch.float32, place)
     found, again = (with_gradients(conv3x3, x, weight, up)[2] for _ in range(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def marked(encoder: nn.Module, head: nn.Module) -> list[dict[str, Any]]:
     return [{"params": list(encoder.parameters())}, {"params": list(head.parameters()), "classifier": True}]
 
 
-@pytest.mark.parametrize("share", [nn.Module.share_memory, lambda m: torch.multiprocessing.Queue().put(m.state_dict())])
+@pytest.mark.parametrize("share", [nn.Module.share_memory, lambda m: ForkingPickler.dumps(m.state_dict())])
 def test_training_goes_on_when_the_parameters_went_into_shared_memory(share: Callable[[nn.Module], object]) -> None:
     model, twin = net(), net()
     optimizers = [SAM(m.parameters(), SGD, lr=0.1, momentum=0.9) for m in (model, twin)]
