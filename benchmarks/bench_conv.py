@@ -21,7 +21,6 @@ from ltfast.kernels.conv import conv3x3
 
 STAGES = ((16, 32), (32, 16))  # channels and side of ResNet-32's first two stages
 STEP = 768 * 16 * 32 * 32  # elements of a stage 1 picture batch: three views of 256; half of it in stage 2
-SIZES = (STEP,)
 NHWC = torch.channels_last
 
 
@@ -68,4 +67,4 @@ def test_forward_and_backward(benchmark: Any, implementation: str) -> None:
 
 
 if __name__ == "__main__":
-    op_bench.run("conv", cases, __doc__, gpu_sizes=SIZES, cpu_sizes=(STEP // 96,))
+    op_bench.run("conv", cases, __doc__, gpu_sizes=(STEP,), cpu_sizes=(STEP // 96,))

@@ -110,7 +110,7 @@ SHARPNESS_SOURCES: dict[str, str] = {
 }
 ALIASES: dict[str, str] = {
     "logit-adjustment": "balanced-softmax",
-    # No reading stands out in the measurements (docs/findings.md); the paper's own is gsa-paper+gkp.
+    # No preset stands out in the measurements (docs/findings.md); the paper's own is gsa-paper+gkp.
     "gkp-gsa": "gsa-full+gkp",
 }
 

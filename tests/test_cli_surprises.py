@@ -42,34 +42,15 @@ def pictures(
     return root
 
 
+def training(root: Path, *more: str) -> list[str]:
+    """Words of a training on the tree, its batch a class's pictures; an option that is given again counts."""
+    words = f"train --dataset folder-small --batch 6 --model resnet8 --device cpu --image-size 16 --no-tensorboard {' '.join(more)}"
+    return [*words.split(), "--data-dir", str(root)]
+
+
 def fitted(root: Path, out: Path, *more: str) -> Path:
     """A run of one epoch on the tree."""
-    words = [
-        "train",
-        "--dataset",
-        "folder-small",
-        "--data-dir",
-        str(root),
-        "--method",
-        "ce",
-        "--epochs",
-        "1",
-        "--batch",
-        "6",
-    ]
-    words += [
-        "--model",
-        "resnet8",
-        "--device",
-        "cpu",
-        "--image-size",
-        "16",
-        "--no-tensorboard",
-        "--out",
-        str(out),
-        *more,
-    ]
-    assert main(words) == 0
+    assert main([*training(root, "--method ce --epochs 1", *more), "--out", str(out)]) == 0
     return out
 
 
@@ -200,20 +181,7 @@ def test_fewer_classes_than_the_default_number_of_groups(tmp_path: Path, capsys:
     root = pictures(tmp_path / "data", two, n=8)
     run = fitted(root, tmp_path / "run", "--method", "gkp-gsa", "--epochs", "3")
     assert main(["eval", str(run)]) == 0
-    words = [
-        "train",
-        "--dataset",
-        "folder-small",
-        "--data-dir",
-        str(root),
-        "--batch",
-        "6",
-        "--groups",
-        "3",
-        "--image-size",
-        "16",
-    ]
-    assert main(words) == 2
+    assert main(training(root, "--groups 3")) == 2
     assert "--groups 3: more groups than the 2 classes" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from ltfast.data.copies import HEAD, UNKNOWN, Copies, find_copies, signature
 from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look
 from ltfast.data.folders import SUFFIX_FORMATS
-from ltfast.data.lists import ImageList
+from ltfast.data.lists import ImageList, unknown_label
 from ltfast.data.paths import duplicate_indices
 from ltfast.errors import UserError
 
@@ -141,12 +141,7 @@ def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: i
         notes.append("only one class: a classifier needs at least two")
     if "test" in lists and not len(lists["test"]):
         notes.append(f"no image to test on in {lists['test'].source}")
-    classes = lists["train"].num_classes
-    for split, images in names:
-        if len(images) and int(images.labels.max()) >= classes:
-            notes.append(
-                f"{images.source}: label {int(images.labels.max())} in {split}, but {lists['train'].source} has classes 0..{classes - 1}"
-            )
+    notes += filter(None, (unknown_label(split, images, lists["train"]) for split, images in names))
     for split, images in names:
         report, signed = _check_split(split, images, full, workers)
         splits.append(report)

@@ -224,6 +224,13 @@ def _parse_json(data: bytes, source: str) -> tuple[PathTable, np.ndarray, tuple[
     return names, labels, tuple(name for _, name in order)
 
 
+def unknown_label(split: str, images: ImageList, train: ImageList) -> str:
+    """What to say of a split with a label that no training image has room for, or an empty string."""
+    if not len(images) or int(images.labels.max()) < train.num_classes:
+        return ""
+    return f"{images.source}: label {int(images.labels.max())} in {split}, but {train.source} has classes 0..{train.num_classes - 1}"
+
+
 def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
     """Checks the splits of one data set together and returns C.
 
@@ -248,11 +255,8 @@ def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
             raise UserError(
                 f"{images.source}: no image to test on; add some, or remove it: then val, or a tenth of train, is test"
             )
-        if len(images) and int(images.labels.max()) >= num_classes:
-            raise UserError(
-                f"{images.source}: label {int(images.labels.max())} in {split}, "
-                f"but {train.source} has classes 0..{num_classes - 1}"
-            )
+        if unknown := unknown_label(split, images, train):
+            raise UserError(unknown)
         repeats = duplicate_indices(images.paths, limit=1)
         if repeats:
             first, again = repeats[0]

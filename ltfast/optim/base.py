@@ -250,9 +250,13 @@ class FlatOptimizer(Optimizer):
         try:
             yield
         except BaseException:
-            self.restore()
-            self._forget_scaler(scaler)
+            self._break_off(scaler)
             raise
+
+    def _break_off(self, scaler: GradScaler | None) -> None:
+        """Give up a step between its passes: theta comes back, and `scaler` knows nothing of it."""
+        self.restore()
+        self._forget_scaler(scaler)
 
     def _forget_scaler(self, scaler: GradScaler | None) -> None:
         """A step was broken off: what GradScaler.step has set here, and that the first pass was unscaled."""
@@ -267,8 +271,7 @@ class FlatOptimizer(Optimizer):
         try:
             yield
         except BaseException:
-            self.restore()
-            self._forget_scaler(self._scaler)
+            self._break_off(self._scaler)
             raise
 
     @torch.no_grad()

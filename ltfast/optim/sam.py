@@ -72,8 +72,7 @@ class SAM(FlatOptimizer):
             scaler: the GradScaler that scaled the loss; its overflow check covers this pass too.
         """
         if self.climbed:  # the last step was given up between its passes
-            self.restore()
-            self._forget_scaler(self._scaler)
+            self._break_off(self._scaler)
         if scaler is not None:
             self._unscale(scaler)
         self._collect()
@@ -159,8 +158,7 @@ class SAM(FlatOptimizer):
 
     def _check_unscaled(self, scaler: GradScaler) -> None:
         if scaler.is_enabled() and not scaler._per_optimizer_states[id(self)]["found_inf_per_device"]:
-            self.restore()
-            self._forget_scaler(scaler)
+            self._break_off(scaler)
             raise ValueError(
                 "second_step after first_step(scaler=...): the gradients are still scaled; call scaler.step(optimizer) "
                 "instead, or scaler.unscale_(optimizer) before"
