@@ -1,4 +1,4 @@
-"""What all sharpness-aware optimizers share: flat parameters, the descent, AMP, skipping, and restoring theta.
+"""What all sharpness-aware optimizers share: flat parameters, gradients, and the descent that restores theta.
 
 Between steps the flat buffer IS theta: in-place edits of parameters, EMA swaps and `model.load_state_dict` are respected.
 An ascent copies theta to `kept` in the pass that writes theta + eps; the update reads `kept` and writes theta, so restoring
@@ -10,17 +10,15 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Self
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.amp import GradScaler
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ltfast.kernels import gram_partials
-from ltfast.optim.anchors import attach_anchor, export_anchor
+from ltfast.optim.anchors import attach_anchor
 from ltfast.optim.inner import (
     Block,
     Present,
@@ -33,19 +31,12 @@ from ltfast.optim.inner import (
     release_state,
     replaced,
 )
+from ltfast.optim.passes import several
 from ltfast.optim.skips import SkipCounter
-from ltfast.optim.state import export_extra, import_extra, merge_groups
-from ltfast.optim.statistics import frozen_statistics
-
-ASCENTS = ("local", "global")
+from ltfast.optim.state import StoredOptimizer, export_extra
 
 
-def several() -> bool:
-    """True if several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-class FlatOptimizer(Optimizer):
+class FlatOptimizer(StoredOptimizer):
     """Base class; see SAM for the two-pass protocol and GSA for the closure of group losses.
 
     Args:
@@ -97,7 +88,6 @@ class FlatOptimizer(Optimizer):
             )
 
     def _setup(self) -> None:
-        """Everything that is made anew after unpickling, too."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         for group in self.param_groups:
@@ -109,13 +99,9 @@ class FlatOptimizer(Optimizer):
         self.check_finite = False
         self.stats: dict[str, Tensor] = {}
         self.alpha: float | Tensor | None = None
-        self._first_bad: Tensor | None = None
-        self._scaler: GradScaler | None = None  # that of the first pass
-        self._first_pass = _FirstPass(self)
+        self._begin_afresh()
         self._watch_base()
         self._skips = SkipCounter(self.blocks[0].flat.device)
-        self._model: nn.Module | None = None
-        self._ascent = "local"
         self._ready = True
 
     def _watch_base(self) -> None:
@@ -158,17 +144,6 @@ class FlatOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self.blocks.append(block)
-
-    def bind(self, model: nn.Module, ascent: str = "local") -> Self:
-        """Tell the optimizer its model, so that `step(closure)` can do right by it; returns the optimizer.
-
-        BatchNorm statistics then move in the first pass only. Under DistributedDataParallel the closure's first pass
-        runs without synchronisation ("local" ascent: each process climbs by its own batch) or with it ("global").
-        """
-        if ascent not in ASCENTS:
-            raise ValueError(f"ascent is {ascent!r}; it must be one of {', '.join(ASCENTS)}")
-        self._model, self._ascent = model, ascent
-        return self
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -213,66 +188,6 @@ class FlatOptimizer(Optimizer):
         return any(block.flat.rows.fresh() for block in self.blocks)
 
     # -- the descent ---------------------------------------------------------------------------------------------------
-
-    def restore(self) -> None:
-        """Bring theta back, bit for bit, if an ascent left theta + eps in the parameters."""
-        if self.climbed:
-            with torch.no_grad():
-                for block in self.blocks:
-                    block.restore()
-            self._first_bad = None
-            self._moved()
-
-    @property
-    def climbed(self) -> bool:
-        """True between an ascent and the descent (or `restore`)."""
-        return any(block.climbed for block in self.blocks)
-
-    def _moved(self) -> None:
-        """The parameters have moved: copies of them that autocast keeps until its block ends are out of date."""
-        if torch.is_autocast_cache_enabled():
-            torch.clear_autocast_cache()
-
-    @contextmanager
-    def _whole_step(self, scaler: GradScaler | None) -> Iterator[None]:
-        """Around `step(closure)`: an exception restores theta and takes back what a GradScaler has noted of the step.
-
-        Raises:
-            ValueError: `GradScaler.step(optimizer, closure)` has found no gradient of a first pass.
-        """
-        found = getattr(self, "found_inf", None)
-        if found is not None and not isinstance(found, Tensor):
-            self._forget_scaler(None)
-            raise ValueError(
-                "scaler.step(optimizer, closure) needs the gradients of a first pass: run scaler.scale(loss).backward() before "
-                "it, or call optimizer.step(closure, scaler=scaler)"
-            )
-        try:
-            yield
-        except BaseException:
-            self._break_off(scaler)
-            raise
-
-    def _break_off(self, scaler: GradScaler | None) -> None:
-        """Give up a step between its passes: theta comes back, and `scaler` knows nothing of it."""
-        self.restore()
-        self._forget_scaler(scaler)
-
-    def _forget_scaler(self, scaler: GradScaler | None) -> None:
-        """A step was broken off: what GradScaler.step has set here, and that the first pass was unscaled."""
-        for name in ("grad_scale", "found_inf"):
-            self.__dict__.pop(name, None)
-        if scaler is not None:
-            scaler._per_optimizer_states.pop(id(self._first_pass), None)
-
-    @contextmanager
-    def perturbed(self) -> Iterator[None]:
-        """`with optimizer.perturbed(): second forward and backward`; an exception inside restores theta."""
-        try:
-            yield
-        except BaseException:
-            self._break_off(self._scaler)
-            raise
 
     @torch.no_grad()
     def _descend(self, row: int = 0, *, check: bool = False) -> None:
@@ -384,114 +299,5 @@ class FlatOptimizer(Optimizer):
             return
         if targets is None:
             raise ValueError("targets is None: pass T for each parameter, or set_anchor(None) to remove the anchor")
-        params = [p for group in self.param_groups for p in group["params"]]
-        attach_anchor(self.blocks, params, list(weights), list(targets), strength)
+        attach_anchor(self.blocks, self._params(), list(weights), list(targets), strength)
         self.alpha = alpha
-
-    # -- state -----------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's format with the base optimizer's state; "ltfast" holds what goes beyond it."""
-        packed = super().state_dict()
-        for index, values in packed["state"].items():
-            if isinstance(values.get("step"), Tensor):  # one count for many parameters here, one each in torch
-                packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
-        packed["ltfast"] = export_extra(self)
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this optimizer's own state dict, one of torch.optim.SGD / AdamW, or one of davda54's SAM.
-
-        Raises:
-            ValueError: groups or parameters do not match; then nothing has changed.
-        """
-        merged, extra = merge_groups(self, state_dict)
-        super().load_state_dict(merged)
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
-        self.restore()
-        self._fused = fused(self.base_optimizer)
-        if self._fused:
-            adopt_state(self.base_optimizer, self.blocks)
-        import_extra(self, extra)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.climbed:  # a copy of the parameters would take theta + eps for theta
-            raise RuntimeError("copied between the two passes: call restore() before, or copy after second_step()")
-        return {
-            **super().__getstate__(),
-            "base": self.base_optimizer,
-            "own": self._own_state(),
-            "settings": self._settings(),
-            "anchor": export_anchor(self.blocks, [p for group in self.param_groups for p in group["params"]]),
-            "extra": export_extra(self),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """What users set on the optimizer itself and `_setup` would forget."""
-        return {name: getattr(self, name) for name in ("check_finite", "alpha", "_model", "_ascent")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base" not in state:  # Optimizer.load_state_dict
-            super().__setstate__(state)
-            return
-        own, extra, self.base_optimizer = state.pop("own"), state.pop("extra"), state.pop("base")
-        settings, anchor = state.pop("settings"), state.pop("anchor")
-        super().__setstate__(state)
-        self.__dict__.update(own)
-        self._renew(settings, extra, anchor)
-
-    def _renew(self, settings: dict[str, Any], extra: dict[str, Any], anchor: tuple[Any, ...] | None = None) -> None:
-        """New buffers for the parameters there are now, with the state and the settings of the old ones."""
-        self._setup()
-        if anchor is not None:
-            self.set_anchor(*anchor)
-        self.__dict__.update(settings)
-        if self._fused:
-            adopt_state(self.base_optimizer, self.blocks)
-        import_extra(self, extra)
-
-    def _own_state(self) -> dict[str, Any]:
-        """Constructor arguments that a subclass needs before `_setup` when it is unpickled."""
-        return {}
-
-    # -- two processes, BatchNorm ----------------------------------------------------------------------------------------
-
-    def _export(self) -> dict[str, Any]:
-        """State beyond the base optimizer's, for "ltfast" of the state dict."""
-        return {}
-
-    def _check_extra(self, extra: dict[str, Any]) -> None:
-        """ValueError if `_import` could not take `extra`."""
-
-    def _import(self, extra: dict[str, Any]) -> None:
-        """Take over what `_export` gave."""
-
-    def _second_pass(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._model is None else frozen_statistics(self._model)
-
-    def first_pass(self) -> AbstractContextManager[None]:
-        """`with optimizer.first_pass(): forward AND backward` of the ascent: no reduction if the ascent is local.
-
-        DistributedDataParallel decides at the forward pass whether the backward pass reduces, so `no_sync` around the
-        backward pass alone comes too late.
-        """
-        return self._unreduced() if self._ascent == "local" else nullcontext()
-
-    def _unreduced(self) -> AbstractContextManager[None]:
-        no_sync = getattr(self._model, "no_sync", None)
-        return nullcontext() if no_sync is None else no_sync()
-
-
-class _FirstPass:
-    """Stands for the optimizer in GradScaler.unscale_ of the first pass, which allows one call an optimizer and step."""
-
-    def __init__(self, owner: FlatOptimizer) -> None:
-        self._owner = weakref.ref(owner)  # a cycle would keep a dropped optimizer's memory until it is collected
-        self.params: list[Tensor] | None = None
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        owner = self._owner()
-        assert owner is not None
-        return owner.param_groups if self.params is None else [{"params": self.params}]

@@ -21,9 +21,10 @@ from ltfast.flat import GradientRows
 from ltfast.kernels import gram_partials, perturb
 from ltfast.kernels.common import MAX_ROWS
 from ltfast.optim.ascent import Ascent, Stale
-from ltfast.optim.base import FlatOptimizer, several
+from ltfast.optim.base import FlatOptimizer
 from ltfast.optim.fresh import FreshGradients
 from ltfast.optim.inner import Block
+from ltfast.optim.passes import several
 from ltfast.optim.rules import Rule
 from ltfast.optim.state import averages_by_index, check_averages, load_averages
 

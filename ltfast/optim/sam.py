@@ -18,8 +18,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
-from ltfast.optim.base import FlatOptimizer, several
+from ltfast.optim.base import FlatOptimizer
 from ltfast.optim.inner import Block, Present, split_shared
+from ltfast.optim.passes import several
 from ltfast.optim.state import averages_by_index, check_averages, indices, load_averages
 
 Closure = Callable[[], Any]

@@ -1,4 +1,4 @@
-"""State dicts: what they hold beyond torch's, and what is taken from those of other optimizers.
+"""State dicts, copies and pickles: what they hold beyond torch's, and what is taken from those of other optimizers.
 
 Own state dicts are torch's (param_groups, and state by parameter index under the base optimizer's names) plus "ltfast":
     {"skipped": ..., "averages": {index: tensor}, "engine": {name: tensor}}      tensors, numbers and dicts only
@@ -6,31 +6,120 @@ Own state dicts are torch's (param_groups, and state by parameter index under th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ltfast.optim.inner import SLOTS, Block, check_options
-
-if TYPE_CHECKING:
-    from ltfast.optim.base import FlatOptimizer
+from ltfast.optim.anchors import attach_anchor, export_anchor
+from ltfast.optim.inner import SLOTS, Block, adopt_state, check_options, fused
+from ltfast.optim.passes import TwoPasses
+from ltfast.optim.skips import SkipCounter
 
 # Per-parameter state of davda54's SAM (its base optimizer's momentum is not in its state dict) and of F-SAM.
 OLD_P, AVERAGE = "old_p", "momentum"
 RADIUS = ("rho", "adaptive")  # options of SAM's groups: an optimizer with another rule stays what it is
 
 
-def indices(optimizer: FlatOptimizer) -> dict[Tensor, int]:
+class StoredOptimizer(TwoPasses):
+    """What of an optimizer survives in a state dict, a copy and a pickle; FlatOptimizer builds on it."""
+
+    base_optimizer: Optimizer
+    alpha: float | Tensor | None
+    check_finite: bool
+    _fused: bool
+    _skips: SkipCounter
+
+    def _setup(self) -> None:
+        """Everything that is made anew after unpickling, too."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format with the base optimizer's state; "ltfast" holds what goes beyond it."""
+        packed = super().state_dict()
+        for index, values in packed["state"].items():
+            if isinstance(values.get("step"), Tensor):  # one count for many parameters here, one each in torch
+                packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
+        packed["ltfast"] = export_extra(self)
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's own state dict, one of torch.optim.SGD / AdamW, or one of davda54's SAM.
+
+        Raises:
+            ValueError: groups or parameters do not match; then nothing has changed.
+        """
+        merged, extra = merge_groups(self, state_dict)
+        super().load_state_dict(merged)
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+        self.restore()
+        self._fused = fused(self.base_optimizer)
+        if self._fused:
+            adopt_state(self.base_optimizer, self.blocks)
+        import_extra(self, extra)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.climbed:  # a copy of the parameters would take theta + eps for theta
+            raise RuntimeError("copied between the two passes: call restore() before, or copy after second_step()")
+        return {
+            **super().__getstate__(),
+            "base": self.base_optimizer,
+            "own": self._own_state(),
+            "settings": self._settings(),
+            "anchor": export_anchor(self.blocks, self._params()),
+            "extra": export_extra(self),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What users set on the optimizer itself and `_setup` would forget."""
+        return {name: getattr(self, name) for name in ("check_finite", "alpha", "_model", "_ascent")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" not in state:  # Optimizer.load_state_dict
+            super().__setstate__(state)
+            return
+        own, extra, self.base_optimizer = state.pop("own"), state.pop("extra"), state.pop("base")
+        settings, anchor = state.pop("settings"), state.pop("anchor")
+        super().__setstate__(state)
+        self.__dict__.update(own)
+        self._renew(settings, extra, anchor)
+
+    def _renew(self, settings: dict[str, Any], extra: dict[str, Any], anchor: tuple[Any, ...] | None = None) -> None:
+        """New buffers for the parameters there are now, with the state and the settings of the old ones."""
+        self._setup()
+        if anchor is not None:
+            attach_anchor(self.blocks, self._params(), *anchor)
+        self.__dict__.update(settings)
+        if self._fused:
+            adopt_state(self.base_optimizer, self.blocks)
+        import_extra(self, extra)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Constructor arguments that a subclass needs before `_setup` when it is unpickled."""
+        return {}
+
+    def _export(self) -> dict[str, Any]:
+        """State beyond the base optimizer's, for "ltfast" of the state dict."""
+        return {}
+
+    def _check_extra(self, extra: dict[str, Any]) -> None:
+        """ValueError if `_import` could not take `extra`."""
+
+    def _import(self, extra: dict[str, Any]) -> None:
+        """Take over what `_export` gave."""
+
+
+def indices(optimizer: StoredOptimizer) -> dict[Tensor, int]:
     """Parameter -> its index in a state dict."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     order: dict[Tensor, int] = {}
-    for p in params:
+    for p in optimizer._params():
         order.setdefault(p, len(order))
     return order
 
 
-def merge_groups(optimizer: FlatOptimizer, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def merge_groups(optimizer: StoredOptimizer, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(a state dict for torch's loader, extra state); options that the loaded groups lack keep their present value.
 
     Raises:
@@ -73,7 +162,7 @@ def merge_groups(optimizer: FlatOptimizer, state_dict: dict[str, Any]) -> tuple[
     return {**{k: v for k, v in state_dict.items() if k != "ltfast"}, "param_groups": merged, "state": state}, extra
 
 
-def _check_shapes(optimizer: FlatOptimizer, state: dict[Any, Any]) -> None:
+def _check_shapes(optimizer: StoredOptimizer, state: dict[Any, Any]) -> None:
     names = SLOTS.get(type(optimizer.base_optimizer), ())
     for p, index in indices(optimizer).items():
         for name in names:
@@ -84,19 +173,19 @@ def _check_shapes(optimizer: FlatOptimizer, state: dict[Any, Any]) -> None:
                 )
 
 
-def export_extra(optimizer: FlatOptimizer) -> dict[str, Any]:
+def export_extra(optimizer: StoredOptimizer) -> dict[str, Any]:
     """State beyond the base optimizer's: skipped steps, moving averages, Gram memory."""
-    return {"skipped": optimizer.skipped.clone(), **optimizer._export()}
+    return {"skipped": optimizer._skips.total().clone(), **optimizer._export()}
 
 
 @torch.no_grad()
-def import_extra(optimizer: FlatOptimizer, extra: dict[str, Any]) -> None:
+def import_extra(optimizer: StoredOptimizer, extra: dict[str, Any]) -> None:
     """Take over what `export_extra` gave (or part of it: an empty dict starts afresh)."""
     optimizer._skips.set(extra.get("skipped", 0.0))
     optimizer._import(extra)
 
 
-def check_averages(optimizer: FlatOptimizer, averages: dict[int, Tensor], rows: int) -> None:
+def check_averages(optimizer: StoredOptimizer, averages: dict[int, Tensor], rows: int) -> None:
     """ValueError if `load_averages` could not take these."""
     for p, index in indices(optimizer).items():
         held = averages.get(index)
@@ -106,7 +195,7 @@ def check_averages(optimizer: FlatOptimizer, averages: dict[int, Tensor], rows: 
             )
 
 
-def averages_by_index(optimizer: FlatOptimizer, first: int, rows: int, blocks: list[Block]) -> dict[int, Tensor]:
+def averages_by_index(optimizer: StoredOptimizer, first: int, rows: int, blocks: list[Block]) -> dict[int, Tensor]:
     """Gradient rows first .. first + rows - 1 as {index: [rows, *shape]}."""
     order = indices(optimizer)
     result = {}
@@ -118,7 +207,7 @@ def averages_by_index(optimizer: FlatOptimizer, first: int, rows: int, blocks: l
 
 
 def load_averages(
-    optimizer: FlatOptimizer, averages: dict[int, Tensor], first: int, rows: int, blocks: list[Block]
+    optimizer: StoredOptimizer, averages: dict[int, Tensor], first: int, rows: int, blocks: list[Block]
 ) -> None:
     """Undo `averages_by_index`; parameters without an entry get zeros."""
     order = indices(optimizer)
