@@ -24,6 +24,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--bad-list", default=None, metavar="FILE", help="write the bad files here (train with --exclude-list)"
     )
+    check.add_argument("--csv", default=None, metavar="FILE", help="write every bad, repeated and copied file here")
     check.set_defaults(run=command_check)
 
     stats = verbs.add_parser("stats", help="class counts, many / medium / few, imbalance")
@@ -66,7 +67,7 @@ def _print_note(lists: dict[str, ImageList]) -> None:
 
 
 def command_check(args: argparse.Namespace) -> int:
-    from ltfast.data.check import check_dataset, print_check, write_bad_list
+    from ltfast.data.check import check_dataset, print_check, write_bad_list, write_findings
 
     lists = _lists(args)
     report = check_dataset(lists, full=args.full, workers=args.workers)
@@ -74,6 +75,8 @@ def command_check(args: argparse.Namespace) -> int:
     _print_note(lists)
     if args.bad_list:
         print(f"{write_bad_list(report, args.bad_list)} bad files listed in {args.bad_list}")
+    if args.csv:
+        print(f"{write_findings(report, args.csv)} findings listed in {args.csv}")
     return int(not report.ok)
 
 

@@ -7,6 +7,7 @@ gray, EXIF-rotated, another format than its name says) is only counted.
 
 from __future__ import annotations
 
+import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 TAIL = 1 << 12  # bytes read of a large file beside its HEAD; the whole file when they do not settle it
 CHUNK = 512  # files a task
+BAD = "bad: "  # what a finding about a file that cannot be decoded begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,16 @@ def examine(images: ImageList, index: int, full: bool = False) -> Finding:
         return Finding(str(error))
 
 
+def found_files(split: SplitReport) -> Iterator[tuple[str, str, str]]:
+    """(finding, path, the other path or '') of every file to look at, copies after bad files."""
+    yield from ((f"{BAD}{reason}", path, "") for path, reason in split.bad)
+    yield from (("duplicate path", path, "") for path in split.duplicates)
+    same = {f"also in {other}": pairs for other, pairs in split.copies.elsewhere.items()}
+    same |= {"same picture in another class": split.copies.relabelled}
+    same |= {"copy in the same class": split.copies.repeated}
+    yield from ((what, *pair) for what, pairs in same.items() for pair in pairs)
+
+
 def print_check(report: CheckReport, console: Console | None = None, examples: int = 5) -> None:
     """The report as a table, with the first `examples` bad files of each split."""
     from rich.console import Console as RichConsole
@@ -200,18 +212,14 @@ def print_check(report: CheckReport, console: Console | None = None, examples: i
     depth = "full decode" if report.decoded else "headers"
     table = Table("split", "files", "finding", "count", "example", title=f"Files ({depth})")
     for split in report.splits:
-        reasons = Counter(reason for _, reason in split.bad)
-        example = {reason: path for path, reason in reversed(split.bad)}
-        rows = [(f"bad: {reason}", count, example[reason]) for reason, count in reasons.most_common(examples)]
-        rows += [(note, count, "") for note, count in split.notes.items()]
-        if split.duplicates:
-            rows.append(("duplicate path", len(split.duplicates), split.duplicates[0]))
-        same = {f"also in {other}": pairs for other, pairs in split.copies.elsewhere.items()}
-        same |= {
-            "same picture in another class": split.copies.relabelled,
-            "copy in the same class": split.copies.repeated,
-        }
-        rows += [(what, len(pairs), " = ".join(pairs[0])) for what, pairs in same.items() if pairs]
+        found = list(found_files(split))
+        counts = Counter(what for what, *_ in found)
+        example = {what: " = ".join(filter(None, paths)) for what, *paths in reversed(found)}
+        bad = Counter({what: n for what, n in counts.items() if what.startswith(BAD)}).most_common(examples)
+        others = [(what, n) for what, n in counts.items() if not what.startswith(BAD)]
+        rows = [(what, n, example[what]) for what, n in bad]
+        rows += [(note, n, "") for note, n in split.notes.items()]
+        rows += [(what, n, example[what]) for what, n in others]
         if split.empty_classes:
             rows.append(("class without an image", len(split.empty_classes), str(split.empty_classes[0])))
         for row, (finding, count, shown) in enumerate(rows or [("nothing unusual", 0, "")]):
@@ -231,6 +239,18 @@ def write_bad_list(report: CheckReport, path: str | Path) -> int:
         Path(path).write_bytes(lines)
     except OSError as error:
         raise UserError(f"--bad-list {path}: cannot be written: {error.strerror}") from error
+    return len(rows)
+
+
+def write_findings(report: CheckReport, path: str | Path) -> int:
+    """Writes a CSV with a line for each bad file, repeated path and copy (split, finding, path, other path); returns how
+    many. UserError where it cannot be written."""
+    rows = [(split.split, *row) for split in report.splits for row in found_files(split)]
+    try:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file, lineterminator="\n").writerows([("split", "finding", "path", "same_as"), *rows])
+    except OSError as error:
+        raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from error
     return len(rows)
 
 

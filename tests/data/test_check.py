@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ltfast.data.check import check_dataset, inspect, print_check, read_bad_list, write_bad_list
+from ltfast.data.check import check_dataset, inspect, print_check, read_bad_list, write_bad_list, write_findings
 from ltfast.data.decode import load_picture
 from ltfast.data.lists import ImageList, read_list
 from ltfast.data.paths import PathTable
@@ -129,6 +129,13 @@ def test_copies_are_found_whatever_their_names(tmp_path):
     text = console.export_text()
     for words in ("also in train", "same picture in another class", "copy in the same class"):
         assert words in text
+    assert write_findings(report, tmp_path / "found.csv") == 3
+    assert (tmp_path / "found.csv").read_text().splitlines() == [
+        "split,finding,path,same_as",
+        "train,same picture in another class,train/1/y.jpg,train/0/3.jpg",
+        "train,copy in the same class,train/0/z.jpg,train/0/0.jpg",
+        "test,also in train,val/0/x.jpg,train/0/2.jpg",
+    ]
     only_repeated = lists["train"].select(np.array([0, 4, 5]))
     assert check_dataset({"train": only_repeated}).ok, "a picture twice in its own class is the owner's affair"
 

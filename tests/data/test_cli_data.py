@@ -81,6 +81,7 @@ def test_data_commands_say_what_cannot_be_written(tmp_path: Path, capsys: pytest
     nowhere = tmp_path / "train/class000/0000.png/none.png"
     for words in (
         ["check", str(tmp_path), "--bad-list", str(nowhere)],
+        ["check", str(tmp_path), "--csv", str(nowhere)],
         ["stats", str(tmp_path), "--plot", str(nowhere)],
         ["stats", str(tmp_path), "--plot", str(tmp_path / "x.none")],
         ["contact", str(nowhere)],
