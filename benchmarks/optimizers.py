@@ -6,7 +6,7 @@
 
 `counted` needs no GPU: a step on the parameters of a network, with gradients that cost nothing, split into what the
 optimizer launches and moves itself and what gets the gradients to where it wants them (zeroing, gathering, autograd's
-additions); plus waits of the host and memory kept beyond parameters, gradient and momentum.
+additions); plus waits of the host and memory held between steps beyond the parameters.
 
 `sweep` (benchmarks/direction.py) trains on CIFAR-10-LT and computes, for every refresh interval and memory (EMA), the cosine
 between the direction mode R would take and the exact one: mean, 10th percentile, worst. FLOPs are counted, not assumed.

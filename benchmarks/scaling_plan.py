@@ -14,6 +14,7 @@ Nothing here was timed on several machines: rows say device "simulated" where th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import sys
 import time
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from harness import append_row  # noqa: E402, I001
 from scaling_model import (  # noqa: E402
-    ASSUMED, GIB, GROUPS, RESNET50, Machine, all_reduce, memory_by_classes, step_seconds,
+    ASSUMED, GIB, GROUPS, RESNET50, Machine, all_reduce, measured_rate, memory_by_classes, step_seconds,
 )  # fmt: skip
 
 from ltfast.data.large_views import view_recipes  # noqa: E402
@@ -250,12 +251,14 @@ def main() -> None:
             append_row("scale", case, metric, value, **{"device": "simulated", **fields})
 
     if "sharded" in parts:
+        rate, source = measured_rate() or (ASSUMED.rate, "assumed")  # as in the tables of scaling_model.py
+        m = dataclasses.replace(ASSUMED, rate=rate)
         for classes in (8142, 100_000, MILLION):
             row(f"model/classes/C={classes}", "seconds", class_seconds(classes), config={"flops": FLOPS})
         for world in (8, 64, 256):
             case = f"model/sharded/bcl/local/resnet50/C=1000000/P={world}"
-            for metric, value in sharded_step(MILLION, world, ASSUMED).items():
-                row(case, metric, value, config={**vars(ASSUMED), "batch_a_gpu": 128})
+            for metric, value in sharded_step(MILLION, world, m).items():
+                row(case, metric, value, config={**vars(m), "rate_source": source, "batch_a_gpu": 128})
             row(case, "gib_a_gpu", sharded_memory(MILLION, world), config={"batch_a_gpu": 128})
             for metric, value in sharded_softmax(world).items():
                 row(f"model/sharded softmax/C=50000/P={world}", metric, value, config={"dtype": "float32"})

@@ -9,7 +9,8 @@ The input gradient is the same kernel: the filter mirrored, its channels swapped
 Accumulation: float32; products of 16-bit numbers on the tensor cores, of float32 in full precision.
 Deterministic: partial sums of the weight's gradient are added up in a fixed order, no atomics.
 Mutates nothing. A program holds BLOCK pixels and all channels, so x comes from memory once and from the cache nine times.
-Why: a library's smallest tile is wider than 16 channels; two thirds of a ResNet-32 step are such convolutions (docs/kernels.md).
+Why: a library's smallest tile is wider than 16 channels; two thirds of a ResNet-32 step are convolutions, most of them with so
+few (docs/kernels.md).
 """
 
 import torch

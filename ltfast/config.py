@@ -73,7 +73,7 @@ class Data:
     workers: int = _opt(-1, "loader threads or workers; -1 = number of cores", least=-1)
     on_bad_image: str = _opt(
         "auto",
-        "an unreadable image is left out (skip) or ends the run (fail); auto = skip in training, counted, fail elsewhere",
+        "an unreadable image is replaced in training, left out elsewhere (skip), or ends the run (fail); auto = fail outside training",
         choices=("auto", "skip", "fail"),
     )
     train_list: str | None = _opt(None, "list file of training images ('<relative path> <label>' a line)")
@@ -93,7 +93,9 @@ class Model:
     """The network."""
 
     model: str = _opt(
-        "resnet32", "encoder: resnet8|resnet20|resnet32 (CIFAR style) or a torchvision classifier", paper="resnet32"
+        "resnet32",
+        "encoder: resnet8|resnet20|resnet32... (CIFAR style, resnet8-w32 twice as wide) or a torchvision classifier",
+        paper="resnet32",
     )
     classifier: str = _opt("cosine", "classifier layer", choices=("cosine", "linear"), paper="cosine")
     scale: float = _opt(30.0, "scale of the cosine classifier", paper="30", above=0)
@@ -124,7 +126,7 @@ class Sharpness:
         None, "override", choices=("joint", "none", "orthogonal", "projected", "friendly"), paper="orthogonal"
     )
     objective: str | None = _opt(None, "override", choices=("shared", "per_group"), paper="per_group")
-    scope: str | None = _opt(None, "override", choices=("all", "classifier"))
+    scope: str | None = _opt(None, "override", choices=("all", "classifier"), paper="classifier")
     adaptive: bool | None = _opt(None, "override: scale perturbations by |theta|", paper="true")
     rho: float | None = _opt(None, "override: fixed radius instead of Eq. 13", least=0)
     radius_C: float | None = _opt(None, "override: C of Eq. 13", paper="0.1", least=0)

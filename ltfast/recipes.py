@@ -1,4 +1,4 @@
-"""Recipes: one function a dataset, one line a method. Figures are those of the released codes (docs/method.md)."""
+"""Recipes: one function a dataset, one line a method. Figures are those of the released codes where nothing else is said."""
 
 from __future__ import annotations
 

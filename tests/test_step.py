@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -332,13 +333,16 @@ def test_perturbation_is_undone_bit_for_bit() -> None:
         ("gsa-exact", 3.95, 4.01),
         ("gsa-full", 1.99, 2.3),
         ("imbsam", 2.6, 2.7),
+        ("focal-sam", 2.6, 2.7),
+        ("gsa-exact,per_group", 6.95, 7.01),
     ],
 )
 def test_flops_of_a_step_relative_to_sgd(name: str, low: float, high: float) -> None:
     """Counted by torch on a ResNet-20; G = 4 gives the table of docs/method.md: E (1 + 2G)/3 + 1 = 4, classifier scope about 1."""
     groups4 = torch.tensor([0, 1, 2, 3, 3])
-    rule = RULES[name]
-    kind = {"one": "single", "bank": "groups", "head-tail": "head-tail"}[rule.groups]
+    method, _, objective_kind = name.partition(",")
+    rule = dataclasses.replace(RULES[method], objective=objective_kind or RULES[method].objective)
+    kind = {"one": "single", "bank": "groups"}.get(rule.groups, rule.groups)
     flops = {}
     for key in (None, rule):
         net, objective, batch = make("bcl", "resnet20", 16)
@@ -351,6 +355,6 @@ def test_flops_of_a_step_relative_to_sgd(name: str, low: float, high: float) -> 
         flops[key] = counter.get_total_flops()
     ratio = flops[rule] / flops[None]
     assert low <= ratio <= high
-    n_groups = {"one": 1, "bank": 4, "head-tail": 2}[rule.groups]
+    n_groups = {"one": 1, "bank": 4, "head-tail": 2, "focal": 2}[rule.groups]
     if rule.gram_every == 1:
         assert ratio == pytest.approx(flops_ratio(rule, n_groups), rel=0.02)

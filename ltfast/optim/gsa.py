@@ -179,7 +179,7 @@ class GSA(GroupedOptimizer):
         counts: [G] training images of each group, G <= 64 (32 with direction "friendly"). Two groups of one radius cancel
             in a shared orthogonal perturbation (a plain step results): use objective="per_group" or more groups.
         direction: "orthogonal" (Eq. 12), "friendly" (the released code), "projected", "none" or "joint".
-        objective: "shared": one perturbation; "per_group": each group's own, G more forward and backward passes.
+        objective: "shared": one perturbation; "per_group": each group's own, G forward and backward passes instead of one.
         scope: "all" parameters or the "classifier".
         gram_every: 1: every group's gradient in every step (mode E); k > 1: one backward with coefficients from a Gram
             matrix renewed every k-th step (mode R), about 2 + (E - 2) / k SGD steps of work.
