@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ltfast import cli, dist, launch
+from ltfast.build import build_device
 from ltfast.config import Config
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
@@ -252,3 +253,9 @@ def test_a_rank_that_fails_beside_nccl_ends_without_waiting(
         assert message.read_text() == "one bad picture"
     else:
         assert "ValueError: a fault of ours" in capsys.readouterr().err
+
+
+def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:1: several processes need a GPU each"):
+        build_device(build_config("digits-lt", "ce", {}, {"device": "cuda:1"}), Ranks(1, 2, 1))
