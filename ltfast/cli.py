@@ -208,7 +208,7 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
         if not dist.leaves_together():
             dist.stop()
             raise
-        code = 1
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
         if isinstance(error, UserError):
             code = launch.report(error)
         elif isinstance(error, Exception):
