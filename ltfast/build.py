@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -52,7 +53,16 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def build_device(config: Config, ranks: Ranks) -> torch.device:
-    """The device of this process, see `pick_device`; sets TF32 and determinism."""
+    """The device of this process, see `pick_device`; sets TF32 and determinism.
+
+    Raises:
+        UserError: one GPU for several processes, which NCCL refuses.
+    """
+    if config.run.device.startswith("cuda:") and ranks.world > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"--device {config.run.device}: several processes need a GPU each; use --device cuda, and the variable "
+            "CUDA_VISIBLE_DEVICES to choose GPUs"
+        )
     device = pick_device(config.run.device, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -6,16 +6,21 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ltfast
 from ltfast.cli_data import add_data_commands
 from ltfast.cli_runs import add_run_commands, print_result
 from ltfast.config import FIELDS, SECTIONS, Config, base_type, check, flag, flatten, load_toml, nearest
 from ltfast.errors import UserError
+
+if TYPE_CHECKING:
+    from ltfast.dist import Ranks
 
 TOPICS = {
     "data": "data", "model": "network", "loss": "base loss", "sharpness": "sharpness (overrides of the method's rule)",
@@ -194,12 +199,35 @@ def command_train(args: argparse.Namespace) -> int:
 def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> int:
     """Train in this process, alone or as one of several."""
     from ltfast import dist, launch
+
+    launch.end_with_launcher()
+    ranks = dist.start()
+    try:
+        code = train_as(ranks, config, resume, changes)
+    except BaseException as error:
+        if not dist.leaves_together():
+            dist.stop()
+            raise
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, UserError):
+            code = launch.report(error)
+        elif isinstance(error, Exception):
+            traceback.print_exc()
+    if code and dist.leaves_together():  # the others wait for this process, and leaving in order would wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    dist.stop()
+    return code
+
+
+def train_as(ranks: Ranks, config: Config, resume: str | None, changes: dict[str, Any]) -> int:
+    """Train as one of `ranks`; returns the exit code."""
+    from ltfast import dist, launch
     from ltfast.progress import ConsoleProgress, Progress
     from ltfast.speedrun import TableProgress
     from ltfast.train import train
 
-    launch.end_with_launcher()
-    ranks = dist.start()
     try:
         progress = (TableProgress() if config.run.table else ConsoleProgress()) if ranks.main else Progress()
         result = train(config, resume=resume, changes=changes, ranks=ranks, progress=progress)
@@ -217,8 +245,6 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
         if not launch.message_left():
             print(f"ltfast: process {ranks.rank} ends because another one is gone", file=sys.stderr)
         return 1
-    finally:
-        dist.stop()
     return 0
 
 

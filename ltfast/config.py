@@ -70,7 +70,7 @@ class Data:
         "input pipeline of large images; synthetic = generated pictures in their place, no file is read",
         choices=("auto", "dali", "torch", "synthetic"),
     )
-    workers: int = _opt(-1, "loader threads or workers; -1 = number of cores", least=-1)
+    workers: int = _opt(-1, "loader threads or workers of each process; -1 = its share of the cores", least=-1)
     on_bad_image: str = _opt(
         "auto",
         "an unreadable image is replaced in training, left out elsewhere (skip), or ends the run (fail); auto = fail outside training",

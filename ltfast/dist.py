@@ -186,7 +186,12 @@ def lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or ("gloo" in str(error) and "onnection" in str(error))
 
 
+def leaves_together() -> bool:
+    """True where `stop` waits for the other processes: NCCL's communicators end on all of a machine's at once."""
+    return dist.is_initialized() and torch.cuda.is_available()
+
+
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, when all do."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -36,8 +36,9 @@ def evaluate(
         n = batch.labels.numel()
         size = size or n
         pictures = batch.views[0]
-        if n < size:  # the last batch: filled up with copies of its first picture, which do not count
-            pictures = torch.cat([pictures, pictures[:1].expand(size - n, *pictures.shape[1:])])
+        if n < size:  # the last batch: filled up with copies of its last picture, which do not count
+            # Indexing keeps the memory format, which a compiled graph hangs on as well; torch.cat would not.
+            pictures = pictures[torch.arange(size, device=pictures.device).clamp_max(n - 1)]
         accumulator.update((logits or model)(pictures)[:n].float(), batch.labels)
     for tensor in accumulator.state().values():
         (ranks or Ranks()).sum_(tensor)

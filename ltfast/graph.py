@@ -11,9 +11,10 @@ live in the graph's memory and hold until the next call.
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,12 +56,29 @@ class CudaRecorder:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
         try:
             # thread_local: another thread that waits for a copy (ltfast/store.py) must not break the recording.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with (
+                _nothing_collected(),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 outputs = function()
         except BaseException:
             torch.cuda.set_stream(current)  # torch stays on the side stream if the recording could not be ended
             raise
         return graph.replay, outputs
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage goes before, and none inside: an old graph that is destroyed while another one is recorded breaks the
+    recording (torch.cuda.graph collects no garbage any more since torch 2.9)."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _Aside(AbstractContextManager[None]):

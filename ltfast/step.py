@@ -7,6 +7,7 @@ every statistic stays a tensor until the logging interval asks for it. Python de
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, cast
@@ -106,12 +107,21 @@ class TrainStep:
             flat.resize_rows(1)
         self.features: Tensor | None = None
         self.ascent_stats: dict[str, Tensor] = {}
-        self._run: Callable[..., Taken] = self.take if capture is None else capture(self.take)
+        # Not the bound method: in a reference cycle a step that others have replaced would keep its rows and CUDA graphs.
+        own = weakref.proxy(self)
+
+        def take(branch: str, labels: Tensor, *views: Tensor) -> Taken:
+            return cast(Taken, own.take(branch, labels, *views))
+
+        self._run: Callable[..., Taken] = take if capture is None else capture(take)
         self._some: Tensor | None = None  # positions of the samples that a partial ascent sees
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Train on one batch; returns 0-dim device tensors (loss, grad_norm, statistics of the ascent)."""
-        taken = self._run(self.next_branch(), batch.labels, *batch.views)
+        branch = self.next_branch()
+        taken = self._run(branch, batch.labels, *batch.views)
+        if self.engine is not None:
+            self.engine.taken(branch)
         self.features, self.ascent_stats = taken.features, taken.stats
         return taken.result
 

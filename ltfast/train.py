@@ -344,6 +344,7 @@ def train(
     ranks, progress = ranks or Ranks(), progress or Progress()
     folder, trainer = None, None
     try:
+        resume = ranks.share(resume)  # after a restart rank 0 alone may see that the folder holds a run
         if resume:
             folder = ranks.on_main(lambda: RunFolder.open(resume, lock=True))
             values = ranks.share(folder.config.to_dict() if folder is not None else {})

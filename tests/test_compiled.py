@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from ltfast.compiled import Compiled, Compiler, fresh
 from ltfast.data.base import Batch
+from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
@@ -175,3 +177,18 @@ def test_runs_in_one_process_share_no_budget() -> None:
         compiler = Compiler(module, backend="eager")
         Compiled(compiler, lambda x, module=module: module(x), "net")(torch.ones(1, 2))
         assert compiler.reason is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_evaluation_is_one_kind_of_call(layout: torch.memory_format) -> None:
+    """The last batch, which is filled up, lies in memory as the others do: on a GPU large pictures are channels_last."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, len(COUNTS), 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    pictures, labels = torch.randn(10, 3, 6, 6), torch.arange(10) % len(COUNTS)
+    parts = zip(pictures.split(4), labels.split(4), strict=True)
+    batches = [Batch((x.contiguous(memory_format=layout),), y, y) for x, y in parts]
+    source: Any = SimpleNamespace(num_classes=len(COUNTS), train_counts=COUNTS, evaluate=lambda split: iter(batches))
+    compiled = Compiled(Compiler(net, backend="eager"), lambda x: net(x), "logits")
+    found = evaluate(net, source, "test", torch.device("cpu"), logits=compiled)
+    assert len(compiled.known) == 1
+    assert found == evaluate(net, source, "test", torch.device("cpu"))
+    assert found["n"] == 10

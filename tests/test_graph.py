@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from ltfast.data.base import Batch
 from ltfast.flat import FlatBuffers, FlatParameters
-from ltfast.graph import WARMUP, Captured
+from ltfast.graph import WARMUP, Captured, CudaRecorder
 from ltfast.losses import membership_for
 from ltfast.optim.rules import RULES, Rule
 from ltfast.scaler import LossScale
@@ -170,3 +173,55 @@ def test_every_rule_is_recorded_by_one_of_its_kind(name: str) -> None:
     kinds = {(r.scope, r.objective, r.split) for r, _, _ in KINDS_RECORDED.values() if r is not None}
     rule = RULES[name]
     assert (rule.scope, rule.objective, rule.split) in kinds
+
+
+def test_a_recorded_refresh_is_remembered_after_a_warm_up_was_undone() -> None:
+    """Else every step would be an exact one: the recording was made where there was a Gram matrix already."""
+    step = recorded_run("gsa-full", TapeRecorder(), 16)[2]
+    batch, engine = make("bcl")[2], step.engine
+    assert engine is not None
+    engine.load_state({"steps": torch.tensor(0), "seen": torch.zeros_like(engine.seen)})
+    branches = []
+    for _ in range(5):
+        step(batch)
+        branches.append(engine.next_branch())
+        engine.steps -= 1
+    assert branches == ["stale", "stale", "stale", "exact", "stale"]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_step_that_is_replaced_is_gone_at_once(recorded: bool) -> None:
+    """With its rows and recordings, not when Python next collects garbage: that may be while the new one is recorded."""
+    step = recorded_run("gsa-full", TapeRecorder() if recorded else None, WARMUP + 2)[2]
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(step)
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_no_garbage_is_collected_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is destroyed meanwhile breaks the recording, so old ones go before."""
+
+    class Old:
+        def __init__(self) -> None:
+            self.itself = self
+
+    for name in ("Stream", "graph_pool_handle", "CUDAGraph", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(device=None, replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    recorder, old = CudaRecorder(torch.device("cuda")), Old()
+    gone = weakref.ref(old)
+    del old
+    assert recorder.record(lambda: (gone(), gc.isenabled()))[1] == (None, False)
+    assert gc.isenabled()
+
+    def fails() -> None:
+        raise RuntimeError("not recorded")
+
+    with pytest.raises(RuntimeError, match="not recorded"):
+        recorder.record(fails)
+    assert gc.isenabled()

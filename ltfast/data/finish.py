@@ -78,7 +78,8 @@ class Finisher:
 
     def _colour(self, out: Tensor, pictures: Tensor, jitter: Jitter | None, augment: Drawn | None) -> Tensor:
         """Fills `out` [n, 3, H, W] and returns it."""
-        out.copy_(pictures.permute(0, 3, 1, 2), non_blocking=True)
+        # As bytes, in the order they have: copying into `out` at once would permute them on the host first, out of pinned memory.
+        out.copy_(pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2))
         if jitter is not None:
             apply_jitter(out.flatten(2), jitter)
         if augment is not None:

@@ -13,7 +13,7 @@ from ltfast.data.base import Source
 from ltfast.data.check import read_bad_list
 from ltfast.data.dali_pipeline import dali_available
 from ltfast.data.folders import limit, thin
-from ltfast.data.large_source import LargeSource, available_cores
+from ltfast.data.large_source import LargeSource, own_cores
 from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, view_recipes
 from ltfast.data.lists import ImageList, validate_lists
 from ltfast.data.public import PUBLIC, find_lists
@@ -88,7 +88,7 @@ def load_large(
     """imagenet-lt, inat18, places-lt, folder, list or webdataset as a Source; see `ltfast.data.load` for the common
     options.
 
-    data_dir: root of the pictures, or the shard pattern of webdataset; workers: -1 = as many as cores; imbalance:
+    data_dir: root of the pictures, or the shard pattern of webdataset; workers: -1 = this process's cores; imbalance:
     None or 1 keeps a list as it is, else folder, list and webdataset are thinned; val_per_class: so many images of each
     class of train become the validation split, which is empty where the set has none; exclude_list: the bad-file list
     that `data check` wrote; dtype: of GPU views.
@@ -110,7 +110,7 @@ def load_large(
         "world": world,
         "epochs_total": epochs_total,
         "eval_batch": eval_batch or 256,
-        "workers": available_cores() if workers < 0 else workers,
+        "workers": own_cores() if workers < 0 else workers,
         "on_bad_image": on_bad_image,
         "mean": public.mean if public else IMAGENET_MEAN,
         "std": public.std if public else IMAGENET_STD,

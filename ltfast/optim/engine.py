@@ -80,6 +80,11 @@ class Engine(Ascent):
         again = not self.remembers or self.holds_rest != (self.last is not None)
         return EXACT if ascent % self.rule.gram_every == 0 or again else STALE
 
+    def taken(self, branch: str) -> None:
+        """A step has gone along `branch`: a replay runs no Python that could note that there is a Gram matrix now."""
+        if branch == EXACT and self.rule.gram_every > 1:
+            self.remembers, self.holds_rest = True, self.last is not None
+
     def ascend(
         self, losses: Tensor, shares: Tensor, branch: str = EXACT, classifier_rows: Sequence[Tensor] | None = None
     ) -> Tensor:

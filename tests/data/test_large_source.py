@@ -17,7 +17,7 @@ from scipy import stats
 
 from ltfast.data.base import Source
 from ltfast.data.dali_pipeline import dali_available
-from ltfast.data.large_source import LargeSource, Substitutes
+from ltfast.data.large_source import LargeSource, Substitutes, available_cores, own_cores
 from ltfast.data.large_views import view_recipes
 from ltfast.data.lists import ImageList, read_list
 from ltfast.data.paths import PathTable
@@ -376,3 +376,14 @@ def test_synthetic_pictures(root):
     assert a[0].views[0].shape == (16, 3, 24, 24)
     assert not torch.equal(a[0].views[0], a[0].views[1])
     assert sum(len(e.index) for e in source.evaluate("val")) == 50
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    """Eight of them with a loader thread a core each would be eight times too many."""
+    assert own_cores() == available_cores()
+    for name, value in {"RANK": 0, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("ltfast.data.large_source.available_cores", lambda: 20)
+    assert own_cores() == 2
+    monkeypatch.setattr("ltfast.data.large_source.available_cores", lambda: 4)
+    assert own_cores() == 1

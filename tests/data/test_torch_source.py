@@ -147,3 +147,26 @@ def test_workers_leave_the_parents_garbage_alone(tmp_path):
     finally:
         gc.enable()
         gc.collect()
+
+
+def test_pictures_go_to_a_device_as_the_bytes_they_are():
+    """Nothing is rearranged on the host, out of the pinned memory that a copy beside the device's work needs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ltfast.data.finish import Finisher
+
+    class OnHost(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(isinstance(a, torch.Tensor) and a.device.type == "cpu" and a.ndim == 4 for a in args):
+                self.calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    finisher = Finisher(IMAGENET_MEAN, IMAGENET_STD, torch.device("meta"))
+    with OnHost() as host:
+        view = finisher.plain(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+    assert host.calls == ["aten._to_copy.default"]
+    assert view.is_contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ltfast import launch
+from ltfast import cli, dist, launch
+from ltfast.build import build_device
 from ltfast.config import Config
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
@@ -224,3 +225,37 @@ def test_a_mistake_that_one_rank_alone_meets_ends_the_others(monkeypatch: pytest
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
         assert launch.report(UserError("bad picture")) == int(gpu)
     assert (tmp_path / "message").read_text() == "bad picture"
+
+
+@pytest.mark.parametrize("error", [UserError("one bad picture"), ValueError("a fault of ours")])
+def test_a_rank_that_fails_beside_nccl_ends_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """NCCL's communicators end on all ranks of a machine at once: leaving in order would wait for those that wait for it."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    def ends(code: int) -> None:
+        raise SystemExit(code)
+
+    message = tmp_path / "message"
+    monkeypatch.setenv(launch.MESSAGE, str(message))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: pytest.fail("waits for the others"))
+    monkeypatch.setattr("ltfast.train.train", fails)
+    monkeypatch.setattr(dist, "start", lambda: Ranks(1, 2, 1))
+    monkeypatch.setattr(os, "_exit", ends)
+    with pytest.raises(SystemExit, match="^1$"):
+        cli.train_here(Config(), None, {})
+    if isinstance(error, UserError):
+        assert message.read_text() == "one bad picture"
+    else:
+        assert "ValueError: a fault of ours" in capsys.readouterr().err
+
+
+def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:1: several processes need a GPU each"):
+        build_device(build_config("digits-lt", "ce", {}, {"device": "cuda:1"}), Ranks(1, 2, 1))

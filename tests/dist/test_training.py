@@ -220,3 +220,13 @@ def test_stop_and_resume_with_two_ranks(tmp_path: Path) -> None:
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     again = run_folder(Ranks(), str(parts), 0, True)  # one process goes on where two have been
     assert again["last"]["n"] == 400
+
+
+def restarted(ranks: Ranks, out: str) -> list[int]:
+    """Runs to the end; then again, as after a restart on machines of which only rank 0's sees the folder."""
+    config = build_config("digits-lt", "ce", {}, {**SMALL, "epochs": 1, "out": out})
+    return [train(config, resume=resume, ranks=ranks)["steps"] for resume in (None, out if ranks.main else None)]
+
+
+def test_only_rank_0_needs_to_see_the_run_that_goes_on(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, restarted, str(tmp_path / "run")) == [[5, 5]] * 2
