@@ -106,6 +106,7 @@ def test_sigterm_then_resume(undisturbed: Path, tmp_path: Path, stops: tuple[int
         ("gsa-release", {"regroup": 1}),  # moving averages; the bank goes on filling
         ("ce+imbsam", {"optimizer": "adamw", "lr": 0.001, "sampler": "progressive"}),
         ("bcl+sam", {"sampler": "class-balanced"}),
+        ("ce+sam", {"ascent_every": 3}),  # the last perturbation and its statistics
     ],
 )
 def test_every_method_resumes_in_the_middle_of_an_epoch(tmp_path: Path, method: str, values: dict[str, Any]) -> None:
