@@ -180,6 +180,12 @@ def test_statistics_of_anchors_come_from_batches_of_one_size(
     assert found == [sizes, sizes]
 
 
+def test_one_picture_is_too_few_for_some_networks(tmp_path: Path) -> None:
+    flags = {"device": "cpu", "batch": 1, "limit_train": 10, "model": "mobilenet_v3_small", "out": str(tmp_path / "a")}
+    with pytest.raises(UserError, match="more than one picture"):
+        train(build_config("digits-lt", "ce", {}, flags))
+
+
 def test_prediction_normalises_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = inat(tmp_path, monkeypatch)
     batch = next(iter(source.evaluate("test")))
