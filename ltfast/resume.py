@@ -57,6 +57,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     }  # fmt: skip
     if isinstance(trainer.source, LargeSource):
         meta["data"] = trainer.source.state(trainer.epoch, trainer.batch)
+        tensors["replaced"] = ranks.sum_(trainer.source.replaced.clone())
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith(SHARED)}
     return tensors, meta, shared
 
@@ -90,6 +91,8 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
             trainer.sums = dict(zip(meta["sums"], tensors["sums"].to(trainer.device).unbind(), strict=True))
         if "meter" in tensors:
             trainer.meter.sums = tensors["meter"].to(trainer.device)
+        if isinstance(trainer.source, LargeSource) and "replaced" in tensors and trainer.ranks.main:  # of all ranks
+            trainer.source.replaced.copy_(tensors["replaced"])
     except KeyError as error:
         raise UserError(
             f"--resume: the training state lacks {error}; it was written by another version of ltfast"

@@ -365,6 +365,13 @@ def train(
         if trainer is None:
             raise
         raise UserError(out_of_memory(trainer)) from None
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # BatchNorm's words for nothing to average over
+            raise
+        raise UserError(
+            f"--model {config.model.model}: BatchNorm needs more than one picture at a time where one pixel is left of it; "
+            "use a larger --batch (or --ascent-fraction), or larger pictures"
+        ) from None
     finally:
         progress.end()
         if trainer is not None and trainer.store is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,31 @@ def inat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "inat18", data_dir=folder, train_list=folder / "train.txt", val_list=folder / "val.txt", batch=2, num_views=1,
         loader="torch", workers=0, image_size=32,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("budget", "sizes"), [(33, [11, 11, 11]), (17, [9, 8]), (1, [2])])
+def test_statistics_of_anchors_come_from_batches_of_one_size(
+    budget: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last batch of one picture weighed as much as the whole ones, and a network that ends at 1 x 1 pixel raised."""
+    made, found = trainer("ce+gkp", fisher_budget=budget, groups=2), []
+
+    @contextmanager
+    def reestimate(model: torch.nn.Module, images: Iterator[torch.Tensor]) -> Iterator[None]:
+        found.append([len(pictures) for pictures in images])
+        yield
+
+    monkeypatch.setattr("ltfast.preserve.knowledge.reestimate_batchnorm", reestimate)
+    made.source.eval_batch = 16
+    made.bank.update(torch.ones(10), made.flat.data[made.encoder], 0)
+    made.group()
+    assert found == [sizes, sizes]
+
+
+def test_one_picture_is_too_few_for_some_networks(tmp_path: Path) -> None:
+    flags = {"device": "cpu", "batch": 1, "limit_train": 10, "model": "mobilenet_v3_small", "out": str(tmp_path / "a")}
+    with pytest.raises(UserError, match="more than one picture"):
+        train(build_config("digits-lt", "ce", {}, flags))
 
 
 def test_prediction_normalises_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

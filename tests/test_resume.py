@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -12,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ltfast import build, checkpoint
@@ -106,6 +109,7 @@ def test_sigterm_then_resume(undisturbed: Path, tmp_path: Path, stops: tuple[int
         ("gsa-release", {"regroup": 1}),  # moving averages; the bank goes on filling
         ("ce+imbsam", {"optimizer": "adamw", "lr": 0.001, "sampler": "progressive"}),
         ("bcl+sam", {"sampler": "class-balanced"}),
+        ("ce+sam", {"ascent_every": 3}),  # the last perturbation and its statistics
     ],
 )
 def test_every_method_resumes_in_the_middle_of_an_epoch(tmp_path: Path, method: str, values: dict[str, Any]) -> None:
@@ -114,6 +118,28 @@ def test_every_method_resumes_in_the_middle_of_an_epoch(tmp_path: Path, method: 
         result = train(config(out, method, epochs=3, **values), progress=StopAt(stop))
         if "stopped" in result:
             train(config(out), resume=str(out))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_unreadable_images_before_a_stop_are_counted(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, c, i in itertools.product(("train", "test"), "ab", range(4)):
+        (tmp_path / "data" / split / c).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8))
+        picture.save(tmp_path / "data" / split / c / f"{i}.png")
+    for c in "ab":
+        (tmp_path / "data/train" / c / "0.png").write_bytes(b"no picture")
+    flags = {
+        **SMALL, "data_dir": str(tmp_path / "data"), "batch": 1, "epochs": 1, "model": "resnet8", "image_size": 16, "workers": 0,
+        "loader": "torch",
+    }  # fmt: skip
+    for name, stop in (("a", 0), ("b", 7)):
+        out = tmp_path / name
+        settings = build_config("folder", "ce", {}, {**flags, "out": str(out)})
+        if "stopped" in train(settings, progress=StopAt(stop)):
+            train(settings, resume=str(out))
+    (row,) = [row for row in log(tmp_path / "b") if row["kind"] == "epoch"]
+    assert row["replaced"] == 2
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 

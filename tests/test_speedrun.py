@@ -11,6 +11,7 @@ import torch
 from ltfast.cli import main
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
+from ltfast.observe import refresh_row
 from ltfast.progress import Progress
 from ltfast.recipes import NAMED, build_config, named_recipe
 from ltfast.runs import RunFolder
@@ -44,9 +45,12 @@ def test_recipe_runs_at_smoke_size_and_prints_the_table(tmp_path: Path, capsys: 
     assert seconds[1] == pytest.approx(sum(row["seconds"] for row in run.metrics("epoch")), abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["balanced-softmax", "balanced-softmax+sam", "balanced-softmax+friendly-sam"])
-def test_warm_up_leaves_no_trace(method: str) -> None:
-    flags = {"epochs": 1, "device": "cpu", "batch": 32}
+@pytest.mark.parametrize(
+    ("method", "gram_every"),
+    [("balanced-softmax", None), ("balanced-softmax+sam", 2), ("balanced-softmax+friendly-sam", None)],
+)
+def test_warm_up_leaves_no_trace(method: str, gram_every: int | None) -> None:
+    flags = {"epochs": 1, "device": "cpu", "batch": 32, "gram_every": gram_every}
     runs = []
     for steps in (0, 3):
         trainer = Trainer(build_config("digits-lt", method, {}, flags), None, Ranks(), Progress())
@@ -56,10 +60,10 @@ def test_warm_up_leaves_no_trace(method: str) -> None:
             warm_up(trainer, steps)
             assert torch.equal(trainer.flat.data, before)
         trainer.train_epoch(0)
-        runs.append((trainer.flat.data, trainer.buffers.data, trainer.summary()["loss"]))
+        runs.append((trainer.flat.data, trainer.buffers.data, trainer.summary()["loss"], refresh_row(trainer)))
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
-    assert runs[0][2] == runs[1][2]
+    assert runs[0][2:] == runs[1][2:]
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

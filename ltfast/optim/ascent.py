@@ -197,6 +197,7 @@ class Ascent:
         self.remembers = "memory" in state
         if not self.remembers:
             self.memory.zero_()  # a matrix that is mixed into the first one
+            self.refresh.copy_(torch.tensor([0.0, 0.0, 1.0]))
         else:
             self.holds_rest = bool(state.get("holds_rest", False))
             self.memory.copy_(state["memory"])

@@ -112,7 +112,8 @@ class Engine(Ascent):
     def _hold(self) -> None:
         """Keep the statistics of this ascent, at one address, for the steps that repeat it."""
         if self.held:
-            torch._foreach_copy_(list(self.held.values()), list(self.stats.values()))
+            # By name: a loaded state has them in another order.
+            torch._foreach_copy_(list(self.held.values()), [self.stats[name] for name in self.held])
         else:
             self.held = {name: value.clone() for name, value in self.stats.items()}
         self.stats = self.held

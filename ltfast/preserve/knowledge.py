@@ -50,8 +50,11 @@ def collapse_knowledge(
     if bank.holds:
         means = bank.group_means(groups, len(sizes))
     everything = torch.zeros_like(groups)
-    calibration = sample_indices(everything, source.train_labels, 0, budget, seed)
+    calibration = sample_indices(everything, source.train_labels, 0, max(budget, 2 * ranks.world), seed)
     calibration = calibration.repeat(ranks.world)[: -(-len(calibration) // ranks.world) * ranks.world]  # equal shares
+    # Batches as equal as they go: each weighs the same in BatchNorm's statistics, and one picture alone may have none.
+    share = len(calibration) // ranks.world
+    size = -(-share // -(-share // source.eval_batch))
 
     def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
         parts = {p: gradients[n] for n, p in model.named_parameters() if n in gradients}
@@ -61,7 +64,7 @@ def collapse_knowledge(
         for j, mean in enumerate(means):
             theta_star = ranks.broadcast_(mean.to(flat.device, copy=True))
             chosen = sample_indices(groups, source.train_labels, j, budget, seed)
-            images = (batch.views[0] for batch in source.evaluate("train", calibration))
+            images = (batch.views[0] for batch in source.evaluate("train", calibration, size))
             with untuned(), swapped_parameters(flat.data[span], theta_star), reestimate_batchnorm(model, images):
                 batches = ((batch.views[0], batch.labels) for batch in source.evaluate("train", chosen))
                 agree_on_statistics(model, ranks)
