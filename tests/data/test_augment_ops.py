@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 from ltfast.data import augment_auto as auto
 from ltfast.data import augment_color as color
 from ltfast.data import augment_geometry as geometry
+from ltfast.data.augment import DigitsView
 from tests.data.small_pictures import make_pictures
 
 N = 37
@@ -183,6 +184,22 @@ def test_affine_with_everything_at_once() -> None:
 
     expected = one_by_one(theirs, FLOATS, angle, zoom, kx, ky, dx, dy)
     assert_close(geometry.warp(FLOATS, inverse, "bilinear"), expected, CHAIN)  # observed 0
+
+
+def test_the_digits_view_turns_zooms_and_shifts_within_its_ranges() -> None:
+    u = torch.rand(N, 4, generator=torch.Generator().manual_seed(20))
+    u[:, 2:] = (u[:, 2:] * 8).floor() / 8  # whole pixels of a range of 4, as torchvision shifts
+    u[0] = 0.5
+    view = DigitsView(30.0, 0.25, 4.0, (0.5,) * 3, (0.25,) * 3)
+
+    def theirs(p: Tensor, values: Tensor) -> Tensor:
+        angle, zoom, right, down = (float(v) for v in 2 * values.double() - 1)
+        mode = tv.InterpolationMode.BILINEAR
+        shift = [int(4 * right), int(4 * down)]
+        return (tv.affine(p, 30 * angle, shift, 1 + 0.25 * zoom, [0.0, 0.0], interpolation=mode) - 0.5) / 0.25
+
+    assert_close(view(PICTURES, u), one_by_one(theirs, FLOATS, u), 4 * CHAIN)  # / 0.25; observed 0
+    assert difference(view(PICTURES, u)[:1], (FLOATS[:1] - 0.5) / 0.25) <= 4 * CHAIN  # no change in the middle
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (48, 32), (32, 48), (31, 17)])

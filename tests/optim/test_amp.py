@@ -114,6 +114,22 @@ def test_scaling_changes_nothing_but_rounding(kind: str, recipe: Callable[..., N
     assert float(optimizer.skipped) == 0
 
 
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r is not scaled_ascent], ids=lambda f: f.__name__)
+def test_averages_do_not_know_the_scale(recipe: Callable[..., None]) -> None:
+    """A scale that stays cancels in the direction of Friendly-SAM; one that changes shows what the averages hold."""
+    model, twin = support.make(), support.make()
+    optimizer, plain = (FriendlySAM(m.parameters(), SGD[0], rho=0.3, **SGD[1]) for m in (model, twin))
+    scaler = new_scaler()
+    for i in range(4):
+        recipe(model, optimizer, scaler, i, (1.0, 1.0))
+        scaler.update(SCALE * 4.0 ** (i + 1))
+        support.two_passes(twin, plain, i)
+    assert support.distance(model, twin) < 1e-6  # observed 1e-7
+    averages, expected = (o.state_dict()["ltfast"]["averages"] for o in (optimizer, plain))
+    for index, average in averages.items():
+        torch.testing.assert_close(average, expected[index], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("where", ["first", "second", "both"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda f: f.__name__)
