@@ -70,6 +70,22 @@ def test_figures_are_those_of_sklearn_and_of_naive_loops() -> None:
     json.dumps(result, allow_nan=False)
 
 
+def test_the_state_holds_what_a_reliability_diagram_shows() -> None:
+    logits, labels = stream()
+    accumulator = Accumulator(7, COUNTS, bins=5)
+    for i in range(0, 203, 17):
+        accumulator.update(logits[i : i + 17], labels[i : i + 17])
+    accumulator.update(logits[:4], torch.full((4,), -1))  # padding
+    confidence, predicted = logits.double().softmax(1).max(1)
+    state = accumulator.state()
+    for b in range(5):
+        inside = (confidence > b / 5) & (confidence <= (b + 1) / 5)
+        assert int(state["bin_seen"][b]) == int(inside.sum())
+        assert int(state["bin_correct"][b]) == int((inside & (predicted == labels)).sum())
+        assert float(state["bin_confidence"][b]) == pytest.approx(float(confidence[inside].sum()), abs=1e-10)
+    assert int(state["bin_seen"].sum()) == 203
+
+
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_top5_of_five_classes_or_fewer_is_everything(classes: int) -> None:
     assert evaluate([stream(20, classes)], classes, torch.full((classes,), 50))["top5"] == 100

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltfast.data.base import Batch
+from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
 from ltfast.preserve.bank import MemoryBank
 from ltfast.preserve.fisher import sample_indices
-from ltfast.preserve.knowledge import collapse_knowledge
+from ltfast.preserve.knowledge import agree_on_statistics, collapse_knowledge, untuned
 
 GROUPS = torch.tensor([0, 1, 1, 1])
 SIZES = torch.tensor([1.0, 3.0], dtype=torch.float64)
@@ -109,3 +110,40 @@ def test_the_anchor_of_a_network_is_its_definition(run: SimpleNamespace, fisher:
     assert anchor.strength == STRENGTH
     here = fisher_at(run, theta, sample_indices(GROUPS, LABELS, 0, BUDGET, SEED), calibration, fisher)
     assert (here - fishers[0]).abs().max() > 0.05 * fishers[0].max()  # at the network's own weights it is another
+
+
+class OneOfTwo(Ranks):
+    """Rank 0 of two; `mean_` meets, call by call, what the other rank would send."""
+
+    def __init__(self, others: list[Tensor]) -> None:
+        super().__init__(world=2)
+        object.__setattr__(self, "others", iter(others))
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        return tensor.add_(next(self.others)).div_(2)
+
+
+def test_statistics_of_two_equal_shares_are_those_of_all_images() -> None:
+    torch.manual_seed(2)
+    shares = torch.randn(2, 50, 3) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([[[0.0, 3, -1]], [[1.0, -2, 4]]])
+    means, variances = shares.mean(1), shares.var(1, correction=0)
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
+    norm = network[0]
+    norm.running_mean.copy_(means[0])
+    norm.running_var.copy_(variances[0])
+    middle = means.mean(0)
+    agree_on_statistics(network, OneOfTwo([means[1], variances[1] + (means[1] - middle).square()]))
+    everything = shares.flatten(0, 1)
+    torch.testing.assert_close(norm.running_mean, everything.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, everything.var(0, correction=0), rtol=1e-5, atol=1e-6)
+    assert (norm.running_var - variances.mean(0)).abs().min() > 0.2  # the means are apart
+    agree_on_statistics(network, Ranks())
+    torch.testing.assert_close(norm.running_mean, everything.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_cudnn_tries_nothing_inside_and_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch, tuned: bool) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", tuned)
+    with untuned():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark == tuned
