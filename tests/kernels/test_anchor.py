@@ -88,6 +88,7 @@ def test_python_coefficients_and_bad_arguments():
     check(listed, anchor_penalty(theta, anchors, fishers, coef), "reduction")
     for name, arguments in {
         "theta_N": (theta.half(), anchors, fishers, coef),
+        r"theta_N is torch\.bfloat16": (theta.bfloat16(), anchors, fishers, coef),
         "anchors_GN": (theta, anchors[:, :8], fishers, coef),
         "fishers_GN": (theta, anchors, fishers[:, :8], coef),
         "fishers_GN has 1 rows": (theta, anchors, fishers[:1], coef),
@@ -96,6 +97,6 @@ def test_python_coefficients_and_bad_arguments():
     }.items():
         with pytest.raises(ValueError, match=name):
             anchor_penalty(*arguments)
-        if name != "theta_N" and name != "anchors_GN":
+        if not name.startswith(("theta_N", "anchors_GN")):
             with pytest.raises(ValueError, match=name):
                 collapse_anchors(*arguments[1:])

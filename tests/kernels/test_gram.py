@@ -87,6 +87,8 @@ def test_bad_arguments_are_named():
         gram(grads.half(), theta)
     with pytest.raises(ValueError, match=r"theta_N is torch\.bfloat16"):
         gram(grads, theta.bfloat16())
+    with pytest.raises(ValueError, match=r"theta_N is torch\.bfloat16"):
+        gram_partials(grads, theta.bfloat16())
     with pytest.raises(ValueError, match="grads_RN must be"):
         gram_partials(theta)
     with pytest.raises(ValueError, match="grads_RN must be"):

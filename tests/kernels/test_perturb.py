@@ -90,6 +90,7 @@ def test_bad_arguments_are_named_and_nothing_is_written():
     out = torch.full((8,), 5.0)
     for name, arguments in {
         "theta_N": (theta.half(), grads, coef, False, out),
+        r"theta_N is torch\.bfloat16": (theta.bfloat16(), grads, coef, False, out),
         "theta_N must be": (theta[::2], grads[:, ::2], coef, False, out),
         "grads_GN": (theta, grads[:, :7], coef, False, out),
         "grads_GN is": (theta, grads.long(), coef, False, out),
@@ -100,6 +101,7 @@ def test_bad_arguments_are_named_and_nothing_is_written():
         "coef_G lies on meta": (theta, grads, coef.to("meta"), False, out),
         "out has 7": (theta, grads, coef, False, out[:7]),
         "out is": (theta, grads, coef, False, out.half()),
+        r"keep is torch\.bfloat16": (theta, grads, coef, False, out, out.bfloat16()),
     }.items():
         with pytest.raises(ValueError, match=name):
             perturb(*arguments)

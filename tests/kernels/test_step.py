@@ -162,9 +162,13 @@ def bad_calls(theta: Tensor, grad: Tensor, buf: Tensor) -> dict[str, tuple[tuple
         "nesterov": ((theta, grad, buf, 0.1, 0.9, 0.5), {"nesterov": True}),
         "weight_decay": (good, {"weight_decay": -1.0}),
         "theta_N": ((theta.half(), grad, buf, 0.1), {}),
+        r"theta_N is torch\.bfloat16": ((theta.bfloat16(), grad, buf, 0.1), {}),
+        r"momentum_N is torch\.bfloat16": ((theta, grad, buf.bfloat16(), 0.1, 0.9), {}),
+        r"source is torch\.bfloat16": (good, {"source": buf.bfloat16()}),
         "grad_N": ((theta, grad[:7], buf, 0.1), {}),
         "grad_N is": ((theta, grad.half(), buf, 0.1), {}),
         r"anchor\[0\]": (good, {"anchor": (buf[:7], buf, 0.1)}),
+        r"anchor\[0\] .* is torch\.bfloat16": (good, {"anchor": (buf.bfloat16(), buf, 0.1)}),
         r"anchor\[1\]": (good, {"anchor": (buf, buf.double(), 0.1)}),
         r"anchor\[2\]": (good, {"anchor": (buf, buf, nan)}),
         "anchor must be": (good, {"anchor": (buf, buf, 0.0, 0.1)}),
@@ -198,6 +202,8 @@ def test_bad_arguments_are_named_and_nothing_is_written():
             adamw_step(theta, grad, buf, buf.clone(), **{"step": 1, "lr": 0.1} | kwargs)
     with pytest.raises(ValueError, match="exp_avg_sq_N"):
         adamw_step(theta, grad, buf, buf[:7], 1, 0.1)
+    with pytest.raises(ValueError, match=r"theta_N is torch\.bfloat16"):
+        adamw_step(theta.bfloat16(), grad, buf, buf.clone(), 1, 0.1)
     assert (theta == 1).all()
     assert (buf == 1).all()
 

@@ -91,6 +91,21 @@ def test_an_odd_batch_is_damped_to_the_expected_length() -> None:
     assert length == pytest.approx(float(stale.norm), rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_an_overflow_in_a_remembered_step_climbs_nowhere_and_is_told(value: float) -> None:
+    ascent = Ascent(RULES["gsa-full"], torch.tensor([200.0, 50.0, 10.0]), 100, torch.device("cpu"))
+    matrix = torch.tensor([[1.0, 0.2, 0.1], [0.2, 4.0, 0.3], [0.1, 0.3, 9.0]], dtype=torch.float64)
+    shares, size = torch.tensor([0.7, 0.2, 0.1]), torch.ones(1, dtype=torch.float64)
+    ascent.refreshed(matrix, size[0], shares, matrix / 2)
+    stale = ascent.stale_coefficients(shares, matrix / 2)
+    c = stale.coef.double()
+    for squared, bad in ((c @ matrix @ c, 0), (torch.tensor(value, dtype=torch.float64), 1)):
+        scale, more = ascent.rescaled(squared.reshape(1, 1, 1), size, stale, c @ matrix @ c / 2)
+        assert (float(scale) == 0) == bool(bad)
+        assert float(more) == pytest.approx(1.0)
+        assert (float(ascent.stats["ok"]), float(ascent.stats["bad"])) == (1 - bad, bad)
+
+
 def test_one_long_gradient_does_not_rule_the_memory() -> None:
     """Norms are averaged in the logarithm; a mean of squares would remember sqrt((1 + 100^2) / 2) = 71."""
     ascent = Ascent(RULES["gsa-full"], torch.tensor([200.0, 50.0]), 100, torch.device("cpu"))
@@ -156,4 +171,4 @@ def test_two_groups_of_one_radius_make_plain_steps(every: int) -> None:
         assert float(optimizer.stats["ok"]) == 1
     assert support.distance(model, twin) < 1e-6
     assert float(optimizer.skipped) == 0
-    assert float(optimizer.ascent.refresh[1]) == 0  # no direction, no cosine
+    assert optimizer.ascent.refresh.tolist() == [0.0, 0.0, 1.0]  # no direction, no cosine

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ltfast.optim import SAM, FriendlySAM
+from ltfast.optim.skips import FLAGS, SkipCounter
 from tests.optim import support
 from tests.optim.support import ADAMW, SGD, bits, same_bits
 
@@ -131,6 +132,17 @@ def test_check_finite_tests_the_final_gradient() -> None:
     optimizer.second_step(zero_grad=True)
     assert same_bits(model, before)
     assert float(optimizer.skipped) == 1
+
+
+def test_a_loaded_count_of_skipped_steps_goes_on() -> None:
+    counter = SkipCounter(torch.device("cpu"))
+    counter.add(torch.tensor(1.0))
+    counter.set(5.0)  # the flag above belongs to the run that was left
+    for i in range(FLAGS + 3):
+        counter.add(torch.tensor(2.0 * (i % 2)))
+        counter.add(None)
+    assert len(counter._flags) < FLAGS
+    assert float(counter.total()) == float(counter.total()) == 5 + (FLAGS + 3) // 2
 
 
 def test_a_zero_gradient_is_a_plain_step() -> None:
