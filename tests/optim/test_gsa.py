@@ -365,3 +365,17 @@ def test_a_wrong_closure_changes_nothing(result: Any) -> None:
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(failing)
     assert same_bits(model, before)
+
+
+@pytest.mark.parametrize(("losses", "shares", "which"), [(2, 2, "losses"), (2, 3, "losses"), (3, 2, "shares")])
+def test_a_closure_of_another_number_of_groups_is_named(losses: int, shares: int, which: str) -> None:
+    model = support.make()
+    optimizer, closure, before = gsa(model), support.group_closure(model, 0), bits(model)
+
+    def shorter() -> Any:
+        found = closure()
+        return found[0][:losses], found[1][:shares]
+
+    with pytest.raises(ValueError, match=rf"{which} must be a tensor of shape \(3,\), not \(2,\)"):
+        optimizer.step(shorter)
+    assert same_bits(model, before)
