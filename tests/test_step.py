@@ -227,6 +227,29 @@ def test_classifier_scope_equals_its_slow_twin(name: str) -> None:
     assert difference(net, twin) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    [*SHARED, (RULES["gsa-full"], "groups"), (RULES["gsa-paper"], "groups"), (RULES["cc-sam"], "classes")],
+    ids=lambda x: x if isinstance(x, str) else (x.scope + "-" + x.direction if x else "plain"),
+)
+def test_a_step_reports_what_is_at_theta_and_the_norm_of_its_gradient(rule: Rule | None, kind: str) -> None:
+    net, objective, batch = make("bcl")
+    step = take_step(net, objective, batch, rule, kind, steps=0)
+    for i in range(2):  # mode R: a step of either kind
+        twin, theta = copy.deepcopy(net), step.flat.data.double()
+        result = step(batch)
+        with torch.no_grad():
+            features = twin.features(torch.cat(batch.views))
+            loss = objective(twin, features, twin.project(features[20:]), batch.labels).mean()
+        assert float(result["loss"]) == pytest.approx(float(loss), rel=1e-5)  # observed 2e-7
+        assert step.features is not None
+        torch.testing.assert_close(step.features, features[:20], rtol=1e-5, atol=1e-5)
+        assert float(result["good"]) == 1
+        if i == 0:  # without momentum yet
+            gradient = ((theta - step.flat.data.double()) / LR - 1e-3 * theta) / ALPHA
+            assert float(result["grad_norm"]) == pytest.approx(float(gradient.norm()), rel=1e-4)
+
+
 def test_classes_in_parts_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """CC-SAM on more classes than one Gram matrix takes."""
     nets, found = [], []

@@ -89,6 +89,10 @@ def test_an_odd_batch_is_damped_to_the_expected_length() -> None:
     assert float(more) == pytest.approx(10.0)
     length = float(scale) * math.sqrt(float(c @ long @ c + more.double() ** 2 * (c @ known @ c)))
     assert length == pytest.approx(float(stale.norm), rel=1e-5)
+    _, more = ascent.rescaled(
+        torch.as_tensor(c @ (known + rest / 9) @ c).reshape(1, 1, 1), size[None], stale, c @ known @ c
+    )
+    assert float(more) == 1.0  # one that comes out short is not stretched
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])

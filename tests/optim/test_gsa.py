@@ -282,6 +282,19 @@ def test_groups_may_change_and_options_be_scheduled() -> None:
         optimizer.step(support.group_closure(model, 2, "classes"))
 
 
+@pytest.mark.parametrize("name", ["C", "rho_min", "rho_max"])
+def test_param_groups_of_another_radius_are_refused(name: str) -> None:
+    """One ascent has one radius: that of the first group must not win in silence."""
+    model = support.make()
+    optimizer = GSA(support.classifier_groups(model), SGD[0], GROUP_COUNTS, **{**RADIUS, **SGD[1]})
+    optimizer.step(support.group_closure(model, 0))
+    before = bits(model)
+    optimizer.param_groups[1][name] *= 1.01
+    with pytest.raises(ValueError, match=f"{name} differs between the param groups"):
+        optimizer.step(support.group_closure(model, 1))
+    assert same_bits(model, before)
+
+
 def test_a_group_added_later_climbs_too() -> None:
     model, twin = support.make(), support.make()
     head = list(model[-1].parameters())

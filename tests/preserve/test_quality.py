@@ -90,6 +90,15 @@ def test_one_class_only_has_no_neighbour():
     assert torch.equal(got.quality.isfinite(), torch.tensor([False, False, True, False]))
 
 
+def test_no_class_seen_has_no_distance():
+    got = QualityStats(3, 2).compute()
+    assert (got.distance == torch.inf).all()
+    assert (got.quality == -torch.inf).all()
+    assert torch.equal(
+        nearest_other(torch.eye(3).double(), torch.tensor([True, False, False])), torch.full((3,), torch.inf).double()
+    )
+
+
 def test_not_finite_features_and_equal_centroids_never_win():
     stats = QualityStats(4, 2)
     rows = torch.tensor([[torch.nan, 0.0], [1.0, 1.0], [1.0, 1.0], [2.0, 5.0]])
