@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +72,12 @@ def test_adopt_takes_replaced_storage_back() -> None:
     own[1].data = own[1].data.double()
     with pytest.raises(RuntimeError, match="float64"):
         flat.adopt()
+    values = flat.data.clone()
+    for shape in ((1,), (15,), (5, 3)):  # one that would broadcast, one of as many elements
+        own[0].data = torch.ones(shape)
+        with pytest.raises(RuntimeError, match=re.escape(f"now torch.float32 {shape}")):
+            flat.adopt()
+    assert torch.equal(flat.data, values)
 
 
 # -- gradient rows --------------------------------------------------------------------------------------------------------------

@@ -110,6 +110,13 @@ def test_an_overflow_in_a_remembered_step_climbs_nowhere_and_is_told(value: floa
         assert (float(ascent.stats["ok"]), float(ascent.stats["bad"])) == (1 - bad, bad)
 
 
+def test_cosines_of_refreshes_are_logged_as_sum_count_and_least() -> None:
+    ascent = Ascent(RULES["gsa-full"], torch.tensor([200.0, 50.0]), 100, torch.device("cpu"))
+    for cosine in (0.75, 0.5, torch.nan, 0.875):  # NaN: neither direction moves
+        ascent._log(torch.tensor(cosine, dtype=torch.float64))
+    assert ascent.refresh.tolist() == [2.125, 3.0, 0.5]
+
+
 def test_one_long_gradient_does_not_rule_the_memory() -> None:
     """Norms are averaged in the logarithm; a mean of squares would remember sqrt((1 + 100^2) / 2) = 71."""
     ascent = Ascent(RULES["gsa-full"], torch.tensor([200.0, 50.0]), 100, torch.device("cpu"))

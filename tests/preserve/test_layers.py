@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +163,11 @@ def test_on_a_gpu_layers_are_the_way() -> None:
     exact = fisher_diagonal(net, names, [(images, labels)], loss)
     ours = fisher_diagonal(net.cuda(), names, [(images.cuda(), labels.cuda())], loss).cpu()
     torch.testing.assert_close(ours, exact, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": "same"}, {"padding": "valid"}, {"padding": 1, "padding_mode": "reflect"}]
+)
+def test_a_convolution_padded_in_another_way_is_of_no_known_kind(options: dict[str, Any]) -> None:
+    assert known_layers(nn.Sequential(nn.Conv2d(2, 3, 3, **options)), ["0.weight"]) is None
+    assert known_layers(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), ["0.weight"]) is not None
