@@ -102,7 +102,7 @@ def test_the_anchor_of_a_network_is_its_definition(run: SimpleNamespace, fisher:
     const = sum((f / n * (star - target).square()).sum() for f, n, star in zip(fishers, (1, 3), stars, strict=True))
     scale = weight.max()
     assert len(anchor.weight) == run.span.stop - run.span.start
-    # Observed: weights 2e-7 of the largest; targets are means with those weights.
+    # Observed: 2e-7 of the largest weight, 6e-8 in the targets.
     torch.testing.assert_close(anchor.weight.double() / scale, weight / scale, rtol=2e-5, atol=1e-6)
     held = weight > 1e-3 * scale
     torch.testing.assert_close(anchor.target[held].double(), target[held], rtol=1e-4, atol=1e-5)
