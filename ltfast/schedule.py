@@ -11,7 +11,7 @@ def lr_at(optim: Optim, epoch: float) -> float:
     """Learning rate after `epoch` epochs: linear warm-up, then multistep (x0.1 at 80 % and 90 %), cosine or constant."""
     if epoch < optim.warmup:
         # Starts at one part of the first epoch, as the released recipe's (epoch + 1) / warmup does.
-        return optim.lr * min(1.0, (epoch + 1) / (optim.warmup + 1))
+        return optim.lr * ((epoch + 1) / (optim.warmup + 1))
     if optim.schedule == "multistep":
         return float(optim.lr * 0.1 ** sum(epoch >= optim.epochs * m for m in (0.8, 0.9)))
     if optim.schedule == "cosine":

@@ -74,14 +74,14 @@ def spectral_groups(cosine_SS: Tensor, masses_S: Tensor, num_groups: int, seed: 
 def cut_nodes(cosine_SS: Tensor, mass_S: Tensor, num_groups: int, seed: int = 0) -> Tensor:
     """The normalised cut itself, for S > G nodes, all float64.
 
-    Shi and Malik's relaxation: the G largest generalised eigenvectors of W y = mu diag(W 1) y, rows scaled to unit
+    Shi and Malik's relaxation: the G largest eigenvectors of D^-1/2 W D^-1/2, D = diag(W 1), rows scaled to unit
     length (Ng, Jordan, Weiss), weighted k-means from several starts, and of its results the one with the smallest cut.
     """
     size = len(mass_S)
     affinity = mass_S[:, None] * mass_S[None] * (1 + cosine_SS) / 2
     inverse_root = affinity.sum(1).rsqrt()
     _, vectors = torch.linalg.eigh(inverse_root[:, None] * affinity * inverse_root[None])
-    rows = torch.nn.functional.normalize(vectors[:, -num_groups:] * inverse_root[:, None], dim=1)
+    rows = torch.nn.functional.normalize(vectors[:, -num_groups:], dim=1)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.arange(size) if size <= STARTS else torch.randperm(size, generator=generator)[:STARTS]
     best, best_cut = torch.zeros(size, dtype=torch.int64), float("inf")
