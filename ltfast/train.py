@@ -36,7 +36,7 @@ from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, gro
 from ltfast.preserve.anchor import critical_weight
 from ltfast.preserve.bank import WEIGHTS
 from ltfast.preserve.knowledge import collapse_knowledge
-from ltfast.progress import Progress
+from ltfast.progress import Progress, counted
 from ltfast.recipes import needs_groups, rule_of
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.resume import part
@@ -159,7 +159,9 @@ class Trainer(Durable):
             self.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
         self.make_step()
         members = [(self.groups == k).sum().item() for k in range(cfg.groups)]
-        self.progress.note(f"grouped {len(self.bank)} snapshots into {cfg.groups} groups of {members} classes")
+        self.progress.note(
+            f"grouped {counted(len(self.bank), 'snapshot')} into {cfg.groups} groups of {members} classes"
+        )
         self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
 
     def stable(self, anchor: Anchor) -> Anchor:

@@ -62,11 +62,10 @@ def select_subset(labels: IntArray, counts: IntArray, val_per_class: int = 0, se
         available = len(positions) - val_per_class
         if len(positions) == 0:
             raise UserError(f"class {c} has no image; every class needs at least one")
-        if min(keep, available) < 1:
-            raise UserError(
-                f"class {c} keeps no training image (it has {len(positions)}, --val-per-class takes {val_per_class}, "
-                f"the long-tail subset keeps {keep}); lower --val-per-class or --imbalance"
-            )
+        if available < 1:
+            raise UserError(f"class {c} has {len(positions)} images to train on: lower --val-per-class {val_per_class}")
+        if keep < 1:
+            raise UserError(f"class {c} keeps none of its {len(positions)} images to train on: lower --imbalance")
         train.append(positions[: min(keep, available)])
         val.append(positions[available:])
     return Subset(np.concatenate(train), np.concatenate(val))

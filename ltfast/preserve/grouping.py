@@ -160,7 +160,7 @@ def group_classes(
     distinct = len(groups.unique())
     if distinct < num_groups:
         log.warning(
-            "%s in the memory bank make %s; the largest are split by class frequency to make %d",
+            "clustering %s of the memory bank gives %s; the largest are split by class frequency to make %d",
             counted(len(ids), "snapshot"), counted(distinct, "group"), num_groups,
         )  # fmt: skip
         groups = split_by_frequency(groups, counts_C.cpu(), num_groups)
