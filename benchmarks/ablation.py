@@ -154,20 +154,20 @@ def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
 
 
 def table(sweep: str, path: Path) -> str:
-    """Markdown of one sweep: mean top-1 and few, and the paired difference to BCL with its 95 % interval."""
+    """Markdown of one sweep: mean top-1, few and ECE, and their paired differences to BCL with 95 % intervals."""
     found = read(path)
     lines = [
-        "| cell | seeds | top-1 % | few % | top-1 against bcl | few against bcl | ECE % | mechanics |",
-        "|" + "---|" * 8,
+        "| cell | seeds | top-1 % | few % | top-1 against bcl | few against bcl | ECE % | ECE against bcl | mechanics |",
+        "|" + "---|" * 9,
     ]
     for name in SWEEPS[sweep]:
         runs = [run for (cell, _), run in seeded.newest(found).items() if cell == same(name)]
         if not runs:
-            lines.append(f"| `{name}` | 0 | not measured |" + " |" * 5)
+            lines.append(f"| `{name}` | 0 | not measured |" + " |" * 6)
             continue
         cells = [f"`{name}`", str(len(runs)), *(mean_of(runs, figure) for figure in ("top1", "few"))]
         cells += [paired(same(name), found, figure) for figure in ("top1", "few")]
-        cells += [mean_of(runs, "ece"), mechanics_text(runs)]
+        cells += [mean_of(runs, "ece"), paired(same(name), found, "ece"), mechanics_text(runs)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

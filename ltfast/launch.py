@@ -6,13 +6,16 @@ Several machines: run `torchrun --nnodes ... -m ltfast train ...` on each (docs/
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -207,9 +210,13 @@ def restart_note() -> str:
 def report(error: UserError) -> int:
     """Hand a worker's UserError to the launching process, once; returns the worker's exit code."""
     path = os.environ.get(MESSAGE)
-    if path is None:  # alone, or under plain torchrun: rank 0 speaks, and the exit code tells torchrun
+    if path is None:  # alone, or under plain torchrun, whose summary has the words of the rank that ended first
         if os.environ.get("RANK", "0") == "0":
             print(f"ltfast: {error}", file=sys.stderr)
+        if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            about = {"py_callstack": f"ltfast: {error}", "timestamp": str(int(time.time()))}
+            with contextlib.suppress(OSError):
+                Path(summary).write_text(json.dumps({"message": {"message": str(error), "extraInfo": about}}))
         return 2
     try:
         with open(path, "x") as file:

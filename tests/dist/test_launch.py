@@ -227,6 +227,19 @@ def test_a_mistake_that_one_rank_alone_meets_ends_the_others(monkeypatch: pytest
     assert (tmp_path / "message").read_text() == "bad picture"
 
 
+def test_torchruns_summary_says_what_one_rank_alone_met(tmp_path: Path) -> None:
+    """Rank 0 says nothing of it; torchrun would name an exit code."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, sys, time\nfrom ltfast import launch\nfrom ltfast.errors import UserError\n"
+        "sys.exit(launch.report(UserError('only here'))) if os.environ['RANK'] == '1' else time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "ltfast: only here" in ended.stderr
+
+
 @pytest.mark.parametrize("error", [UserError("one bad picture"), ValueError("a fault of ours")])
 def test_a_rank_that_fails_beside_nccl_ends_without_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
