@@ -232,7 +232,7 @@ def run_sweeps(
             figures = run_cell(dataset, cell, seed, flags)
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
-            config = {"method": cell.method, **cell.settings, **flags, "sweep": sweep}
+            config = {"method": cell.method, **cell.settings, **flags, "sweep": sweep, "draws": seeded.DRAWS}
             config.pop("data_dir", None)
             for metric, value in figures.items():
                 case = f"{dataset}/{name}/seed={seed}"

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from harness import append_row
+from seeded import DRAWS
 
 COLLECTED = "rows-written"  # mark in a run folder of this script: its rows exist
 FIGURES = ("top1", "many", "medium", "few", "ece", "per_class")
@@ -51,7 +52,7 @@ def collect(folder: Path) -> None:
     settings = {
         "command": f"ltfast train --dataset {config.data.dataset} --method {config.method} --seed {config.run.seed}",
         "imbalance": config.data.imbalance, "limit_train": config.data.limit_train, "epochs": config.optim.epochs,
-        "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"],
+        "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "draws": DRAWS,
     }  # fmt: skip
     where = {"commit": env["commit"], "device": env["device"]}
     for name in FIGURES:

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Run = dict[str, Any]  # metric -> value, and "torch" -> its version
-Runs = dict[tuple[str, int, str], Run]  # (name, seed, version of torch) -> run
+Run = dict[str, Any]  # metric -> value, and "stream" -> what makes a seed the same run
+Stream = tuple[str, int]  # version of torch, which adds up in an order of its own; version of what a seed draws
+Runs = dict[tuple[str, int, Stream], Run]  # (name, seed, stream) -> run
+
+DRAWS = 2  # 2: pictures that an epoch draws again have augmentations of their own (rows that do not say so are of 1)
 
 
 def rows(path: Path, *, longest: bool = False) -> list[dict[str, Any]]:
@@ -27,8 +30,9 @@ def read(rows: list[dict[str, Any]], name_and_seed: Callable[[str], tuple[str, i
     """
     runs: Runs = {}
     for row in rows:
-        key = *name_and_seed(row["case"]), row.get("torch", "")
-        runs[key] = {**runs.pop(key, {"torch": key[2]}), row["metric"]: row["value"]}
+        stream = row.get("torch", ""), row.get("config", {}).get("draws", 1)
+        key = *name_and_seed(row["case"]), stream
+        runs[key] = {**runs.pop(key, {"stream": stream}), row["metric"]: row["value"]}
     return runs
 
 
@@ -38,9 +42,8 @@ def newest(runs: Runs) -> dict[tuple[str, int], Run]:
 
 
 def pairs(runs: Runs, name: str, base: str) -> list[tuple[Run, Run]]:
-    """The last runs of `name`, each with the run of `base` of the same seed and version of torch, which adds up in an order
-    of its own: the same seed is another run with another version."""
+    """The last runs of `name`, each with the run of `base` of the same seed and stream, without which it is another run."""
     found = [
-        (run, runs.get((base, seed, run["torch"]))) for (other, seed), run in newest(runs).items() if other == name
+        (run, runs.get((base, seed, run["stream"]))) for (other, seed), run in newest(runs).items() if other == name
     ]
     return [(run, partner) for run, partner in found if partner is not None]

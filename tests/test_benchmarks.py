@@ -158,16 +158,12 @@ def test_cells_of_one_configuration_are_run_once() -> None:
     assert ablation.same("gsa-full,radius=x3") == "gsa-full,radius=x3"
 
 
-def put(folder: Path, cell: str, seed: int, torch: str = "2", **figures: float) -> None:
+def put(folder: Path, cell: str, seed: int, torch: str = "2", draws: int | None = None, **figures: float) -> None:
+    about = {"device": "cpu", "cuda": None, "torch": torch, "config": {} if draws is None else {"draws": draws}}
     with open(folder / "ablation.jsonl", "a") as file:
         for metric, value in figures.items():
             case = f"digits-lt/{cell}/seed={seed}"
-            file.write(
-                json.dumps(
-                    {"case": case, "metric": metric, "value": value, "device": "cpu", "cuda": None, "torch": torch}
-                )
-                + "\n"
-            )
+            file.write(json.dumps({"case": case, "metric": metric, "value": value, **about}) + "\n")
 
 
 def test_table_pairs_by_seed_and_names_what_is_missing(results: Path) -> None:
@@ -189,6 +185,18 @@ def test_a_run_is_compared_with_the_baseline_of_its_own_torch(results: Path) -> 
     assert "+3.00 (one seed)" in ablation.table("sam", results / "ablation.jsonl")
     put(results, "bcl+sam,rho=0.05", 0, torch="3", top1=83.0, few=83.0, ece=1.0)
     assert "no baseline" in ablation.table("sam", results / "ablation.jsonl")
+
+
+def test_a_run_is_compared_with_the_baseline_of_the_same_draws(results: Path) -> None:
+    for draws, base in ((None, 80.0), (2, 90.0)):
+        put(results, "bcl", 0, draws=draws, top1=base, few=base, ece=1.0)
+    put(results, "bcl+sam,rho=0.05", 0, top1=83.0, few=83.0, ece=1.0)
+    put(results, "bcl+sam,rho=0.1", 0, draws=2, top1=94.0, few=94.0, ece=1.0)
+    put(results, "bcl+sam,rho=0.2", 0, draws=3, top1=94.0, few=94.0, ece=1.0)
+    text = ablation.table("sam", results / "ablation.jsonl")
+    assert "+3.00 (one seed)" in text
+    assert "+4.00 (one seed)" in text
+    assert "no baseline" in text
 
 
 def test_short_runs_are_compared_with_bcl_of_as_many_epochs(results: Path) -> None:
