@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,6 +18,7 @@ from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.graph import Captured, CudaRecorder, Recorder
 from ltfast.kernels.common import MAX_ROWS
+from ltfast.launch import processes_here
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.models.conv import use_own_kernels
@@ -58,7 +58,7 @@ def build_device(config: Config, ranks: Ranks) -> torch.device:
     Raises:
         UserError: one GPU for several processes, which NCCL refuses.
     """
-    if config.run.device.startswith("cuda:") and ranks.world > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if config.run.device.startswith("cuda:") and ranks.world > 1 and processes_here() > 1:
         raise UserError(
             f"--device {config.run.device}: several processes need a GPU each; use --device cuda, and the variable "
             "CUDA_VISIBLE_DEVICES to choose GPUs"

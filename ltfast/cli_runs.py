@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ltfast.config import flag
 from ltfast.errors import UserError
 from ltfast.places import LISTS
+from ltfast.tables import write_csv
 
 if TYPE_CHECKING:
     from ltfast.data.base import Source
@@ -89,11 +90,7 @@ def write_classes(path: str, result: dict[str, Any], source: Source) -> None:
     """One row a class: name, training images, accuracy in per cent (empty for a class without an image to test)."""
     accuracies = ["" if value is None else f"{value:.2f}" for value in result["per_class"]]
     rows = zip(source.class_names, source.train_counts.tolist(), accuracies, strict=True)
-    try:
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file, lineterminator="\n").writerows([("class", "train_images", "accuracy"), *rows])
-    except OSError as error:
-        raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from error
+    write_csv(path, [("class", "train_images", "accuracy"), *rows])
 
 
 def command_report(args: argparse.Namespace) -> int:

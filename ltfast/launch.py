@@ -207,6 +207,11 @@ def restart_note() -> str:
     return f"a process has died, so all were started again (restart {count} of at most {most}); " if count else ""
 
 
+def processes_here() -> int:
+    """How many processes a launcher runs on this machine; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def report(error: UserError) -> int:
     """Hand a worker's UserError to the launching process, once; returns the worker's exit code."""
     path = os.environ.get(MESSAGE)

@@ -173,7 +173,7 @@ def refresh_row(trainer: Trainer) -> dict[str, float]:
     if engine is None:
         return {}
     total, count, smallest = engine.refresh.tolist()
-    engine.refresh.copy_(torch.tensor([0.0, 0.0, 1.0]))  # in place: a recorded step adds to this very tensor
+    engine.forget_refreshes()
     return {"refreshes": count, "refresh_cos": total / count, "refresh_min": smallest} if count else {}
 
 

@@ -7,7 +7,6 @@ gray, EXIF-rotated, another format than its name says) is only counted.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList, unknown_label
 from ltfast.data.paths import duplicate_indices
 from ltfast.errors import UserError
+from ltfast.tables import write_csv
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -246,11 +246,7 @@ def write_findings(report: CheckReport, path: str | Path) -> int:
     """Writes a CSV with a line for each bad file, repeated path and copy (split, finding, path, other path); returns how
     many. UserError where it cannot be written."""
     rows = [(split.split, *row) for split in report.splits for row in found_files(split)]
-    try:
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file, lineterminator="\n").writerows([("split", "finding", "path", "same_as"), *rows])
-    except OSError as error:
-        raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from error
+    write_csv(path, [("split", "finding", "path", "same_as"), *rows])
     return len(rows)
 
 

@@ -27,7 +27,7 @@ from ltfast.data.lists import ImageList
 from ltfast.data.sampler import Ordered, steps_per_epoch
 from ltfast.data.small import check_batch, check_sampler
 from ltfast.errors import UserError
-from ltfast.launch import launched
+from ltfast.launch import launched, processes_here
 
 log = logging.getLogger("ltfast.data")
 ON_BAD_IMAGE = ("auto", "skip", "fail")
@@ -237,5 +237,4 @@ def available_cores() -> int:
 def own_cores() -> int:
     """This process's share of them, where a launcher runs several on this machine: a loader thread has memory of its own,
     DALI's for JPEGs 16 MiB on the GPU and as much pinned."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
-    return max(1, available_cores() // processes)
+    return max(1, available_cores() // (processes_here() if launched() else 1))

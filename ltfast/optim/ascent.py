@@ -66,7 +66,8 @@ class Ascent:
         self.tail = torch.arange(self.n_groups, device=device).clamp_max(1).float()  # what a split rule perturbs
         self.pending: Tensor | None = None  # weights of the moving averages' next update
         self.steps = 0
-        self.refresh = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device)
+        self.refresh = torch.zeros(3, dtype=torch.float64, device=device)
+        self.forget_refreshes()
 
     def coefficients(self, matrix: Tensor, theta_sq: Tensor | None, shares: Tensor) -> Tensor:
         """[R] for a shared perturbation, [G, R] per group, from the Gram matrix (or its partials) of this step."""
@@ -148,6 +149,10 @@ class Ascent:
         moves = (c != 0).any() | (exact != 0).any()
         return torch.where(moves, torch.where(lengths > 0, along / lengths.clamp_min(1e-300).sqrt(), 0.0), torch.nan)
 
+    def forget_refreshes(self) -> None:
+        """Begin afresh with the cosines, in place: a recorded step adds to this very tensor."""
+        self.refresh.copy_(self.refresh.new_tensor([0.0, 0.0, 1.0]))
+
     def _log(self, cosine: Tensor) -> None:
         known = torch.isfinite(cosine)
         cosine = torch.where(known, cosine, 0.0)
@@ -197,7 +202,7 @@ class Ascent:
         self.remembers = "memory" in state
         if not self.remembers:
             self.memory.zero_()  # a matrix that is mixed into the first one
-            self.refresh.copy_(torch.tensor([0.0, 0.0, 1.0]))
+            self.forget_refreshes()
         else:
             self.holds_rest = bool(state.get("holds_rest", False))
             self.memory.copy_(state["memory"])

@@ -51,9 +51,9 @@ def collapse_knowledge(
         means = bank.group_means(groups, len(sizes))
     everything = torch.zeros_like(groups)
     calibration = sample_indices(everything, source.train_labels, 0, max(budget, 2 * ranks.world), seed)
-    calibration = calibration.repeat(ranks.world)[: -(-len(calibration) // ranks.world) * ranks.world]  # equal shares
+    share = -(-len(calibration) // ranks.world)
+    calibration = calibration.repeat(ranks.world)[: share * ranks.world]  # equal shares
     # Batches as equal as they go: each weighs the same in BatchNorm's statistics, and one picture alone may have none.
-    share = len(calibration) // ranks.world
     size = -(-share // -(-share // source.eval_batch))
 
     def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
