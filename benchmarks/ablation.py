@@ -1,12 +1,13 @@
-"""Ablations: each cell changes one thing, every seed is paired with plain BCL of the same seed.
+"""Ablations: each cell changes one thing, every seed is paired with plain BCL (or balanced softmax) of the same seed.
 
     python benchmarks/ablation.py --list                                # sweeps and their cells
     python benchmarks/ablation.py --sweeps radius-full sam --seeds 0 1 2     # digits-lt: 10 to 30 s a run on one quiet core
     python benchmarks/ablation.py --dataset cifar10-lt --data-dir CIFAR --sweeps baseline gkp    # needs a GPU
+    python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # 5 to 10 minutes a run
     python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
 Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
-with like. A cell and seed that has its row is not run again. Rows: case "<data set>/<cell>/seed=<k>" of ablation.jsonl, or of
-ablation-<data set>.jsonl for other data than digits-lt.
+with like. A cell and seed that has its row is not run again. HALF.npz is what half_size.py writes. Rows: case
+"<data set>/<cell>/seed=<k>" of ablation.jsonl, or of ablation-<data set>.jsonl for other data than digits-lt.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ FIGURES = ("top1", "medium", "few", "ece")
 DIGITS = "digits-lt"
 FIXED = {"tensorboard": False, "checkpoint_every": 10**6}
 SMALL = {"device": "cpu", "compile": "off"}  # of digits-lt: everywhere the same
+# CIFAR-10-LT as far as two CPU cores go: 4,000 training pictures of 16 pixels (1,612 to 16 a class), all 10,000 of the test split.
+HALF = {
+    **SMALL, "imbalance": 100.0, "limit_train": 4000, "val_per_class": 0, "model": "resnet8", "epochs": 60, "batch": 64,
+    "lr": 0.1, "schedule": "cosine", "warmup": 3.0,
+}  # fmt: skip
+STUDIES: dict[str, tuple[str, dict[str, Any]]] = {DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF)}
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 LEVEL = 0.95
 
@@ -44,17 +51,19 @@ def bench_of(dataset: str) -> str:
     return "ablation" if dataset == DIGITS else f"ablation-{dataset}"
 
 
-def fixed(dataset: str) -> dict[str, Any]:
-    """Flags of every run."""
-    return {**FIXED, **SMALL} if dataset == DIGITS else FIXED
+def configured(study: str, method: str, flags: Mapping[str, Any]) -> Any:
+    """The config of a run of a study: a name of STUDIES, or a data set with its own recipe."""
+    from ltfast.recipes import build_config
+
+    dataset, own = STUDIES.get(study, (study, {}))
+    return build_config(dataset, method, {}, {**FIXED, **own, **flags})
 
 
 @lru_cache(maxsize=1)
-def scouted(dataset: str, seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> State:
-    """State of a run at the end of scouting, which is plain BCL and the same for every cell with a memory bank."""
+def scouted(dataset: str, base: str, seed: int, scout: float, flags: tuple[tuple[str, Any], ...]) -> State:
+    """State of a run at the end of scouting, which is the base loss and the same for every cell with a memory bank."""
     from ltfast.dist import Ranks
     from ltfast.progress import Progress
-    from ltfast.recipes import build_config
     from ltfast.resume import capture
     from ltfast.train import Trainer
 
@@ -64,7 +73,7 @@ def scouted(dataset: str, seed: int, scout: float, flags: tuple[tuple[str, Any],
                 raise Scouted
             return False
 
-    config = build_config(dataset, "bcl+gkp", {}, {**fixed(dataset), **dict(flags), "seed": seed, "scout": scout})
+    config = configured(dataset, f"{base}+gkp", {**dict(flags), "seed": seed, "scout": scout})
     scout_run = Scout(config, None, Ranks(), Progress())
     with contextlib.suppress(Scouted):
         scout_run.fit()
@@ -77,17 +86,17 @@ def run_cell(dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any]) -> d
     """Figures of one cell trained in this process: test accuracy of its last weights (the test split chooses nothing)."""
     from ltfast.dist import Ranks
     from ltfast.progress import Progress
-    from ltfast.recipes import build_config
     from ltfast.resume import restore
     from ltfast.runs import RunFolder
     from ltfast.train import Trainer
 
     with tempfile.TemporaryDirectory(prefix="ltfast-ablation-") as folder:
-        flags = {**fixed(dataset), **cell.settings, **flags, "seed": seed, "out": f"{folder}/run"}
-        config = build_config(dataset, cell.method, {}, flags)
+        flags = {**cell.settings, **flags, "seed": seed, "out": f"{folder}/run"}
+        config = configured(dataset, cell.method, flags)
         trainer = Trainer(config, RunFolder.create(config), Ranks(), Progress())
         if trainer.scouts:
-            tensors, meta = scouted(dataset, seed, config.preserve.scout, tuple(shared_flags(flags).items()))
+            shared = tuple(shared_flags(flags).items())
+            tensors, meta = scouted(dataset, config.loss.loss, seed, config.preserve.scout, shared)
             restore(trainer, tensors, meta)
         result = trainer.fit()
         if "stopped" in result:
@@ -154,10 +163,11 @@ def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
 
 
 def table(sweep: str, path: Path) -> str:
-    """Markdown of one sweep: mean top-1, few and ECE, and their paired differences to BCL with 95 % intervals."""
+    """Markdown of one sweep: mean top-1, few and ECE, and their paired differences to the baseline with 95 % intervals."""
     found = read(path)
+    base = baseline_of(next(iter(SWEEPS[sweep]))).partition(",")[0]
     lines = [
-        "| cell | seeds | top-1 % | few % | top-1 against bcl | few against bcl | ECE % | ECE against bcl | mechanics |",
+        f"| cell | seeds | top-1 % | few % | top-1 against {base} | few against {base} | ECE % | ECE against {base} | mechanics |",
         "|" + "---|" * 9,
     ]
     for name in SWEEPS[sweep]:
@@ -232,7 +242,8 @@ def run_sweeps(
             figures = run_cell(dataset, cell, seed, flags)
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
-            config = {"method": cell.method, **cell.settings, **flags, "sweep": sweep, "draws": seeded.DRAWS}
+            _, own = STUDIES.get(dataset, (dataset, {}))
+            config = {"method": cell.method, **own, **cell.settings, **flags, "sweep": sweep, "draws": seeded.DRAWS}
             config.pop("data_dir", None)
             for metric, value in figures.items():
                 case = f"{dataset}/{name}/seed={seed}"

@@ -45,7 +45,7 @@ def scopes(factor: float) -> dict[str, Cell]:
     }
 
 
-# Sweeps, most telling first, each compared with the BCL runs of the same epochs (`baseline_of`). Cells that are one configuration under two
+# Sweeps, most telling first, each compared with its baseline's runs (`baseline_of`). Cells that are one configuration under two
 # names (`same`) are run once.
 SWEEPS: dict[str, dict[str, Cell]] = {
     "baseline": {"bcl": Cell("bcl", {})},
@@ -77,6 +77,13 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         f"gkp,alpha={a}->{b}": Cell("gkp", {"alpha_start": a, "alpha_end": b})
         for a, b in ((0.9, 0.8), (0.99, 0.99), (0.5, 0.5))
     },
+    "one-view": {
+        "balanced-softmax": Cell("balanced-softmax", {}),
+        "balanced-softmax+sam": Cell("balanced-softmax+sam", {}),
+        "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
+        "balanced-softmax+gkp-gsa": Cell("balanced-softmax+gkp-gsa", {}),
+        "ce": Cell("ce", {}),
+    },
     "ascent": {
         name: Cell("gsa-full", settings)
         for name, settings in {
@@ -89,7 +96,9 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 
 def baseline_of(name: str) -> str:
-    """The BCL cell that a cell is compared with: the one of as many epochs."""
+    """The cell that a cell is compared with: BCL of as many epochs, or balanced softmax beside other one-view losses."""
+    if name in SWEEPS["one-view"]:
+        return "balanced-softmax"
     _, shorter, epochs = name.partition(",epochs=")
     return f"bcl{shorter}{epochs}"
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,12 +19,14 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import ablation  # noqa: E402
+import half_size  # noqa: E402
 import harness  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import seeded  # noqa: E402
 
+from ltfast.data.pack import read_pack  # noqa: E402
 from tests.docs import parsing  # noqa: E402
 
 PLAIN = {"data": None, "pictures": None, "peers": [], "device": "cpu"}
@@ -142,6 +145,34 @@ def test_stage_names_are_unique() -> None:
 
 
 # -- ablation.py -------------------------------------------------------------------------------------------------------------
+
+
+def test_half_size_averages_four_pixels_and_keeps_the_rest(tmp_path):
+    pictures = np.arange(2 * 3 * 4 * 6, dtype=np.uint8).reshape(2, 3, 4, 6)
+    small = half_size.halved(pictures)
+    assert small.shape == (2, 3, 2, 3)
+    assert small[1, 2, 1, 0] == math.floor(pictures[1, 2, 2:, :2].mean() + 0.5)
+    data, ends = half_size.encoded(small)
+    parts = {"bytes": data, "offsets": ends, "labels": np.array([0, 1])}
+    arrays = {f"{split}_{name}": array for split in ("train", "test") for name, array in parts.items()}
+    np.savez(tmp_path / "half.npz", class_names=np.array(["a", "b"]), **arrays)
+    pool = read_pack(tmp_path / "half.npz")
+    assert np.array_equal(pool.test_images, small)
+    assert pool.labels.tolist() == [0, 1]
+
+
+def test_studies_are_configurations_of_known_data_sets():
+    for study in ablation.STUDIES:
+        for cell in ablation.SWEEPS["one-view"].values():
+            config = ablation.configured(study, cell.method, {**cell.settings, "data_dir": None})
+            assert config.optim.epochs == 60
+            assert config.data.batch == 64
+    assert ablation.configured("cifar10-lt", "bcl", {}).optim.epochs == 200
+
+
+def test_one_view_cells_are_compared_with_balanced_softmax():
+    assert {ablation.baseline_of(name) for name in ablation.SWEEPS["one-view"]} == {"balanced-softmax"}
+    assert ablation.baseline_of("bcl+sam,rho=0.05") == "bcl"
 
 
 def test_interval_is_students() -> None:
