@@ -107,9 +107,8 @@ class Durable:
         if self.saved != (self.steps, self.batch):
             self.save_state()
         self.flush()
-        self.progress.note(
-            f"{self.watch.reason} in epoch {self.epoch + 1} after {counted(self.steps, 'step')}; checkpoint written"
-        )
+        where = f"in epoch {self.epoch + 1}" if self.batch else f"after epoch {self.epoch}"
+        self.progress.note(f"{self.watch.reason} {where} after {counted(self.steps, 'step')}; checkpoint written")
         return {"stopped": self.watch.reason}
 
     def compiled(self, name: str, *, seconds: float, reason: str | None) -> None:

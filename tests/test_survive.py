@@ -192,6 +192,14 @@ def test_sigint_on_the_command_line(
     assert "only these may be given anew: --checkpoint-minutes" in capsys.readouterr().err
 
 
+def test_a_stop_between_epochs_names_the_one_that_is_done(tmp_path: Path, capsys, monkeypatch) -> None:
+    stop = StopAt(2, signal.SIGTERM)
+    monkeypatch.setattr("ltfast.progress.ConsoleProgress.step", lambda self, *args: stop.step(*args))
+    words = ["--epochs", "2", "--limit-train", "72", "--batch", "36", "--method", "ce", "--no-tensorboard"]
+    assert main(["train", "--out", str(tmp_path / "run"), *words, "--device", "cpu"]) == 0
+    assert "stopped by SIGTERM after epoch 1 after 2 steps" in capsys.readouterr().out
+
+
 def test_max_hours(tmp_path: Path) -> None:
     result = train(quick(tmp_path / "run", max_hours=1e-9))
     assert result["stopped"].startswith("stopped after --max-hours")
