@@ -3,7 +3,7 @@
     python benchmarks/ablation.py --list                                # sweeps and their cells
     python benchmarks/ablation.py --sweeps radius-full sam --seeds 0 1 2     # digits-lt: 10 to 30 s a run on one quiet core
     python benchmarks/ablation.py --dataset cifar10-lt --data-dir CIFAR --sweeps baseline gkp    # needs a GPU
-    python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # 5 to 10 minutes a run
+    python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # 3 to 6 minutes a run
     python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
 Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
 with like. A cell and seed that has its row is not run again. HALF.npz is what half_size.py writes. Rows: case
@@ -34,7 +34,7 @@ FIXED = {"tensorboard": False, "checkpoint_every": 10**6}
 SMALL = {"device": "cpu", "compile": "off"}  # of digits-lt: everywhere the same
 # CIFAR-10-LT as far as two CPU cores go: 4,000 training pictures of 16 pixels (1,612 to 16 a class), all 10,000 of the test split.
 HALF = {
-    **SMALL, "imbalance": 100.0, "limit_train": 4000, "val_per_class": 0, "model": "resnet8", "epochs": 60, "batch": 64,
+    **SMALL, "imbalance": 100.0, "limit_train": 4000, "val_per_class": 0, "model": "resnet8", "epochs": 40, "batch": 64,
     "lr": 0.1, "schedule": "cosine", "warmup": 3.0,
 }  # fmt: skip
 STUDIES: dict[str, tuple[str, dict[str, Any]]] = {DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF)}

@@ -56,7 +56,7 @@ PAIRED = (
 
 
 HALF_CIFAR = (
-    "4,000 training pictures of 16 pixels, ratio 100, ResNet-8, 60 epochs, one view; all 10,000 pictures of the test split; CPU. "
+    "4,000 training pictures of 16 pixels, ratio 100, ResNet-8, 40 epochs, one view; all 10,000 pictures of the test split; CPU. "
     "Rows: [ablation-cifar10-half.jsonl](ablation-cifar10-half.jsonl)"
 )
 

@@ -110,14 +110,16 @@ class StrongDraw(NamedTuple):
 
 
 class CifarStrong(View):
-    """View 1 of the CIFAR recipe: random crop with padding 4, flip, AutoAugment-CIFAR, cutout 16 (black), normalise."""
+    """View 1 of the CIFAR recipe: random crop with padding, flip, AutoAugment-CIFAR, cutout (black), normalise.
 
-    padding = 4
-    hole = 16
+    size: side of the pictures; padding and cutout are CIFAR's 4 and 16 of 32 pixels in proportion.
+    """
+
     draws = 5 + AutoAugmentCifar.draws
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], size: int = 32) -> None:
         super().__init__(mean, std)
+        self.padding, self.hole = size // 8, size // 2
         self.auto = AutoAugmentCifar()
 
     def draw(self, uniforms: Tensor, height: int, width: int) -> StrongDraw:
@@ -216,7 +218,7 @@ def recipe(
     elif name == "digits":
         views = (DigitsView(10.0, 0.1, 0.75, mean, std), *(DigitsView(15.0, 0.15, 1.0, mean, std),) * 2)
     elif name == "cifar":
-        views = (CifarStrong(mean, std), *(Contrastive(size, mean, std),) * 2)
+        views = (CifarStrong(mean, std, size), *(Contrastive(size, mean, std),) * 2)
     else:
         raise ValueError(f"name must be one of {', '.join(RECIPES)}, got {name!r}")
     return views[:num_views]

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from ltfast.data import augment_auto as auto
 from ltfast.data import augment_geometry as geometry
-from ltfast.data.augment import CifarStrong, Contrastive
+from ltfast.data.augment import CifarStrong, Contrastive, recipe
 from ltfast.data.rng import epoch_key, uniforms
 
 N = 10_000
@@ -59,6 +59,17 @@ def test_crop_offsets_and_cutout_centres() -> None:
     for centre in (drawn.hole_y, drawn.hole_x):
         assert stats.chisquare(centre.bincount(minlength=32).numpy()).pvalue > 1e-3
     assert abs(drawn.flip.double().mean() - 0.5) < 4 * 0.5 / N**0.5
+
+
+@pytest.mark.parametrize(("side", "padding", "hole"), [(16, 2, 8), (32, 4, 16), (64, 8, 32)])
+def test_padding_and_cutout_are_in_proportion_to_the_picture(side: int, padding: int, hole: int, monkeypatch) -> None:
+    view = recipe("cifar", 1, mean=(0.5,) * 3, std=(0.5,) * 3, size=side)[0]
+    drawn = view.draw(numbers(view.draws), side, side)
+    assert (drawn.top.max(), drawn.left.max()) == (2 * padding, 2 * padding)
+    monkeypatch.setattr(type(view.auto), "forward", lambda self, images, policy: images)
+    shown = view(torch.full((200, 3, side, side), 255, dtype=torch.uint8), numbers(view.draws)[:200])
+    dark = (shown < 0).all(1)
+    assert dark[:, padding : side - padding, padding : side - padding].sum((1, 2)).max() == hole**2
 
 
 @pytest.mark.parametrize(
