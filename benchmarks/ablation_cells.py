@@ -78,10 +78,11 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         for a, b in ((0.9, 0.8), (0.99, 0.99), (0.5, 0.5))
     },
     "one-view": {
-        "balanced-softmax": Cell("balanced-softmax", {}),
-        "balanced-softmax+sam": Cell("balanced-softmax+sam", {}),
+        **{
+            f"balanced-softmax{m}": Cell(f"balanced-softmax{m}", {})
+            for m in ("", "+gkp", "+gsa-full", "+gkp-gsa", "+sam")
+        },
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
-        "balanced-softmax+gkp-gsa": Cell("balanced-softmax+gkp-gsa", {}),
         "ce": Cell("ce", {}),
     },
     "ascent": {
