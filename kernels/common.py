@@ -123,12 +123,17 @@ def count(op: str, kernels: int, arrays: Sequence[Tensor | None], writes: Sequen
         counters.ops.append(cost)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """Launch a kernel on `device` (triton would take the current one) and note it in the active counters."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, enable_fp_fusion: bool, **options: Any
+) -> None:
+    """Launch a kernel on `device` (triton would take the current one) and note it in the active counters.
+
+    enable_fp_fusion: multiply-adds in one rounding; always said, as triton's default changes in 3.10.
+    """
     for counters in _counters:
         counters.launched.append(kernel.__name__)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **options)
+        kernel[grid](*args, enable_fp_fusion=enable_fp_fusion, **options)
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def _conv3x3(x_NCHW: Tensor, weight_OIKK: Tensor, mirror: bool) -> Tensor:
         return F.conv2d(x, weight, padding=1).contiguous(memory_format=NHWC)
     pixels, (h, w) = y.numel() // out, y.shape[2:]
     launch(_conv_kernel, (cdiv(pixels, BLOCK),), x.device, x, weight, y, pixels, *weight.stride(), H=h, W=w, IN=inner,
-           OUT=out, MIRROR=mirror, BLOCK=BLOCK, PRECISION="ieee", num_warps=WARPS)  # fmt: skip
+           OUT=out, MIRROR=mirror, BLOCK=BLOCK, PRECISION="ieee", num_warps=WARPS, enable_fp_fusion=True)  # fmt: skip
     return y
 
 
@@ -146,7 +146,7 @@ def _conv3x3_weight(x_NCHW: Tensor, up_NCHW: Tensor) -> Tensor:
     rows = 3 if inner == 16 else 1  # of the filter at once: 144 of 256 sums used, 96 of 128
     launch(_conv_weight_kernel, (programs, 3 // rows), x.device, x, up, partials, pixels, cdiv(pixels, WEIGHT_BLOCK),
            H=h, W=w, IN=inner, OUT=out, ROWS=rows, K=next_power_of_2(3 * rows * inner), BLOCK=WEIGHT_BLOCK,
-           PRECISION="ieee", num_warps=WARPS)  # fmt: skip
+           PRECISION="ieee", num_warps=WARPS, enable_fp_fusion=True)  # fmt: skip
     return partials
 
 
