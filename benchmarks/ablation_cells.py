@@ -82,6 +82,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             f"balanced-softmax{m}": Cell(f"balanced-softmax{m}", {})
             for m in ("", "+gkp", "+gsa-full", "+gkp-gsa", "+sam")
         },
+        "balanced-softmax+gkp,regroup=4": Cell("balanced-softmax+gkp", {"regroup": 4}),
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
