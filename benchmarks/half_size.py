@@ -1,6 +1,6 @@
 """A pack of CIFAR's pictures at half their size: a study that two CPU cores finish in an hour.
 
-    python benchmarks/half_size.py CIFAR.npz HALF.npz      # for `accuracy.py --dataset folder-small --data-dir HALF.npz`
+    python benchmarks/half_size.py CIFAR.npz HALF.npz      # for `ablation.py --dataset cifar10-half --data-dir HALF.npz`
 
 Each pixel is the mean of four; pictures are kept as PNG, so nothing else is lost.
 """
