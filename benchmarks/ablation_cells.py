@@ -83,6 +83,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             for m in ("", "+gkp", "+gsa-full", "+gkp-gsa", "+sam")
         },
         "balanced-softmax+gkp,regroup=4": Cell("balanced-softmax+gkp", {"regroup": 4}),
+        "balanced-softmax+gkp,gkp_lambda=1": Cell("balanced-softmax+gkp", {"gkp_lambda": 1.0}),
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
