@@ -51,11 +51,16 @@ def bench_of(dataset: str) -> str:
     return "ablation" if dataset == DIGITS else f"ablation-{dataset}"
 
 
+def study_of(study: str) -> tuple[str, dict[str, Any]]:
+    """(data set, settings) of a study: a name of STUDIES, or a data set with its own recipe."""
+    return STUDIES.get(study, (study, {}))
+
+
 def configured(study: str, method: str, flags: Mapping[str, Any]) -> Any:
-    """The config of a run of a study: a name of STUDIES, or a data set with its own recipe."""
+    """The config of a run of a study."""
     from ltfast.recipes import build_config
 
-    dataset, own = STUDIES.get(study, (study, {}))
+    dataset, own = study_of(study)
     return build_config(dataset, method, {}, {**FIXED, **own, **flags})
 
 
@@ -242,7 +247,7 @@ def run_sweeps(
             figures = run_cell(dataset, cell, seed, flags)
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
-            _, own = STUDIES.get(dataset, (dataset, {}))
+            own = study_of(dataset)[1]
             config = {"method": cell.method, **own, **cell.settings, **flags, "sweep": sweep, "draws": seeded.DRAWS}
             config.pop("data_dir", None)
             for metric, value in figures.items():

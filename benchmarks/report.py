@@ -56,8 +56,9 @@ PAIRED = (
 
 
 HALF_CIFAR = (
-    "4,000 training pictures of 16 pixels, ratio 100, ResNet-8, 40 epochs, one view; all 10,000 pictures of the test split; CPU. "
-    "Rows: [ablation-cifar10-half.jsonl](ablation-cifar10-half.jsonl)"
+    "{limit_train:,} training pictures of 16 pixels, ratio {imbalance:g}, {model}, {epochs} epochs, one view; all 10,000 pictures of "
+    "the test split; {device}. ".format(**ablation.HALF)
+    + "Rows: [ablation-cifar10-half.jsonl](ablation-cifar10-half.jsonl)"
 )
 
 

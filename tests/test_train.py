@@ -53,6 +53,8 @@ def test_committed_rows_show_the_margin() -> None:
     seeds = {seed for method, seed in few if method == "gkp-gsa"}
     assert len(seeds) >= 10
     margins = [few["gkp-gsa", s] - few["ce", s] for s in seeds]
+    assert sorted(margins)[1] > 2
+    assert sum(margins) / len(margins) > 5
     error = statistics.stdev(margins) / len(margins) ** 0.5
     assert statistics.fmean(margins) - 2.3 * error > 2
 
@@ -64,7 +66,7 @@ def test_the_margin_holds_over_five_seeds(tmp_path: Path) -> None:
         ours, _, _ = run(tmp_path, "gkp-gsa", f"g{seed}", seed=seed, epochs=60, scout=0.4, fisher_budget=128)
         plain, _, _ = run(tmp_path, "ce", f"c{seed}", seed=seed, epochs=60)
         margins.append(ours["last"]["few"] - plain["last"]["few"])
-    assert statistics.fmean(margins) > 5
+    assert sum(margins) / 5 > 5
 
 
 @pytest.mark.parametrize(
