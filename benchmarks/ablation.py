@@ -26,11 +26,11 @@ from typing import Any
 import harness
 import seeded
 import torch
-from ablation_cells import SWEEPS, Cell, baseline_of, same
+from ablation_cells import SCOUT, SWEEPS, Cell, baseline_of, same
 
 FIGURES = ("top1", "medium", "few", "ece")
 DIGITS = "digits-lt"
-FIXED = {"tensorboard": False, "checkpoint_every": 10**6}
+FIXED = {"tensorboard": False, "checkpoint_every": 10**6, "scout": SCOUT}
 SMALL = {"device": "cpu", "compile": "off"}  # of digits-lt: everywhere the same
 # CIFAR-10-LT as far as two CPU cores go: 4,000 training pictures of 16 pixels (1,612 to 16 a class), all 10,000 of the test split.
 HALF = {

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 RHO = (2e-3, 3e-3)  # the paper's clip of Eq. 13
+SCOUT = 0.4  # share of scouting of cells that do not say: what comes after it has 60 % of the run to act
 
 
 class Cell(NamedTuple):
@@ -71,7 +72,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
     "scope": {**scopes(1), **scopes(3)},
     "gram": settings_of("gsa-full", "gram_every", (1, 4, 16, 64)),
     "groups": settings_of("gsa-full", "groups", (2, 4, 8)),
-    "scout": settings_of("gkp", "scout", (0.2, 0.4, 0.6)),
+    "scout": settings_of("gkp", "scout", (0.2, 0.4, 0.6, 0.8)),
     "regroup": settings_of("gkp", "regroup", (0, 6, 12)),
     "alpha": {
         f"gkp,alpha={a}->{b}": Cell("gkp", {"alpha_start": a, "alpha_end": b})
@@ -84,6 +85,8 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         },
         "balanced-softmax+gkp,regroup=4": Cell("balanced-softmax+gkp", {"regroup": 4}),
         "balanced-softmax+gkp,gkp_lambda=1": Cell("balanced-softmax+gkp", {"gkp_lambda": 1.0}),
+        "balanced-softmax+gkp,scout=0.8": Cell("balanced-softmax+gkp", {"scout": 0.8}),
+        "balanced-softmax+gkp-gsa,scout=0.8": Cell("balanced-softmax+gkp-gsa", {"scout": 0.8}),
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
@@ -117,5 +120,5 @@ def resolved(cell: Cell) -> dict[str, Any]:
     """What a cell comes to: its configuration without its name, and its sharpness rule with the overrides in it."""
     from ltfast.recipes import build_config, rule_of
 
-    config = build_config("digits-lt", cell.method, {}, cell.settings)
+    config = build_config("digits-lt", cell.method, {}, {"scout": SCOUT, **cell.settings})
     return {**config.to_dict(), "method": None, "sharpness": rule_of(config)}
