@@ -52,7 +52,8 @@ def collect(folder: Path) -> None:
     settings = {
         "command": f"ltfast train --dataset {config.data.dataset} --method {config.method} --seed {config.run.seed}",
         "imbalance": config.data.imbalance, "limit_train": config.data.limit_train, "epochs": config.optim.epochs,
-        "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "draws": DRAWS,
+        "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "scout": config.preserve.scout,
+        "draws": DRAWS,
     }  # fmt: skip
     where = {"commit": env["commit"], "device": env["device"]}
     for name in FIGURES:

@@ -161,7 +161,7 @@ class Preserve:
 
     gkp: bool = _opt(False, "add the GKP anchor", paper="true")
     groups: int = _opt(4, "number of class groups G", paper="4", least=1)
-    scout: float = _opt(0.4, "share of the epochs that scouts: base loss only, filling the bank", least=0, most=1)
+    scout: float = _opt(0.8, "share of the epochs that scouts: base loss only, filling the bank", least=0, most=1)
     regroup: int = _opt(0, "epochs between regroupings; 0 = once, after scouting", paper="0", least=0)
     center: bool = _opt(False, "subtract the initial weights before comparing snapshots", paper="false")
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")

@@ -146,6 +146,11 @@ def first_missing(source: LargeSource) -> str:
     return train.file(found[0]) if found else ""
 
 
+def flops_of_run(plan: Plan, epochs: int) -> float:
+    """FLOPs of the whole run over those of SGD on the same batches: an epoch of scouting is plain descent."""
+    return (plan.scouting_epochs + (epochs - plan.scouting_epochs) * plan.flops_vs_sgd) / epochs
+
+
 def print_plan(config: Config) -> None:
     """Print the plan for a person."""
     plan = make_plan(config)
@@ -162,7 +167,8 @@ def print_plan(config: Config) -> None:
         "processes": f"{plan.processes}, each {counted(plan.images_a_process, 'image')} a step",
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": groups,
-        "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch (after scouting)",
+        "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch"
+        + (f" (after scouting; {flops_of_run(plan, config.optim.epochs):.2f} x over the run)" if scouts else ""),
         "memory": f"{plan.state_bytes / GIB:.3f} GiB a process for weights, gradients, optimizer state and anchor"
         + (
             " (without activations)"

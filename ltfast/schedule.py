@@ -26,5 +26,10 @@ def alpha_at(preserve: Preserve, progress: float) -> float:
 
 
 def scouting_epochs(preserve: Preserve, epochs: int) -> int:
-    """Epochs of plain base loss that fill the bank before the first grouping: at least 1, none with a given bank."""
-    return 0 if preserve.bank else max(1, round(preserve.scout * epochs))
+    """Epochs of plain base loss that fill the bank before the first grouping: at least 1, none with a given bank.
+
+    A short run leaves an epoch to what comes after, unless scouting is to take all.
+    """
+    if preserve.bank:
+        return 0
+    return max(1, min(round(preserve.scout * epochs), epochs if preserve.scout == 1 else epochs - 1))

@@ -119,7 +119,9 @@ def test_options_that_a_method_does_not_read_are_said(method: str, idle: str | N
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--method", "gsa-exact", "--dry-run"]) == 0
-    assert "4.00 x an SGD step" in capsys.readouterr().out
+    assert "4.00 x an SGD step on the same batch (after scouting; 1.60 x over the run)" in capsys.readouterr().out
+    assert main(["train", "--method", "ce+sam", "--dry-run"]) == 0
+    assert "2.00 x an SGD step on the same batch\n" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

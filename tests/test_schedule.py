@@ -55,4 +55,6 @@ def test_alpha_goes_from_start_to_end_by_a_cosine() -> None:
 def test_scouting_takes_its_share_at_least_one_epoch_and_none_with_a_bank() -> None:
     assert [scouting_epochs(Preserve(scout=share), 50) for share in (0.0, 0.014, 0.4, 1.0)] == [1, 1, 20, 50]
     assert scouting_epochs(Preserve(scout=0.036), 50) == 2  # 1.8: to the nearest
+    assert [scouting_epochs(Preserve(scout=0.8), epochs) for epochs in (1, 2, 3, 4, 200)] == [1, 1, 2, 3, 160]
+    assert [scouting_epochs(Preserve(scout=1.0), epochs) for epochs in (1, 2)] == [1, 2]
     assert scouting_epochs(Preserve(scout=0.4, bank="runs/a"), 50) == 0
