@@ -78,6 +78,10 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         f"gkp,alpha={a}->{b}": Cell("gkp", {"alpha_start": a, "alpha_end": b})
         for a, b in ((0.9, 0.8), (0.99, 0.99), (0.5, 0.5))
     },
+    "three-views": {
+        "bcl": Cell("bcl", {}),
+        **{f"gkp-gsa,scout={share}": Cell("gkp-gsa", {"scout": share}) for share in (0.8, 0.4)},
+    },
     "one-view": {
         **{
             f"balanced-softmax{m}": Cell(f"balanced-softmax{m}", {})

@@ -56,15 +56,17 @@ PAIRED = (
 
 
 HALF_CIFAR = (
-    "{limit_train:,} training pictures of 16 pixels, ratio {imbalance:g}, {model}, {epochs} epochs, one view; all 10,000 pictures of "
+    "{limit_train:,} training pictures of 16 pixels, ratio {imbalance:g}, {model}, {epochs} epochs; all 10,000 pictures of "
     "the test split; {device}. ".format(**ablation.HALF)
     + "Rows: [ablation-cifar10-half.jsonl](ablation-cifar10-half.jsonl)"
 )
 
 
 def half_cifar() -> str:
-    """Sharpness rules on balanced softmax."""
-    return ablation.table("one-view", RESULTS / "ablation-cifar10-half.jsonl")
+    """Rules on balanced softmax, one view; the default method on bcl, three views."""
+    return "\n\n".join(
+        ablation.table(sweep, RESULTS / "ablation-cifar10-half.jsonl") for sweep in ("one-view", "three-views")
+    )
 
 
 def read(bench: str) -> list[Row]:
