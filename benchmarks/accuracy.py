@@ -124,6 +124,8 @@ def main() -> None:
                 if time.monotonic() - started > args.budget:
                     return
                 train(folder, method, seed, args)
+                if not finished(folder):
+                    raise SystemExit(f"{folder}: stopped; the same command goes on from there")
             collect(folder)
             (folder / COLLECTED).touch()
 

@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import ablation  # noqa: E402
+import accuracy  # noqa: E402
 import half_size  # noqa: E402
 import harness  # noqa: E402
 import precision  # noqa: E402
@@ -173,6 +174,17 @@ def test_studies_are_configurations_of_known_data_sets():
 def test_one_view_cells_are_compared_with_balanced_softmax():
     assert {ablation.baseline_of(name) for name in ablation.SWEEPS["one-view"]} == {"balanced-softmax"}
     assert ablation.baseline_of("bcl+sam,rho=0.05") == "bcl"
+
+
+def test_a_stopped_run_ends_the_table_and_goes_on_next_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "train", lambda folder, *_: folder.mkdir(parents=True))
+    monkeypatch.setattr(accuracy, "finished", lambda folder: False)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--work", str(tmp_path), "--methods", "ce", "bcl"])
+    with pytest.raises(SystemExit, match="stopped"):
+        accuracy.main()
+    (begun,) = tmp_path.iterdir()
+    assert begun.name == "digits-lt-ce-s0"
+    assert not list(begun.iterdir())
 
 
 def test_interval_is_students() -> None:
