@@ -233,7 +233,7 @@ def run_sweeps(
 ) -> None:
     """Run what has no row yet (`again`: all), all chosen sweeps at one seed before the next, until the budget is spent."""
     path, started, longest = harness.RESULTS / f"{bench_of(dataset)}.jsonl", time.monotonic(), 0.0
-    cells = {name: (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items() if same(name) == name}
+    cells = {same(name): (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items()}
     if only:
         cells = {name: cell for name, cell in cells.items() if name in {same(each) for each in only}}
     for seed in seeds:
