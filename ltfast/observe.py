@@ -31,11 +31,10 @@ QUALITY_CLASSES = 1000  # above this many classes only the means over many, medi
 DIGITS = 5
 
 
-def marked_epochs(scouts: int, epochs: int) -> tuple[int, int]:
+def marked_epochs(epochs: int) -> tuple[int, int]:
     """The two epochs, counted from 1, whose weights are kept for the landscape through theta(t0), theta(t1), theta(t2):
-    the end of scouting (or a third of the run) and half-way from there to the end, which is t2."""
-    first = max(1, scouts or epochs // 3)
-    return first, max(first, (first + epochs) // 2)
+    a third of the run and two thirds; t2 is its end."""
+    return max(1, epochs // 3), max(1, 2 * epochs // 3)
 
 
 def head_and_tail(counts_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,5 +185,5 @@ def observe_epoch(trainer: Trainer, epoch: int) -> None:
     trainer.log("forces", epoch=epoch, **forces_row(trainer))
     if (epoch + 1) % max(1, epochs // PROBES) == 0 or epoch + 1 == epochs or epoch == 0:
         trainer.log("probe", epoch=epoch, **probe_row(trainer))
-    if epoch + 1 in marked_epochs(trainer.scouts, epochs):
+    if epoch + 1 in marked_epochs(epochs):
         trainer.save_weights(f"epoch-{epoch + 1}")

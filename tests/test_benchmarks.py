@@ -201,6 +201,16 @@ def test_cells_of_one_configuration_are_run_once() -> None:
     assert ablation.same("gsa-full,radius=x3") == "gsa-full,radius=x3"
 
 
+def test_a_cell_is_run_once_with_any_sweep_that_has_it(results: Path, monkeypatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(ablation, "run_cell", lambda _, cell, *__: ran.append(cell.method) or {"top1": 1.0})
+    for _ in range(2):
+        ablation.run_sweeps(["three-views", "baseline"], [0], math.inf, {})
+        assert sorted(ran) == ["bcl", "gkp-gsa", "gkp-gsa"]
+    cells = {cell for cell, _ in ablation.rows(results / "ablation.jsonl")}
+    assert cells == {"bcl", "gkp-gsa,scout=0.8", "gsa-full+gkp,radius=x1"}
+
+
 def put(folder: Path, cell: str, seed: int, torch: str = "2", draws: int | None = None, **figures: float) -> None:
     about = {"device": "cpu", "cuda": None, "torch": torch, "config": {} if draws is None else {"draws": draws}}
     with open(folder / "ablation.jsonl", "a") as file:
