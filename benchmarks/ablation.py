@@ -233,7 +233,10 @@ def run_sweeps(
 ) -> None:
     """Run what has no row yet (`again`: all), all chosen sweeps at one seed before the next, until the budget is spent."""
     path, started, longest = harness.RESULTS / f"{bench_of(dataset)}.jsonl", time.monotonic(), 0.0
-    cells = {same(name): (sweep, cell) for sweep in sweeps for name, cell in SWEEPS[sweep].items()}
+    cells: dict[str, tuple[str, Cell]] = {}
+    for sweep in sweeps:
+        for name, cell in SWEEPS[sweep].items():
+            cells.setdefault(same(name), (sweep, cell))
     if only:
         cells = {name: cell for name, cell in cells.items() if name in {same(each) for each in only}}
     for seed in seeds:
@@ -248,7 +251,8 @@ def run_sweeps(
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
             own = study_of(dataset)[1]
-            config = {"method": cell.method, **own, **cell.settings, **flags, "sweep": sweep, "draws": seeded.DRAWS}
+            config = {"method": cell.method, "scout": SCOUT, **own, **cell.settings, **flags}
+            config |= {"sweep": sweep, "draws": seeded.DRAWS}
             config.pop("data_dir", None)
             for metric, value in figures.items():
                 case = f"{dataset}/{name}/seed={seed}"

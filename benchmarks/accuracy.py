@@ -38,8 +38,8 @@ METHODS = (
 )
 
 
-def collect(folder: Path) -> None:
-    """Append the rows of one finished run: test figures of its last checkpoint and its training time."""
+def collect(folder: Path) -> bool:
+    """Append the rows of one run: test figures of its last checkpoint and its training time. False: it is not finished."""
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
@@ -47,7 +47,7 @@ def collect(folder: Path) -> None:
     tests, epochs = run.metrics("test"), run.metrics("epoch")
     if not tests:
         print(f"{folder}: not finished, left out", file=sys.stderr)
-        return
+        return False
     case = f"{config.method}/{config.model.model}/seed={config.run.seed}"
     settings = {
         "command": f"ltfast train --dataset {config.data.dataset} --method {config.method} --seed {config.run.seed}",
@@ -59,6 +59,7 @@ def collect(folder: Path) -> None:
     for name in FIGURES:
         append_row(config.data.dataset, case, name, tests[-1]["last"][name], n=1, config=settings, **where)
     append_row(config.data.dataset, case, "seconds", sum(e["seconds"] for e in epochs), n=1, config=settings, **where)
+    return True
 
 
 def finished(folder: Path) -> bool:
@@ -124,9 +125,8 @@ def main() -> None:
                 if time.monotonic() - started > args.budget:
                     return
                 train(folder, method, seed, args)
-                if not finished(folder):
-                    raise SystemExit(f"{folder}: stopped; the same command goes on from there")
-            collect(folder)
+            if not collect(folder):
+                raise SystemExit("stopped; the same command goes on from there")
             (folder / COLLECTED).touch()
 
 

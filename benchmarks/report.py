@@ -51,13 +51,15 @@ SECTIONS = (
 )
 PAIRED = (
     "Top-1 and few-shot accuracy on the balanced test split of digits-lt (CPU); differences are paired with the baseline of "
-    "the same seed, +- half of a 95 % interval (Student's t)."
+    f"the same seed, +- half of a 95 % interval (Student's t). Cells that do not say scout for {ablation.SCOUT:g} of the epochs."
 )
 
 
 HALF_CIFAR = (
     "{limit_train:,} training pictures of 16 pixels, ratio {imbalance:g}, {model}, {epochs} epochs; all 10,000 pictures of "
-    "the test split; {device}. ".format(**ablation.HALF)
+    "the test split; {device}. Cells that do not say scout for {scout:g} of the epochs. ".format(
+        **ablation.HALF, **ablation.FIXED
+    )
     + "Rows: [ablation-cifar10-half.jsonl](ablation-cifar10-half.jsonl)"
 )
 

@@ -179,6 +179,7 @@ def test_one_view_cells_are_compared_with_balanced_softmax():
 def test_a_stopped_run_ends_the_table_and_goes_on_next_time(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "train", lambda folder, *_: folder.mkdir(parents=True))
     monkeypatch.setattr(accuracy, "finished", lambda folder: False)
+    monkeypatch.setattr(accuracy, "collect", lambda folder: False)
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "--work", str(tmp_path), "--methods", "ce", "bcl"])
     with pytest.raises(SystemExit, match="stopped"):
         accuracy.main()
@@ -207,8 +208,12 @@ def test_a_cell_is_run_once_with_any_sweep_that_has_it(results: Path, monkeypatc
     for _ in range(2):
         ablation.run_sweeps(["three-views", "baseline"], [0], math.inf, {})
         assert sorted(ran) == ["bcl", "gkp-gsa", "gkp-gsa"]
-    cells = {cell for cell, _ in ablation.rows(results / "ablation.jsonl")}
+    path = results / "ablation.jsonl"
+    cells = {cell for cell, _ in ablation.rows(path)}
     assert cells == {"bcl", "gkp-gsa,scout=0.8", "gsa-full+gkp,radius=x1"}
+    configs = [json.loads(line)["config"] for line in path.read_text().splitlines()]
+    assert {config["sweep"] for config in configs} == {"three-views"}, "the first sweep that has it"
+    assert sorted(config["scout"] for config in configs) == [0.4, 0.4, 0.8]
 
 
 def put(folder: Path, cell: str, seed: int, torch: str = "2", draws: int | None = None, **figures: float) -> None:
