@@ -29,8 +29,8 @@ h1{font-size:26px;margin:0 0 4px}
 h2{font-size:20px;margin:44px 0 8px;padding-top:14px;border-top:2px solid #222}
 h3{font-size:16px;margin:28px 0 4px}
 p{margin:6px 0;max-width:78ch}
-nav{padding-top:10px;padding-bottom:6px;font-size:14px}
-nav a{color:#0072B2;margin-right:16px;white-space:nowrap}
+nav{display:flex;flex-wrap:wrap;gap:2px 16px;padding-top:10px;padding-bottom:6px;font-size:14px}
+nav a{color:#0072B2;white-space:nowrap}
 figure{margin:6px 0 4px}
 figure img{max-width:100%;height:auto;display:block;cursor:zoom-in}
 figcaption{font-size:14px;color:#444;max-width:92ch;margin-top:4px}
@@ -46,7 +46,7 @@ dialog{border:0;padding:0;max-width:98vw;max-height:98vh;background:#fff}
 dialog img{max-width:98vw;max-height:96vh;display:block;cursor:zoom-out}
 dialog::backdrop{background:rgba(0,0,0,.6)}
 footer{max-width:1080px;margin:40px auto;padding:0 24px;font-size:13px;color:#555}
-@media print{nav,dialog{display:none}h2{break-after:avoid}section.item{break-inside:avoid}body{font-size:12px}}
+@media print{nav,dialog{display:none}.wide{overflow-x:visible}table{font-size:10.5px}th,td{padding:3px 5px}h2{break-after:avoid}section.item{break-inside:avoid}body{font-size:12px}}
 """
 
 SCRIPT = """
