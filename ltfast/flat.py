@@ -7,7 +7,8 @@ pass over one tensor instead of one kernel per parameter. Shapes: N = padded num
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise, repeat
 
 import torch
@@ -78,6 +79,8 @@ class FlatParameters:
             self.offsets.append(end)
             end += -(-p.numel() // ALIGN) * ALIGN
         self.size = end
+        if not end:
+            raise ValueError("params holds empty tensors only")
         self.numel = sum(p.numel() for p in self.params)
         self._strides = [p.stride() if _is_dense(p) else p.contiguous().stride() for p in self.params]
         self.data = torch.zeros(self.size, device=self.device, dtype=torch.float32)
@@ -178,12 +181,23 @@ class GradientRows:
         self._views = [[view.data for view in flat.views(row)] for row in self.data]
         self._attached = [[0] * len(self.params) for _ in range(rows)]  # version when attached
         self._dirty = [[False] * len(self.params) for _ in range(rows)]  # the row holds a gradient there
+        self._zeroed = [[False] * len(self.params) for _ in range(rows)]  # its attached zero is one, too
         self._used: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.params)  # by `consume` or `attach`
         self._consumed = False  # by `consume`
         self.gathered = 0
 
-    def attach(self, row: int = 0, *, zero: bool = True, only: Sequence[bool] | None = None) -> Tensor:
-        """Point `p.grad` at row `row` (of parameters not in `only`: at None); returns the row, [N]."""
+    def attach(
+        self,
+        row: int = 0,
+        *,
+        zero: bool = True,
+        only: Sequence[bool] | None = None,
+        present: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """Point `p.grad` at row `row` (of parameters not in `only`: at None); returns the row, [N].
+
+        present: parameters whose zeroed gradient counts as one even if nothing is added to it.
+        """
         views = self._views[row]
         if zero:
             self.data[row].zero_()
@@ -191,6 +205,7 @@ class GradientRows:
             self._used = [(weakref.ref(view), view._version) for view in views]
             self._consumed = False
             self._dirty[row] = [False] * len(views)
+            self._zeroed[row] = list(present) if present is not None else [False] * len(views)
         for p, view, wanted in zip(self.params, views, repeat(True) if only is None else only, strict=False):
             p.grad = view if wanted else None
         return self.data[row]
@@ -211,7 +226,7 @@ class GradientRows:
         for i, (p, view) in enumerate(zip(self.params, views, strict=True)):
             if p.grad is view:
                 writes[i] = view._version - attached[i]
-                dirty[i] = dirty[i] or writes[i] > 0
+                dirty[i] = dirty[i] or writes[i] > 0 or self._zeroed[row][i]
             elif p.grad is None:
                 if dirty[i]:
                     absent.append(i)
@@ -224,8 +239,26 @@ class GradientRows:
             dirty[i] = True
         for i in absent:
             dirty[i], attached[i] = False, views[i]._version
-        self._unused_among(views, dirty, [i for i, p in enumerate(self.params) if p.grad is views[i]], writes)
+        here = [i for i, p in enumerate(self.params) if p.grad is views[i] and not self._zeroed[row][i]]
+        self._unused_among(views, dirty, here, writes)
         return tuple(dirty)
+
+    def filled(self, rows: Sequence[int]) -> list[bool]:
+        """Which parameters have a gradient in any of `rows`."""
+        return [any(column) for column in zip(*(self._dirty[row] for row in rows), strict=True)]
+
+    @contextmanager
+    def without(self, rows: Sequence[int], absent: Sequence[int]) -> Iterator[None]:
+        """`rows` hold zeros for the parameters of index `absent` meanwhile; what they held comes back."""
+        views = [self._views[row][i] for row in rows for i in absent]
+        held = [view.clone() for view in views]
+        if views:
+            torch._foreach_zero_(views)
+        try:
+            yield
+        finally:
+            if views:
+                torch._foreach_copy_(views, held)
 
     @torch.no_grad()
     def put(self, row: int, grads: Sequence[Tensor | None], *, add: bool = False) -> None:
@@ -241,6 +274,7 @@ class GradientRows:
                 torch._foreach_zero_(absent)
         for i, grad in enumerate(grads):
             dirty[i] = grad is not None or (add and dirty[i])
+            self._zeroed[row][i] = False
             self._attached[row][i] = views[i]._version
 
     def _gather(self, views: list[Tensor], grads: list[Tensor | None]) -> None:

@@ -56,8 +56,6 @@ class FlatOptimizer(StoredOptimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler.step then calls step() even on overflow, which must restore theta
-    _ready = False
-    _base_hook: Any = None
     ascent_rows = 1
 
     def __init__(
@@ -70,6 +68,8 @@ class FlatOptimizer(StoredOptimizer):
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
             raise ValueError(f"base_optimizer must be a class like torch.optim.SGD, not {base_optimizer!r}")
         check_options({**defaults, **base_kwargs})
+        # No defaults on the class: wrappers that derive from it (Lightning's) would find those instead of these.
+        self._ready, self._base_hook = False, None
         super().__init__(params, {**defaults, **base_kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self._check_base(defaults)
@@ -99,6 +99,7 @@ class FlatOptimizer(StoredOptimizer):
         self.check_finite = False
         self.stats: dict[str, Tensor] = {}
         self.alpha: float | Tensor | None = None
+        self._layout = self._groups_now()
         self._begin_afresh()
         self._watch_base()
         self._skips = SkipCounter(self.blocks[0].flat.device)
@@ -124,6 +125,10 @@ class FlatOptimizer(StoredOptimizer):
     def _make_blocks(self) -> list[Block]:
         return [self._block(range(len(self.param_groups)))]
 
+    def _groups_now(self) -> list[list[int]]:
+        """Which parameters each group holds, by identity."""
+        return [[id(p) for p in group["params"]] for group in self.param_groups]
+
     def _block(self, groups: Iterable[int]) -> Block:
         return Block([(k, self.param_groups[k]["params"]) for k in groups], self.ascent_rows)
 
@@ -137,6 +142,9 @@ class FlatOptimizer(StoredOptimizer):
         try:
             if self._fused:
                 check_fused(self.base_optimizer)
+            if not self.param_groups[-1]["params"]:  # to be filled later
+                self._layout = self._groups_now()
+                return
             block = self._block([len(self.param_groups) - 1])
             if block.flat.device != self.blocks[0].flat.device:
                 raise ValueError(f"params of the new group lie on {block.flat.device}, the others elsewhere")
@@ -144,6 +152,7 @@ class FlatOptimizer(StoredOptimizer):
             self.param_groups.pop()
             raise
         self.blocks.append(block)
+        self._layout = self._groups_now()
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +160,7 @@ class FlatOptimizer(StoredOptimizer):
         """Clear the gradients. None (the default) is the cheapest: autograd then hands its own tensors over and one
         gather brings them into the flat buffer, 2 passes and a few launches, where adding up in place costs 4 passes (zero,
         read twice, write) and one launch a parameter. `set_to_none=False` keeps views of the buffer attached, for
-        gradient accumulation over many micro-batches.
+        gradient accumulation over many micro-batches; as in torch, who had a gradient has a zero one then.
         """
         for block in self.blocks:
             if set_to_none:
@@ -159,7 +168,8 @@ class FlatOptimizer(StoredOptimizer):
                     p.grad = None
                 continue
             wanted = [e and p.requires_grad for e, p in zip(block.expected, block.flat.params, strict=True)]
-            block.flat.rows.attach(0, only=wanted)
+            had = [p.grad is not None for p in block.flat.params]
+            block.flat.rows.attach(0, only=wanted, present=had)
 
     @property
     def gathered(self) -> int:
@@ -176,10 +186,14 @@ class FlatOptimizer(StoredOptimizer):
         return presents
 
     def _adopt(self) -> None:
-        """Take over parameters whose `.data` was replaced; a model that moved to another device takes all state along."""
-        if any(block.flat.params[0].device != block.flat.device for block in self.blocks):
+        """Take over parameters whose `.data` was replaced; a model that moved to another device takes all state along, and
+        so do parameters that were put into, taken out of or moved between the param groups by hand."""
+        self.base_optimizer.param_groups = self.param_groups
+        moved = any(block.flat.params[0].device != block.flat.device for block in self.blocks)
+        if moved or self._layout != self._groups_now():
             if self.climbed or any(block.anchor is not None for block in self.blocks):
-                raise RuntimeError("the model moved to another device in mid-step or with an anchor set")
+                what = "the model moved to another device" if moved else "the parameters of param_groups were changed"
+                raise RuntimeError(f"{what} in mid-step or with an anchor set")
             self._renew(self._settings(), export_extra(self))
         for block in self.blocks:
             block.flat.adopt()

@@ -9,7 +9,8 @@ the first pass come from autograd.grad and never touch p.grad, so hooks and Dist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -283,24 +284,60 @@ class GroupAscent(FlatOptimizer):
             holder.put(row, [found.get(p) for p in holder.params], add=add)
 
     def _gram(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Partial Gram matrices and |theta|^2 of the climbing blocks."""
-        blocks = self._climbing
-        pairs = [gram_partials(r, block.flat.data, self.rule.adaptive) for r, block in zip(rows, blocks, strict=True)]
-        if len(pairs) == 1:
-            return pairs[0]
-        return torch.cat([matrix for matrix, _ in pairs]), torch.cat([theta_sq for _, theta_sq in pairs])
+        """Partial Gram matrices and |theta|^2 of the climbing blocks; frozen parameters have no part in either."""
+        blocks, adaptive = self._climbing, self.rule.adaptive
+        with self._without_absent():
+            pairs = [gram_partials(r, block.flat.data, adaptive) for r, block in zip(rows, blocks, strict=True)]
+        matrix, theta_sq = pairs[0] if len(pairs) == 1 else (torch.cat(part) for part in zip(*pairs, strict=True))
+        frozen = [p.detach() for block in blocks for p in block.flat.params if not p.requires_grad and p.numel()]
+        if frozen:
+            theta_sq[0] -= torch.stack([p.double().square().sum() for p in frozen]).sum()
+        return matrix, theta_sq
+
+    @contextmanager
+    def _without_absent(self) -> Iterator[None]:
+        """The moving averages of parameters without a gradient play no part meanwhile, and stay what they are.
+
+        In a global ascent only frozen ones count as such: another process may have a gradient.
+        """
+        with ExitStack() as stack:
+            for block in self._climbing if self.rule.direction == "friendly" else []:
+                first, g = self._first_row, self._counts.numel()
+                here = block.flat.rows.filled(range(first, first + g))
+                absent = [
+                    i
+                    for i, p in enumerate(block.flat.params)
+                    if not p.requires_grad or not (here[i] or self._world() > 1)
+                ]
+                stack.enter_context(block.flat.rows.without(range(first + g, first + 2 * g), absent))
+            yield
+
+    def _settle(self, rows: list[Tensor]) -> None:
+        """Move the averages, once the ascent has used the old ones."""
+        with self._without_absent():
+            self.ascent.settle(*rows)
 
     @torch.no_grad()
     def _climb(self, coef: Tensor, rows: list[Tensor]) -> None:
         """Put theta + s^2 * coef @ rows into the parameters, from wherever they are."""
-        for block, r in zip(self._climbing, rows, strict=True):
-            theta = block.flat.data
-            if block.climbed:
-                perturb(block.kept, r, coef, self.rule.adaptive, out=theta)
-            else:
-                perturb(theta, r, coef, self.rule.adaptive, out=theta, keep=block.kept)
-                block.climbed = True
+        if self._maximizes():  # the worst is where the objective is least
+            coef = -coef
+        with self._without_absent():
+            for block, r in zip(self._climbing, rows, strict=True):
+                theta = block.flat.data
+                if block.climbed:
+                    perturb(block.kept, r, coef, self.rule.adaptive, out=theta)
+                else:
+                    perturb(theta, r, coef, self.rule.adaptive, out=theta, keep=block.kept)
+                    block.climbed = True
         self._moved()
+
+    def _maximizes(self) -> bool:
+        """Whether the base optimizer goes uphill."""
+        found = {bool(group.get("maximize")) for group in self.param_groups}
+        if len(found) > 1:
+            raise ValueError("maximize differs between the param groups: their losses are one")
+        return found.pop()
 
     # -- loss scaling, several processes -----------------------------------------------------------------------------------
 

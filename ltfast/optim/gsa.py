@@ -107,7 +107,7 @@ class GroupedOptimizer(GroupAscent):
         """Move to every perturbed point in turn: group k's, or the shared one (None); gradients are cleared before."""
         if self.rule.objective == "shared":
             self._climb(coef, rows)
-            self.ascent.settle(*rows)
+            self._settle(rows)
             self._attach()
             yield None
             return
@@ -115,7 +115,7 @@ class GroupedOptimizer(GroupAscent):
         for k in range(len(coef)):
             self._climb(coef[k], rows)
             yield k
-        self.ascent.settle(*rows)
+        self._settle(rows)
 
     def _part(self, losses: Tensor, shares: Tensor, k: int | None) -> Tensor:
         """What is minimised at the perturbed point."""

@@ -197,6 +197,8 @@ def fused(base: Optimizer) -> bool:
         betas = group.get("betas", ())
         if any(group.get(name) for name in UNCOVERED) or any(isinstance(b, Tensor) for b in betas):
             return False
+        if not group.get("decoupled_weight_decay", True):  # of AdamW, for one group
+            return False
     return True
 
 

@@ -10,6 +10,7 @@ restores it). Sources: Foret et al., ICLR 2021; Kwon et al., ICML 2021; Li et al
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ class SAM(FlatOptimizer):
         parts: list[tuple[Block, slice, tuple[Any, ...]]] = []
         for block in self.blocks:
             for k, span in block.spans:
-                options = tuple(self.param_groups[k][name] for name in names)
+                options = tuple(self.param_groups[k].get(name) for name in names)
                 if parts and parts[-1][0] is block and parts[-1][2] == options:
                     parts[-1] = (block, slice(parts[-1][1].start, span.stop), options)
                 else:
@@ -192,7 +193,7 @@ class SAM(FlatOptimizer):
             theta = block.flat.data[span] if adaptive else None
             partials.append(gram_partials(block.flat.grads[:rows, span], theta, adaptive)[0])
         matrix = partials[0] if len(partials) == 1 else torch.cat(partials)
-        parts = self._parts("rho", "adaptive")
+        parts = self._parts("rho", "adaptive", "maximize")
         radii = {options[0] for _, _, options in parts}
         rho = radii.pop() if len(radii) == 1 else None
         coef, stats = ascent_coefficients(
@@ -210,8 +211,9 @@ class SAM(FlatOptimizer):
             if len(own) > 1:
                 block.kept.copy_(block.flat.data)
                 block.climbed = True  # from here on an interruption can be taken back
-            for _, span, (radius, adaptive) in own:
+            for _, span, (radius, adaptive, maximize) in own:
                 scaled = coef if rho is not None else coef * radius
+                scaled = -scaled if maximize else scaled  # the worst is where the objective is least
                 theta, keep = block.flat.data[span], None if block.climbed else block.kept[span]
                 perturb(theta, block.flat.grads[:rows, span], scaled, adaptive, out=theta, keep=keep)
             block.climbed = True
@@ -227,7 +229,7 @@ class FriendlySAM(SAM):
     """Friendly-SAM: climb along g - sigma * m, the part of the gradient that its moving average m does not explain.
 
     m <- lmbda * m + (1 - lmbda) * g, after the ascent; the first gradient of a parameter starts its average, and until
-    then the direction is the plain gradient. Parameters without a gradient keep their average.
+    then the direction is the plain gradient. Parameters without a gradient stay where they are and keep their average.
 
     Args:
         sigma, lmbda: as above; the others as for SAM.
@@ -277,7 +279,11 @@ class FriendlySAM(SAM):
     def _climb(self) -> None:
         """Climb, then move the averages: m + w (g - m) as a perturbation of m by the rows g and m, which leaves m
         alone where w = 0 even if g is infinite."""
-        super()._climb()
+        with ExitStack() as stack:
+            for block, present in zip(self.blocks, self._present, strict=True):
+                absent = [i for i, here in enumerate(present) if not here]
+                stack.enter_context(block.flat.rows.without([1], absent))
+            super()._climb()
         ok = 1.0 - self.stats["bad"]
         for block, present in zip(self.blocks, self._present, strict=True):
             begun = self._begun_in(block)
@@ -300,7 +306,7 @@ class FriendlySAM(SAM):
         for block in self.blocks:
             flags = self._begun_in(block)
             known = {flag: bool(flag) for flag in set(flags)}  # few: each is a wait for the device
-            begun |= {order[p] for p, flag in zip(block.flat.params, flags, strict=True) if known[flag]}
+            begun |= {order[p] for p, flag in zip(block.flat.params, flags, strict=True) if known[flag] and p in order}
         return {"averages": {i: average for i, average in averages.items() if i in begun}}
 
     def _check_extra(self, extra: dict[str, Any]) -> None:

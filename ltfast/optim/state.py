@@ -30,6 +30,8 @@ class StoredOptimizer(TwoPasses):
     check_finite: bool
     _fused: bool
     _skips: SkipCounter
+    _ready: bool
+    _base_hook: Any
 
     def _setup(self) -> None:
         """Everything that is made anew after unpickling, too."""
@@ -37,12 +39,11 @@ class StoredOptimizer(TwoPasses):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format with the base optimizer's state; "ltfast" holds what goes beyond it."""
-        packed = super().state_dict()
-        for index, values in packed["state"].items():
-            if isinstance(values.get("step"), Tensor):  # one count for many parameters here, one each in torch
-                packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
-        packed["ltfast"] = export_extra(self)
-        return packed
+        handle = self.register_state_dict_post_hook(_add_extra, prepend=True)  # hooks of others see it, too
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's own state dict, one of torch.optim.SGD / AdamW, or one of davda54's SAM.
@@ -50,8 +51,20 @@ class StoredOptimizer(TwoPasses):
         Raises:
             ValueError: groups or parameters do not match; then nothing has changed.
         """
-        merged, extra = merge_groups(self, state_dict)
-        super().load_state_dict(merged)
+        extra: dict[str, Any] = {}
+
+        def fit(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            merged, found = merge_groups(self, given)
+            extra.update(found)
+            return merged
+
+        handle = self.register_load_state_dict_pre_hook(
+            fit
+        )  # the last one: it gets what the hooks of others make of it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.restore()
@@ -80,6 +93,7 @@ class StoredOptimizer(TwoPasses):
         if "base" not in state:  # Optimizer.load_state_dict
             super().__setstate__(state)
             return
+        self._ready, self._base_hook = False, None
         own, extra, self.base_optimizer = state.pop("own"), state.pop("extra"), state.pop("base")
         settings, anchor = state.pop("settings"), state.pop("anchor")
         super().__setstate__(state)
@@ -109,6 +123,14 @@ class StoredOptimizer(TwoPasses):
 
     def _import(self, extra: dict[str, Any]) -> None:
         """Take over what `_export` gave."""
+
+
+def _add_extra(optimizer: Any, packed: dict[str, Any]) -> None:
+    """Make torch's state dict ours, in place."""
+    for index, values in packed["state"].items():
+        if isinstance(values.get("step"), Tensor):  # one count for many parameters here, one each in torch
+            packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
+    packed["ltfast"] = export_extra(optimizer)
 
 
 def indices(optimizer: StoredOptimizer) -> dict[Tensor, int]:
@@ -202,7 +224,8 @@ def averages_by_index(optimizer: StoredOptimizer, first: int, rows: int, blocks:
     for block in blocks:
         per_row = [block.flat.views(block.flat.grads[first + k]) for k in range(rows)]
         for i, p in enumerate(block.flat.params):
-            result[order[p]] = torch.stack([views[i] for views in per_row])
+            if p in order:  # else somebody took it out of the param groups
+                result[order[p]] = torch.stack([views[i] for views in per_row])
     return result
 
 

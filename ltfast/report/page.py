@@ -46,7 +46,8 @@ dialog{border:0;padding:0;max-width:98vw;max-height:98vh;background:#fff}
 dialog img{max-width:98vw;max-height:96vh;display:block;cursor:zoom-out}
 dialog::backdrop{background:rgba(0,0,0,.6)}
 footer{max-width:1080px;margin:40px auto;padding:0 24px;font-size:13px;color:#555}
-@media print{nav,dialog{display:none}.wide{overflow-x:visible}table{font-size:10.5px}th,td{padding:3px 5px}h2{break-after:avoid}section.item{break-inside:avoid}body{font-size:12px}}
+@media print{nav,dialog{display:none}body{font-size:12px}.wide{overflow-x:visible}table{font-size:10.5px}th,td{padding:3px 5px}}
+@media print{h2{break-after:avoid}section.item{break-inside:avoid}}
 """
 
 SCRIPT = """

@@ -73,6 +73,40 @@ def test_lightning_runs_sam_as_it_is(clip: float | None) -> None:
     assert support.distance(module.net, expected_sam()) < 1e-6
 
 
+@pytest.mark.parametrize("base", support.BASES)
+def test_lightning_runs_sam_by_hand(base: str) -> None:
+    """Through Lightning's wrapper, which derives from the optimizer's class and forwards what it does not find there."""
+    lightning = pytest.importorskip("lightning")
+    kind, options = support.BASES[base]
+
+    class Lit(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.net, self.late = support.make(), nn.Linear(2, 2)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+            x, y = batch
+            optimizer = self.optimizers()
+            for take in (optimizer.first_step, optimizer.second_step):
+                self.manual_backward(F.cross_entropy(self.net(x), y) + 0.0 * self.late(x[0, 0, :1, :2]).sum())
+                take(zero_grad=True)
+            if index == 0:
+                optimizer.add_param_group({"params": self.late.parameters(), "weight_decay": 1.0})
+
+        def configure_optimizers(self) -> Any:
+            return SAM(self.net.parameters(), kind, rho=0.3, **options)
+
+    module, expected = Lit(), support.make()
+    before = module.late.weight.detach().clone()
+    lightning_trainer().fit(module, DataLoader(data(), 30))
+    optimizer = SAM(expected.parameters(), kind, rho=0.3, **options)
+    for i in range(STEPS):
+        support.two_passes(expected, optimizer, i)
+    assert support.distance(module.net, expected) < 1e-6
+    assert not torch.equal(module.late.weight, before)  # decayed
+
+
 def test_lightning_runs_gsa_by_hand() -> None:
     lightning = pytest.importorskip("lightning")
 
