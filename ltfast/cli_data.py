@@ -50,11 +50,13 @@ def _add_lists(parser: argparse.ArgumentParser) -> None:
 
 
 def _lists(args: argparse.Namespace) -> dict[str, ImageList]:
-    from ltfast.data.public import find_lists
+    from ltfast.data.public import PUBLIC, find_lists
     from ltfast.recipes import refuse_unread
 
     dataset = args.dataset or ("list" if args.train_list else "folder")
     names = {f"{split}_list": getattr(args, f"{split}_list") for split in ("train", "val", "test")}
+    if dataset not in (known := [*PUBLIC, "folder", "list"]):
+        raise UserError(f"--dataset {dataset}: `ltfast data` looks at {', '.join(known)} only")
     refuse_unread(dataset, names)
     return find_lists(dataset, args.data_dir, **names)
 

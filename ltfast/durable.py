@@ -82,6 +82,7 @@ class Durable:
                 counts=self.source.train_counts.tolist(),
                 sizes=self.source.sizes,
                 test_from=self.source.test_from,
+                fingerprint=self.source.fingerprint,
                 preprocess=dataclasses.asdict(Preprocess.of(self.source)),
             )
 

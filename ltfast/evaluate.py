@@ -60,7 +60,8 @@ def evaluate_run(
     data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved. device: instead of the run's.
 
     Raises:
-        UserError: not a run folder, no such checkpoint, or its data is missing.
+        UserError: not a run folder, no such checkpoint, or its data is missing; the split is drawn from the training
+            pictures and these have changed.
     """
     from ltfast import build, checkpoint
     from ltfast.places import moved
@@ -75,6 +76,7 @@ def evaluate_run(
     refuse_unread(config.data.dataset, {"data_dir": data_dir, **(lists or {})})
     source = build.build_data(config, place, ranks)
     run.check_classes(source.class_names, str(folder), "give the data that the run was trained on")
+    run.check_held_out(source, split, str(folder))
     if not source.sizes.get(split, 0):
         raise UserError(f"--split {split}: this run held out no such images; use --split test")
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)

@@ -58,6 +58,8 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     if isinstance(trainer.source, LargeSource):
         meta["data"] = trainer.source.state(trainer.epoch, trainer.batch)
         tensors["replaced"] = ranks.sum_(trainer.source.replaced.clone())
+    else:
+        meta["fingerprint"] = trainer.source.fingerprint
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith(SHARED)}
     return tensors, meta, shared
 
@@ -82,6 +84,11 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
         _check(trainer, tensors)
         if isinstance(trainer.source, LargeSource) and "data" in meta:
             trainer.source.check_state(meta["data"])
+        elif meta.get("fingerprint", trainer.source.fingerprint) != trainer.source.fingerprint:
+            raise UserError(
+                "cannot resume: the training images are others than the run began with, so those that are left, and those held "
+                "out, are not known; bring them back or start a new run"
+            )
         _restore_shared(trainer, tensors)
         _restore_rank(trainer, tensors, meta["world"] == trainer.ranks.world)
         for name in ("epoch", "batch", "steps", "best", "seconds"):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -23,6 +23,9 @@ from ltfast.checkpoint import PART, write_atomically
 from ltfast.config import Config, load_toml
 from ltfast.errors import UserError
 from ltfast.places import absolute
+
+if TYPE_CHECKING:
+    from ltfast.data.base import Source
 
 LOCK = "lock"
 
@@ -201,6 +204,21 @@ class RunFolder:
             for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names, fillvalue="none")):
                 if there != here:
                     raise UserError(f"{what}: class {c} is {there!r} there and {here!r} here; {remedy}")
+
+    def check_held_out(self, source: Source, split: str, what: str) -> None:
+        """UserError, begun by `what`, if `split` is drawn from the training pictures and these are not the run's own: a draw
+        from one picture more or less holds out others, and most of those have been trained on."""
+        drawn = (
+            source.test_from == "train" if split == "test" else split == "val" and self.config.data.val_per_class > 0
+        )
+        for row in self.metrics("data")[-1:] if drawn else []:
+            if row.get("fingerprint", source.fingerprint) != source.fingerprint:
+                before, now = row["sizes"]["train"], source.sizes["train"]
+                raise UserError(
+                    f"{what}: its {split} images are drawn from the training pictures, and those have changed ({before:,} images "
+                    f"to train on then, {now:,} now): it has been trained on some of them; bring the pictures back, or give a "
+                    "data set with a test split of its own"
+                )
 
     @staticmethod
     def open(path: str | Path, *, lock: bool = False) -> RunFolder:

@@ -36,7 +36,8 @@ class Source(Protocol):
 
     train_counts is LongTensor[C] and train_labels LongTensor[n], both on the CPU; sizes maps each split to its number
     of images (val may have none); test_from is the set's own split that the test images are of, 'val' where the set calls
-    it so, 'train' where they are held out of it; eval_batch is how many images `evaluate` gives at a time.
+    it so, 'train' where they are held out of it; fingerprint tells other training images in hexadecimal, wherever they
+    lie; eval_batch is how many images `evaluate` gives at a time.
     """
 
     num_classes: int
@@ -46,6 +47,7 @@ class Source(Protocol):
     input_shape: tuple[int, int, int]
     sizes: dict[str, int]
     test_from: str
+    fingerprint: str
     steps_per_epoch: int
     eval_batch: int
     mean: tuple[float, ...]

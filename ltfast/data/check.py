@@ -57,8 +57,8 @@ class SplitReport:
     """CMYK, gray, EXIF-rotated, named .jpg but PNG, ...: number of files."""
     duplicates: list[str]
     """Paths that stand more than once."""
-    empty_classes: list[int]
-    """Labels below the largest without an image."""
+    empty_classes: list[str]
+    """Classes without an image: names, or labels below the largest."""
     copies: Copies = field(default_factory=Copies)
     """The same pictures under other names."""
 
@@ -177,7 +177,8 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tup
             notes.update(finding.notes)
             signatures[i] = finding.signature
     duplicates = sorted({images.paths[again] for _, again in duplicate_indices(images.paths)})
-    empty = np.flatnonzero(images.counts == 0).tolist()
+    nobody = np.flatnonzero(images.counts == 0).tolist()
+    empty = [images.class_names[c] if images.class_names else str(c) for c in nobody]
     report = SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
     return report, signatures
 
@@ -221,7 +222,7 @@ def print_check(report: CheckReport, console: Console | None = None, examples: i
         rows += [(note, n, "") for note, n in split.notes.items()]
         rows += [(what, n, example[what]) for what, n in others]
         if split.empty_classes:
-            rows.append(("class without an image", len(split.empty_classes), str(split.empty_classes[0])))
+            rows.append(("class without an image", len(split.empty_classes), split.empty_classes[0]))
         for row, (finding, count, shown) in enumerate(rows or [("nothing unusual", 0, "")]):
             head = (split.split, f"{split.images:,}") if row == 0 else ("", "")
             table.add_row(*head, finding, f"{count:,}" if count else "", escape(shown))

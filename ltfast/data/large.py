@@ -94,7 +94,12 @@ def load_large(
     that `data check` wrote; dtype: of GPU views.
     """
     if data_dir is None:
-        raise UserError(f"--dataset {dataset} needs --data-dir, the folder that its list's paths start from")
+        what = (
+            "with class folders, or train/ and test/ of them"
+            if dataset == "folder"
+            else "that its list's paths start from"
+        )
+        raise UserError(f"--dataset {dataset} needs --data-dir, the folder {what}")
     recipes = view_recipes(
         "imagenet" if views is None else views if isinstance(views, str) else tuple(views), num_views
     )

@@ -90,6 +90,7 @@ class LargeSource(Ordered):
         self.input_shape = (3, image_size, image_size)
         self.sizes = {split: len(lists[split]) for split in SPLITS}
         self.test_from = lists["test"].split or "test"
+        self.fingerprint = f"{train.fingerprint():08x}"
         self.steps_per_epoch = steps_per_epoch(len(train), batch)
         self.batch, self.sampler, self.seed, self.epochs_total = batch, sampler, seed, epochs_total
         self.rank, self.world, self.eval_batch, self.workers = rank, world, eval_batch, workers
@@ -156,9 +157,8 @@ class LargeSource(Ordered):
         return int(state["epoch"]), int(state["step"])
 
     def _identity(self) -> dict[str, Any]:
-        train = self.lists["train"]
-        fields = {"seed": self.seed, "batch": self.batch, "sampler": self.sampler, "images": len(train)}
-        return {**fields, "training list": f"{train.fingerprint():08x}"}
+        fields = {"seed": self.seed, "batch": self.batch, "sampler": self.sampler, "images": self.sizes["train"]}
+        return {**fields, "training list": self.fingerprint}
 
     def usable(self, index: Tensor) -> Tensor:
         """index with every training image known to be bad replaced by its substitute; int64 [b]."""

@@ -9,6 +9,8 @@ instead of 5,000).
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from ltfast.errors import UserError
 
 IMBALANCE_TYPES = ("exp", "step")
 SUBSET_SEED = 0
+log = logging.getLogger("ltfast.data")
 
 IntArray = NDArray[np.int64]
 
@@ -50,24 +53,29 @@ def long_tail_counts(n_max: int, num_classes: int, imbalance: float, kind: str =
 def select_subset(labels: IntArray, counts: IntArray, val_per_class: int = 0, seed: int = SUBSET_SEED) -> Subset:
     """Draw `counts[c]` training and `val_per_class` validation images of each class from the pool, disjointly.
 
-    labels: [n] class of each image of the pool. UserError where a class has no image left to train on.
+    labels: [n] class of each image of the pool. Of a class with no more than `val_per_class` images all but one are held
+    out; a warning says of how many. UserError where a class has no image to train on.
     """
     if val_per_class < 0:
         raise UserError(f"--val-per-class {val_per_class}: it must be 0 (no validation split) or more")
     rng = np.random.RandomState(seed)
-    train, val = [], []
+    train, val, scarce = [], [], 0
     for c, keep in enumerate(counts.tolist()):
         positions = np.where(labels == c)[0]
         rng.shuffle(positions)
-        available = len(positions) - val_per_class
         if len(positions) == 0:
             raise UserError(f"class {c} has no image; every class needs at least one")
-        if available < 1:
-            raise UserError(f"class {c} has {len(positions)} images to train on: lower --val-per-class {val_per_class}")
+        scarce += len(positions) <= val_per_class
+        available = max(len(positions) - val_per_class, 1)
         if keep < 1:
             raise UserError(f"class {c} keeps none of its {len(positions)} images to train on: lower --imbalance")
         train.append(positions[: min(keep, available)])
         val.append(positions[available:])
+    if scarce and os.environ.get("RANK", "0") == "0":  # one of several processes is enough
+        log.warning(
+            "--val-per-class %d: %d classes have no more images than that; all but one of theirs are held out",
+            val_per_class, scarce,
+        )  # fmt: skip
     return Subset(np.concatenate(train), np.concatenate(val))
 
 

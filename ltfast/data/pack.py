@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def read_pack(path: Path) -> Pool:
         raise UserError(
             f"{path}: train pictures are {train.shape[1:]}, test pictures {test.shape[1:]}; they must agree"
         )
-    return Pool(train, train_labels, test[np.arange(len(test))], test_labels, names)
+    return Pool(
+        train, train_labels, test[np.arange(len(test))], test_labels, names, identity=zlib.crc32(arrays["train_bytes"])
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Pool:
     """A validation split of the data's own; None holds val_per_class out of train."""
     test_from: str = "test"
     """See base.Source."""
+    identity: int = 0
+    """Differs for other pictures where labels alone do not tell: of their names or files."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Splits:
     class_names: tuple[str, ...]
     test_from: str = "test"
     """See base.Source."""
+    identity: int = 0
+    """That of the pool."""
 
     @property
     def train_counts(self) -> Tensor:
@@ -116,6 +120,7 @@ def long_tail_splits(
         {split: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for split, array in labels_of.items()},
         pool.class_names,
         pool.test_from,
+        pool.identity,
     )
 
 

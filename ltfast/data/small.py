@@ -7,6 +7,7 @@ see the same.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -51,6 +52,7 @@ class SmallSource(Ordered):
         self.train_counts = splits.train_counts
         self.sizes = {split: len(splits.labels[split]) for split in SPLITS}
         self.test_from = splits.test_from
+        self.fingerprint = f"{zlib.crc32(self.train_labels.numpy().tobytes(), splits.identity):08x}"
         check_batch(batch, self.sizes["train"], world, name)
         check_sampler(sampler, epochs_total)
         self.device = torch.device(device)

@@ -34,7 +34,7 @@ def read_tree(root: Path, size: int | None = None, share: float = HELD_OUT_SHARE
     size = size or min(_load(lists["train"].file(0)).size)
     read = {split: _read(images, size) for split, images in lists.items()}
     val = read["val"] if len(lists["val"]) else None
-    return Pool(*read["train"], *read["test"], names, val, lists["test"].split)
+    return Pool(*read["train"], *read["test"], names, val, lists["test"].split, lists["train"].fingerprint())
 
 
 def _read(images: ImageList, size: int) -> tuple[ImageArray, IntArray]:
@@ -60,4 +60,6 @@ def _load(path: str) -> Image:
     try:
         return load_picture(path)
     except BadImage as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}); remove or replace it") from error
+        raise UserError(
+            f"{path}: cannot be read as a picture ({error}); remove or replace it (`ltfast data check` lists all)"
+        ) from error

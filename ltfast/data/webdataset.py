@@ -14,6 +14,7 @@ benchmarks/data.py measures both orders.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import tarfile
@@ -30,6 +31,8 @@ from ltfast.data.lists import ImageList
 from ltfast.data.paths import PathTable
 from ltfast.data.public import assign_splits
 from ltfast.errors import UserError
+
+log = logging.getLogger("ltfast.data")
 
 VERSION = "v1.2"
 LABEL = "cls"
@@ -141,6 +144,10 @@ def _walk(shard: Path) -> list[list[Component]]:
                 if member.isreg() and stem:
                     entry = (extension, member.offset_data, member.size, member.name)
                     components.append((f"{folder}/{stem}", entry))
+        with open(shard, "rb") as file:
+            file.seek(max(shard.stat().st_size - tarfile.BLOCKSIZE, 0))
+            if file.read().strip(b"\0"):
+                log.warning("shard %s lacks the end mark of a tar file: it may have been cut off", shard)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {shard} is not a readable, uncompressed tar file ({error}); obtain it again") from error
     return [[entry for _, entry in group] for _, group in groupby(components, key=lambda c: c[0])]

@@ -170,6 +170,7 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
     try:
         source = build.build_data(config, where, Ranks())
         view.folder.check_classes(source.class_names, str(view.folder.path), "its data has changed")
+        view.folder.check_held_out(source, "test", str(view.folder.path))
     except UserError as error:
         raise Missing(f"its data is missing ({error})") from None
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)

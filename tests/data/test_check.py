@@ -42,7 +42,7 @@ def test_every_bad_file_is_found_and_no_odd_one(mixed, full):
     assert found["bad/missing.jpg"] == "missing"
     assert found["bad/empty.jpg"] == "empty file"
     assert split.duplicates == ["odd/gray.jpg"]
-    assert split.empty_classes == [1]
+    assert split.empty_classes == ["1"]
     assert split.notes["gray"] == 2
     assert split.notes["CMYK"] == 1
     assert split.notes["EXIF-rotated (not turned by the loaders)"] == 1
