@@ -27,6 +27,9 @@ def add_run_commands(commands: Any) -> None:
         evaluate.add_argument(flag(name), default=None, metavar="FILE", help="where this list lies now, if it moved")
     evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
     evaluate.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N [as in the run]")
+    evaluate.add_argument(
+        "--tta", choices=("none", "flip"), default=None, help="flip = also look at the mirror image [as in the run]"
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument(
         "--csv", default=None, metavar="FILE", help="also write a table: class, training images, accuracy"
@@ -75,6 +78,7 @@ def command_eval(args: argparse.Namespace) -> int:
         on_bad_image=args.on_bad_image,
         lists=lists,
         device=args.device,
+        tta=args.tta,
     )
     if args.csv:
         write_classes(args.csv, result, source)

@@ -224,6 +224,9 @@ class Run:
     keep_checkpoints: int = _opt(2, "training states kept for --resume", least=1)
     max_hours: float = _opt(0.0, "stop cleanly, ready to resume, after this many hours; 0 = off", least=0)
     max_bad_steps: int = _opt(20, "stop after this many skipped (non-finite) steps in a row", least=1)
+    tta: str = _opt(
+        "none", "test-time augmentation; flip = mean logits of a picture and its mirror image", choices=("none", "flip")
+    )
     tensorboard: bool = _opt(True, "write TensorBoard events")
     table: bool = _opt(
         False, "print a table row an epoch, with the seconds of training so far, as cifar10-airbench does"

@@ -14,6 +14,13 @@ from ltfast.errors import UserError
 from ltfast.metrics import Accumulator
 
 
+def augmented(logits: Callable[[Tensor], Tensor], tta: str) -> Callable[[Tensor], Tensor]:
+    """Test-time augmentation of pictures [b, C, H, W] -> logits [b, K]: "flip" is the mean over both sides, "none" `logits`."""
+    if tta == "none":
+        return logits
+    return lambda pictures: (logits(pictures) + logits(pictures.flip(-1))) / 2
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -22,12 +29,14 @@ def evaluate(
     device: torch.device,
     ranks: Ranks | None = None,
     logits: Callable[[Tensor], Tensor] | None = None,
+    tta: str = "none",
 ) -> dict[str, Any]:
     """Figures of `ltfast.metrics.Accumulator.to_dict` for `split` ("train", "val" or "test"); the model's mode is kept.
 
     logits: pictures [b, ...] -> logits [b, C] of the model, if it is not to be called itself (compiled, autocast). It
-    always gets as many pictures as in the first batch, so one compiled graph serves a split.
+    always gets as many pictures as in the first batch, so one compiled graph serves a split. tta: see `augmented`.
     """
+    infer = augmented(logits or model, tta)
     was_training = model.training
     model.eval()
     accumulator = Accumulator(source.num_classes, source.train_counts, device=device)
@@ -39,7 +48,7 @@ def evaluate(
         if n < size:  # the last batch: filled up with copies of its last picture, which do not count
             # Indexing keeps the memory format, which a compiled graph hangs on as well; torch.cat would not.
             pictures = pictures[torch.arange(size, device=pictures.device).clamp_max(n - 1)]
-        accumulator.update((logits or model)(pictures)[:n].float(), batch.labels)
+        accumulator.update(infer(pictures)[:n].float(), batch.labels)
     for tensor in accumulator.state().values():
         (ranks or Ranks()).sum_(tensor)
     model.train(was_training)
@@ -54,10 +63,11 @@ def evaluate_run(
     on_bad_image: str = "fail",
     lists: Mapping[str, str] | None = None,
     device: str | None = None,
+    tta: str | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.
 
-    data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved. device: instead of the run's.
+    data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved. device, tta: instead of the run's.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or its data is missing; the split is drawn from the training
@@ -69,7 +79,9 @@ def evaluate_run(
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
-    given = {name: value for name, value in (("data_dir", data_dir), ("device", device)) if value is not None}
+    given = {
+        name: value for name, value in (("data_dir", data_dir), ("device", device), ("tta", tta)) if value is not None
+    }
     config = moved(run.config, {"on_bad_image": on_bad_image, **given, **(lists or {})})
     ranks = Ranks()
     place = build.build_device(config, ranks)
@@ -82,4 +94,4 @@ def evaluate_run(
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)
     checkpoint.load_into(model, run.checkpoints / f"{which}.safetensors")
     forward = build.build_forward(config.with_(compile="off"), model.to(place), None, place)
-    return evaluate(model, source, split, place, ranks, logits=forward.logits), source
+    return evaluate(model, source, split, place, ranks, logits=forward.logits, tta=config.run.tta), source

@@ -19,6 +19,7 @@ from ltfast.data.base import Source
 from ltfast.data.folders import IMAGE_SUFFIXES
 from ltfast.data.large_source import LargeSource
 from ltfast.errors import UserError
+from ltfast.evaluate import augmented
 from ltfast.models import LongTailModel
 from ltfast.runs import RunFolder
 
@@ -163,7 +164,7 @@ def predict(
     if top < 1:
         raise UserError(f"--top {top}: use 1 or more")
     device = build.pick_device(device) if isinstance(device, str) else device
-    model, waiting = trained.model.to(device), list(paths)
+    model, waiting = augmented(trained.model.to(device), trained.config.run.tta), list(paths)
     for start in range(0, len(waiting), batch):
         read = list(_read(trained.preprocess, waiting[start : start + batch], unreadable))
         if not read:

@@ -61,7 +61,7 @@ def cifar10_speedrun() -> Values:
     """
     return {
         "model": "resnet14-w64", "batch": 256, "epochs": 100, "lr": 0.2, "schedule": "cosine", "warmup": 5.0,
-        "nesterov": True, "weight_decay": 5e-4, "views": "cifar", "val_per_class": 0, "untimed_steps": 8, "table": True,
+        "nesterov": True, "weight_decay": 5e-4, "views": "cifar", "val_per_class": 0, "untimed_steps": 8, "table": True, "tta": "flip",
         "checkpoint_every": 1_000_000, "tensorboard": False,
     }  # fmt: skip
 

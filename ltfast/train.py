@@ -300,7 +300,9 @@ class Trainer(Durable):
     def evaluate(self, split: str) -> dict[str, Any]:
         """Accuracy and calibration of the current weights on a split, over all ranks."""
         try:
-            return evaluate(self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits)
+            return evaluate(
+                self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits, tta=self.config.run.tta
+            )  # fmt: skip
         except UserError as error:  # an image of the split cannot be read
             if self.store is not None:
                 self.store.flush()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltfast.evaluate import augmented
 from ltfast.metrics import Accumulator
 from ltfast.report.runs import OUT_OF_TIME, Live, Missing
 
@@ -57,11 +58,12 @@ def predict(live: Live, stop: Callable[[], bool], tick: Callable[[], None]) -> P
     if not source.sizes.get("test", 0):
         raise Missing("its data has no test split")
     accumulator = Accumulator(source.num_classes, source.train_counts, device=live.device)
+    infer = augmented(live.model, live.config.run.tta)
     rows: list[Tensor] = []
     for batch in source.evaluate("test"):
         if rows and stop():
             raise Missing(OUT_OF_TIME)
-        logits = live.model(batch.views[0]).float()
+        logits = infer(batch.views[0]).float()
         accumulator.update(logits, batch.labels)
         confidence, predicted = logits.softmax(1).max(1)
         rows.append(torch.stack([batch.index, batch.labels, predicted, (confidence * 1e6).long()]).cpu())
