@@ -94,6 +94,10 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
+    "recipe": {  # what the speedrun's recipe may gain from
+        f"balanced-softmax,{name}={value}": Cell("balanced-softmax", {name: value})
+        for name, value in (("tta", "flip"), ("weight_decay", 2e-3))
+    },
     "ascent": {
         name: Cell("gsa-full", settings)
         for name, settings in {
@@ -107,7 +111,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 def baseline_of(name: str) -> str:
     """The cell that a cell is compared with: BCL of as many epochs, or balanced softmax beside other one-view losses."""
-    if name in SWEEPS["one-view"]:
+    if name in SWEEPS["one-view"] or name in SWEEPS["recipe"]:
         return "balanced-softmax"
     _, shorter, epochs = name.partition(",epochs=")
     return f"bcl{shorter}{epochs}"

@@ -18,7 +18,19 @@ from ltfast.predict import load_trained, predict
 from ltfast.report import report
 from ltfast.runs import RunFolder
 
-RUN = "--model resnet8-w8 --batch 16 --epochs 8 --device cpu --method ce --no-tensorboard".split()
+RUN = [
+    "--model",
+    "resnet8-w8",
+    "--batch",
+    "16",
+    "--epochs",
+    "8",
+    "--device",
+    "cpu",
+    "--method",
+    "ce",
+    "--no-tensorboard",
+]
 
 
 def test_flip_is_the_mean_of_both_sides() -> None:
