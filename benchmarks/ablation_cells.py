@@ -95,8 +95,12 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "ce": Cell("ce", {}),
     },
     "recipe": {  # what the speedrun's recipe may gain from
-        f"balanced-softmax,{name}={value}": Cell("balanced-softmax", {name: value})
-        for name, value in (("tta", "flip"), ("weight_decay", 2e-3))
+        "balanced-softmax,tta=flip": Cell("balanced-softmax", {"tta": "flip"}),
+        "balanced-softmax,weight_decay=0.002": Cell("balanced-softmax", {"weight_decay": 2e-3}),
+        **{
+            f"balanced-softmax,batch={size},lr={lr}": Cell("balanced-softmax", {"batch": size, "lr": lr})
+            for size, lr in ((128, 0.2), (32, 0.05))
+        },
     },
     "ascent": {
         name: Cell("gsa-full", settings)
