@@ -5,7 +5,7 @@ With u_k = s g_k, u = sum_k w_k u_k, p_k = (M w)_k / (w' M w) and D (K x R) the 
     none        uh_k = u_k                each group its own: CC-SAM, ImbSAM
     orthogonal  uh_k = u_k - p_k u        GSA, Eq. 12
     projected   uh_k = p_k u              ablation: what Eq. 12 removes
-    friendly    uh_k = u_k - sigma_k m_k  Friendly-SAM and the release of GSA; the rows are u_1..u_G, m_1..m_G
+    friendly    uh_k = u_k - sigma_k s m_k   Friendly-SAM and the release of GSA; rows g_1..g_G and their averages m_1..m_G
     |uh_k|^2 = (D M D')_kk
     r_k  = rho / |uh_k|    or, Eq. 13 and 15,
            sqrt(d) clip(C sqrt(|theta| / (2 |uh_k|)) d^(-1/4) (n_k - 1)^(-1/4), rho_min, rho_max) / |uh_k|

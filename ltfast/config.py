@@ -161,7 +161,9 @@ class Preserve:
 
     gkp: bool = _opt(False, "add the GKP anchor", paper="true")
     groups: int = _opt(4, "number of class groups G", paper="4", least=1)
-    scout: float = _opt(0.8, "share of the epochs that scouts: base loss only, filling the bank", least=0, most=1)
+    scout: float = _opt(
+        0.8, "share of the epochs that fills the bank: no GKP, no GSA by the bank's groups", least=0, most=1
+    )
     regroup: int = _opt(0, "epochs between regroupings; 0 = once, after scouting", paper="0", least=0)
     center: bool = _opt(False, "subtract the initial weights before comparing snapshots", paper="false")
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
@@ -196,7 +198,9 @@ class Optim:
     momentum: float = _opt(0.9, "momentum of sgd, beta1 of adamw", paper="0.9", least=0, below=1)
     nesterov: bool = _opt(False, "Nesterov momentum", paper="false")
     weight_decay: float = _opt(5e-4, "weight decay", paper="5e-4 (iNaturalist 1e-4)", least=0)
-    clip: float = _opt(0.0, "clip the norm of the final gradient; 0 = off", paper="0", least=0)
+    clip: float = _opt(
+        0.0, "clip the norm of the loss gradient, before alpha and without GKP; 0 = off", paper="0", least=0
+    )
 
 
 @dataclass(frozen=True)

@@ -152,16 +152,19 @@ def probe_row(trainer: Trainer) -> dict[str, Any]:
 
 @torch.no_grad()
 def forces_row(trainer: Trainer) -> dict[str, Any]:
-    """|weight decay|, |theta|, and of GKP: |gradient| as the update adds it, loss, alpha; one pass over N each."""
+    """|weight decay|, |theta|, and of GKP: |gradient| as the update adds it, loss, alpha; one pass over N each.
+
+    The loss is what the update minimises, (1 - alpha) lambda / 2 sum A (theta - T)^2 with A as it was capped: L_gkp without
+    its constant, which moves nothing.
+    """
     update, theta = trainer.update, trainer.flat.data
     norm = torch.linalg.vector_norm(theta, dtype=torch.float64)
     row = {"theta": float(norm), "decay": update.weight_decay * float(norm)}
-    if update.anchor is not None and trainer.anchor is not None:
+    if update.anchor is not None:
         weight, target = update.anchor
         pull, gap = update.strength * weight, theta - target
         row["gkp"] = float(torch.linalg.vector_norm(pull * gap, dtype=torch.float64))
         row["gkp_loss"] = 0.5 * float((pull * gap * gap).sum(dtype=torch.float64))
-        row["gkp_const"] = 0.5 * float(update.strength) * float(trainer.anchor.const)
         row["alpha"] = float(update.alpha)
     return row
 

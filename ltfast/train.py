@@ -204,7 +204,7 @@ class Trainer(Durable):
             with self.ranks.traffic.noted_in(self.wire):
                 result = self.step(batch)
             assert self.step.features is not None
-            self.quality.update(self.step.features, batch.labels)
+            self.quality.update(self.step.features, batch.labels, result["good"])
             self.meter.add(self.batch, self.step.ascent_stats)
             if sums:
                 torch._foreach_add_(list(sums.values()), [result[name] for name in sums])

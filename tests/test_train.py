@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ import torch
 from ltfast import build, checkpoint
 from ltfast.build import build_membership
 from ltfast.compiled import Compiler
+from ltfast.data.base import Batch
+from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.optim.rules import RULES
+from ltfast.progress import Progress
 from ltfast.recipes import build_config
-from ltfast.train import train
+from ltfast.survive import Signals
+from ltfast.train import Trainer, train
 
 ROWS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "digits-lt.jsonl"
 
@@ -77,6 +82,32 @@ def test_every_kind_of_method_trains(tmp_path: Path, method: str) -> None:
     assert len(epochs) == 2
     assert result["last"]["n"] == 400
     assert result["last"]["nonfinite"] == 0
+
+
+@pytest.mark.parametrize("method", ["bcl+gkp", "bcl+gsa-exact", "balanced-softmax+gsa-full+gkp"])
+def test_a_skipped_step_does_not_spoil_its_classes_in_the_bank(tmp_path: Path, method: str) -> None:
+    """A picture with a NaN spreads through BatchNorm to all of its batch."""
+    config = build_config("digits-lt", method, {}, {"epochs": 2, "scout": 0.5, "device": "cpu", "batch": 24})
+    trainer = Trainer(config, None, Ranks(), Progress())
+    make, steps = trainer.source.train, iter(range(10**6))
+
+    def spoilt(*place: int) -> Iterator[Batch]:
+        for batch in make(*place):
+            if next(steps) == 1:
+                batch.views[0][0, 0, 0, 0] = float("nan")
+            yield batch
+
+    trainer.source.train = spoilt  # type: ignore[method-assign]
+    trainer.guard(Signals(False))
+    trainer.model.train()
+    trainer.train_epoch(0)
+    assert trainer.summary()["skipped"] == 1
+    counted = trainer.quality.counts.sum()
+    assert counted == (trainer.source.steps_per_epoch - 1) * 24
+    quality = trainer.quality.compute().quality
+    assert torch.equal(quality.isfinite(), trainer.quality.counts > 0)
+    trainer.remember(0)
+    assert len(trainer.bank) == 1
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ class GSA(GroupedOptimizer):
         adaptive: scale by |theta|.
         aggregate: how a shared perturbation averages the groups: "uniform" or by "share" of the batch.
         gram_ema: weight of the remembered Gram matrix when it is renewed.
-        sigma, lmbda: of direction "friendly": u - sigma * m, m <- lmbda * m + (1 - lmbda) * u.
+        sigma, lmbda: of direction "friendly": s (g - sigma * m), m <- lmbda * m + (1 - lmbda) * g.
         base_kwargs: options of the base optimizer.
 
     Raises:

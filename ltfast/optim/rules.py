@@ -37,7 +37,7 @@ class Rule:
         adaptive: scale by |theta| as ASAM does.
         rho: fixed radius |s^-1 eps|; None takes Eq. 13 with the three numbers below.
         radius_C, rho_min, rho_max: Eq. 13.
-        sigma, lmbda: friendly direction, u - sigma * m with m <- lmbda * m + (1 - lmbda) * u.
+        sigma, lmbda: friendly direction, s (g - sigma * m) with m <- lmbda * m + (1 - lmbda) * g, as in the releases.
         aggregate: how a shared perturbation averages groups: "uniform" or by "share" of the batch.
         gram_every: 1 = exact group gradients each step (mode E); k > 1 = Gram matrix refreshed every k steps (mode R).
         gram_ema: weight of the old Gram matrix at a refresh (mode R).

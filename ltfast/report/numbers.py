@@ -231,7 +231,7 @@ def forces(view: RunView) -> dict[str, Any]:
     alpha = np.nan_to_num(column(rows, "alpha"), nan=1.0)
     loss = array([gradient.get(row["epoch"]) for row in rows]) * alpha
     result = {"epoch": epochs_of(rows), "gradient": loss, "decay": column(rows, "decay"), "gkp": column(rows, "gkp")}
-    result["gkp_loss"] = column(rows, "gkp_loss") + column(rows, "gkp_const")
+    result["gkp_loss"] = column(rows, "gkp_loss")
     return result
 
 

@@ -108,6 +108,15 @@ def test_not_finite_features_and_equal_centroids_never_win():
     assert (got.quality[:3] == -torch.inf).all()
 
 
+def test_a_batch_that_does_not_count_leaves_no_trace():
+    stats, twin = QualityStats(4, 2), QualityStats(4, 2)
+    rows, labels = torch.randn(8, 2), torch.arange(8) % 4
+    for each in (stats, twin):
+        each.update(rows, labels, torch.tensor(1.0))
+    stats.update(torch.full((4, 2), torch.nan), torch.arange(4), torch.tensor(0.0))
+    assert torch.equal(stats.flat, twin.flat)
+
+
 def test_two_ranks_add_up():
     features, labels = example()
     ranks = [QualityStats(11, 13) for _ in range(2)]

@@ -135,7 +135,7 @@ def test_forces_scale_the_gradient_by_alpha(tmp_path):
         {"kind": "epoch", "epoch": 0, "grad_norm": 4.0, "seconds": 1.5, "phase": "scout"},
         {"kind": "epoch", "epoch": 1, "grad_norm": 2.0, "seconds": 2.0, "phase": "train"},
         {"kind": "forces", "epoch": 0, "decay": 0.1},
-        {"kind": "forces", "epoch": 1, "decay": 0.1, "gkp": 0.5, "gkp_loss": 1.0, "gkp_const": 2.0, "alpha": 0.8},
+        {"kind": "forces", "epoch": 1, "decay": 0.1, "gkp": 0.5, "gkp_loss": 3.0, "alpha": 0.8},
     ]
     view = view_of(tmp_path, [DATA, *rows])
     found = numbers.forces(view)
