@@ -33,6 +33,7 @@ RESUME_OPTIONS = {
     "procs",
     "max_restarts",
     "max_hours",
+    "max_bad_steps",
     "checkpoint_minutes",
     "keep_checkpoints",
     "data_dir",
@@ -155,6 +156,8 @@ def command_train(args: argparse.Namespace) -> int:
     outlive_readers()
     flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
     if args.resume:
+        if "gpus" in flags or "procs" in flags:  # one of them takes the place of the other, too
+            flags = {"gpus": -1, "procs": 0, **flags}
         if flags.keys() - RESUME_OPTIONS or args.method or args.config or args.recipe:
             options = ", ".join(map(flag, sorted(RESUME_OPTIONS)))
             raise UserError(
@@ -174,7 +177,7 @@ def command_train(args: argparse.Namespace) -> int:
         idle = unread(config, [*fields, *flags])
         if idle and not launch.launched():
             print(f"note: no effect with {config.method}: {', '.join(map(flag, idle))}")
-    config = launch.on_cpu(config)
+    config = launch.on_cpu(config, resumed=bool(args.resume))
     if args.dry_run:
         from ltfast.plan import print_plan
 

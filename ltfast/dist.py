@@ -167,11 +167,19 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def start() -> Ranks:
-    """Join the process group that torchrun's environment describes, or be alone."""
+    """Join the process group that torchrun's environment describes, or be alone.
+
+    Raises:
+        UserError: that environment is not complete.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
     if world == 1:
         return Ranks()
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set to {rank} and {world}, but not {' and '.join(missing)}: start with torchrun, or unset them"
+        )
     if not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun's store outlives a restart of the workers, and with it the addresses of those that died.

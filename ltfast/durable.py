@@ -12,7 +12,7 @@ from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.flat import FlatBuffers, FlatParameters
-from ltfast.launch import restart_note
+from ltfast.launch import began, restart_note
 from ltfast.models import LongTailModel
 from ltfast.predict import Preprocess
 from ltfast.progress import Progress, counted
@@ -44,8 +44,10 @@ class Durable:
     batch: int
     steps: int
     store: Store | None = None
+    best: dict[str, Any]
     saved: tuple[int, int] | None = None  # (steps, batch) of the newest training state
     _replaced: int = 0  # unreadable images of the epoch before
+    _logging: bool = True  # the last line of metrics.jsonl could be written
     _charting: bool = True  # until TensorBoard events could not be written
 
     def guard(self, signals: Signals) -> None:
@@ -54,7 +56,7 @@ class Durable:
         if self.store is None and self.folder is not None:
             self.store = Store(self.folder.checkpoints, keep=run.keep_checkpoints, note=self.progress.note)
         self.watch = Watch(
-            self.ranks, signals, checkpoint_minutes=run.checkpoint_minutes, max_hours=run.max_hours,
+            self.ranks, signals, checkpoint_minutes=run.checkpoint_minutes, max_hours=run.max_hours, began=began(),
             busy=lambda: self.store is not None and self.store.busy,
         )  # fmt: skip
         path = self.folder.path if self.folder is not None else None
@@ -100,8 +102,25 @@ class Durable:
         def work() -> None:
             if self.store is not None:
                 self.store.flush()
+                for problem in self.store.problems():
+                    self.progress.note(problem)
 
         self.ranks.on_main(work)
+
+    def best_written(self) -> bool:
+        """Whether the weights of the best epoch are on the disk, on every rank; a note says if it is another epoch's."""
+
+        def work() -> bool:
+            if self.folder is None or self.best["epoch"] < 0 or not self.folder.best.exists():
+                return False
+            there, best = checkpoint.load_meta(self.folder.best).get("epoch"), self.best["epoch"] + 1
+            if there != best:
+                self.progress.note(
+                    f"{self.folder.best}: could not be written after the best epoch ({best}) and is of epoch {there}; it is not evaluated"
+                )
+            return there == best
+
+        return bool(self.ranks.share(self.ranks.on_main(work)))
 
     def stop(self) -> dict[str, Any]:
         """Leave early with a checkpoint; UserError if it cannot be written."""
@@ -124,10 +143,13 @@ class Durable:
         if self.folder is not None and self.ranks.main:
             try:
                 self.folder.log(kind, **values)
+                self._logging = True
             except OSError as error:  # losing a line of the log is no reason to lose the run
-                self.progress.note(
-                    f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
-                )
+                if self._logging:
+                    self.progress.note(
+                        f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
+                    )
+                self._logging = False
             if kind == "epoch" and self._charting and self.config.run.tensorboard:
                 self.chart(values)
 

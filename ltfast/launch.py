@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 # Where a worker leaves the text of a UserError: it then exits with 0, because no restart can mend a user's mistake.
 MESSAGE = "LTFAST_MESSAGE_FILE"
 ENDED = ".ended"  # beside it: rank 0 has ended in order
+BEGUN = ".begun"  # the run's folder has been made
 LAUNCHER = "LTFAST_LAUNCHER"  # its process number, for the workers
+STARTED = "LTFAST_STARTED"  # when it did, by time.monotonic
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Seconds a worker has, after SIGTERM, to finish its step and write its checkpoint (torchrun's own default is 30).
 GRACE_SECONDS = 60
@@ -42,9 +44,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def on_cpu(config: Config) -> Config:
-    """The config with --device cpu where --procs or --gpus 0 ask for the CPU."""
-    return config.with_(device="cpu") if config.run.procs or config.run.gpus == 0 else config
+def on_cpu(config: Config, resumed: bool = False) -> Config:
+    """The config with --device cpu where --procs or --gpus 0 ask for the CPU; resumed: off it again where --gpus N does."""
+    if config.run.procs or config.run.gpus == 0:
+        return config.with_(device="cpu")
+    return config.with_(device="auto") if resumed and config.run.gpus > 0 and config.run.device == "cpu" else config
 
 
 def process_count(config: Config) -> int:
@@ -82,7 +86,7 @@ def restarted_run(config: Config, resume: str | None = None) -> str | None:
     """The run folder to continue: `resume`, or in a worker that was started again after a failure its own, or None.
 
     Raises:
-        UserError: it cannot be known, because --out was not given.
+        UserError: it cannot be known, because --out was not given; it had been made and is gone.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return resume
@@ -92,7 +96,11 @@ def restarted_run(config: Config, resume: str | None = None) -> str | None:
         return resume
     if config.run.out is None:
         raise UserError("restarted by torchrun after a failure, but no --out says where the run is; give --out RUN")
-    return config.run.out if (Path(config.run.out) / "config.toml").exists() else None
+    if (Path(config.run.out) / "config.toml").exists():
+        return config.run.out
+    if MESSAGE in os.environ and Path(os.environ[MESSAGE]).with_suffix(BEGUN).exists():
+        raise UserError(f"{config.run.out}: the run's folder has vanished; bring it back, then --resume it")
+    return None
 
 
 def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int, cpu: bool) -> int:
@@ -117,7 +125,7 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="ltfast-") as folder:
         message = Path(folder) / "message"
-        os.environ |= {MESSAGE: str(message), LAUNCHER: str(os.getpid())}
+        os.environ |= {MESSAGE: str(message), LAUNCHER: str(os.getpid()), STARTED: str(time.monotonic())}
         _quiet(message)
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
@@ -140,7 +148,7 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
                 print(f"ltfast: {_failure(error, max_restarts, out)}", file=sys.stderr)
             code = 1
         finally:
-            del os.environ[MESSAGE], os.environ[LAUNCHER]
+            del os.environ[MESSAGE], os.environ[LAUNCHER], os.environ[STARTED]
         if message.exists():
             raise UserError(message.read_text())
     return code
@@ -176,6 +184,17 @@ def _stopped(stop: SignalException, out: str) -> int:
     how = f"; continue from the last checkpoint with: ltfast train --resume {out}" if began else ""
     print(f"ltfast: stopped by {stop.sigval.name} {when}{how}", file=sys.stderr)
     return 128 + stop.sigval
+
+
+def began() -> float | None:
+    """When the launcher of this process started, by time.monotonic; None without one. Restarts do not change it."""
+    return float(os.environ[STARTED]) if STARTED in os.environ and launched() else None
+
+
+def tell_begun() -> None:
+    """Tell processes that are started again that the run's folder has been made."""
+    if MESSAGE in os.environ:
+        Path(os.environ[MESSAGE]).with_suffix(BEGUN).touch()
 
 
 def tell_ended() -> None:

@@ -248,8 +248,17 @@ class RunFolder:
 
     def log(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(to_json({"kind": kind, **values}) + "\n")
+        line = (to_json({"kind": kind, **values}) + "\n").encode()
+        with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = file.write(line)
+                if written != len(line):  # the disk is full
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)  # half a line would swallow the next one
+                raise
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl."""

@@ -23,6 +23,7 @@ from ltfast.errors import UserError
 
 STATE = "state-{:09d}.safetensors"
 SHARED = "shared"
+MARKED = "epoch-"  # what the weights of an epoch in mid-run are called
 DIGITS = 16  # hex digits of a shared file's checksum that its name shows
 
 
@@ -31,7 +32,8 @@ class Store:
 
     Saving returns as soon as the values are copied (on CUDA: as soon as the copies are queued); hashing and writing
     happen in one background thread, in the order of the calls. A failed write keeps what was there before; `problems`
-    tells, `flush` raises. `note` receives a line for the user when a damaged state is passed over.
+    tells, `flush` raises. Weights that could not be written are tried again with the next write. `note` receives a line
+    for the user when a damaged state is passed over.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, note: Callable[[str], None] = print) -> None:
@@ -45,6 +47,7 @@ class Store:
         self._jobs: list[Future[None]] = []
         self._failed: dict[str, str] = {}  # by kind, until that kind is written again
         self._told: set[str] = set()
+        self._again: dict[str, Callable[[], object]] = {}  # writes of weights that have failed
         self._pinned: dict[tuple[str, str], Tensor] = {}
         self._stored: dict[str, tuple[Tensor, str]] = {}  # shared tensors on the disk: the object and its file
         self._needs: dict[str, set[str]] = {}  # shared files of each state on the disk
@@ -96,16 +99,21 @@ class Store:
         """Wait until everything is written.
 
         Raises:
-            UserError: the newest version of something could not be written (disk full, folder gone, ...).
+            UserError: the newest version of something could not be written (disk full, folder gone, ...); not of the weights
+                of an epoch in mid-run (`epoch-7`), which only a report draws.
         """
         self._settle()
-        if self._failed:
+        if self._again:
+            self._jobs.append(self._thread.submit(self._retry))
+            self._settle()
+        failed = [text for kind, text in self._failed.items() if not kind.startswith(MARKED)]
+        if failed:
             good = (
                 f"the last good training state is {self.written}"
                 if self.written
                 else "no training state was written yet"
             )
-            raise UserError(f"{next(iter(self._failed.values()))}; {good}")
+            raise UserError(f"{failed[0]}; {good}")
 
     def problems(self) -> list[str]:
         """One line for each failed write that was not reported yet; training may go on, the older files are intact."""
@@ -129,14 +137,26 @@ class Store:
         def work() -> None:
             if event is not None:
                 event.synchronize()
-            try:
-                write(host)
-                self._failed.pop(kind, None)
-                self._told.discard(kind)
-            except OSError as error:
-                self._failed[kind] = f"{self.folder}: cannot write the {kind} checkpoint: {error.strerror or error}"
+            self._again.pop(kind, None)
+            self._retry()
+            self._try(kind, lambda: write(host))
 
         self._jobs.append(self._thread.submit(work))
+
+    def _try(self, kind: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+            self._failed.pop(kind, None)
+            self._told.discard(kind)
+            self._again.pop(kind, None)
+        except OSError as error:
+            self._failed[kind] = f"{self.folder}: cannot write the {kind} checkpoint: {error.strerror or error}"
+            if kind != "state":  # a later state stands in for it
+                self._again[kind] = write
+
+    def _retry(self) -> None:
+        for kind, write in list(self._again.items()):
+            self._try(kind, write)
 
     def _to_host(self, kind: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Copies on the host, and the event after which those that come from a GPU are there."""

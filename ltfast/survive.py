@@ -87,8 +87,8 @@ class Action(enum.IntEnum):
 class Watch:
     """Tells after each step whether to go on, to checkpoint, or to checkpoint and stop; the same on every rank.
 
-    checkpoint_minutes, max_hours: 0 = off; counted from construction. busy: true while a checkpoint is being written,
-    which puts a due one off. `reason` says why it stops.
+    checkpoint_minutes, max_hours: 0 = off; counted from construction, max_hours from `began` (of `clock`) if given. busy:
+    true while a checkpoint is being written, which puts a due one off. `reason` says why it stops.
     """
 
     def __init__(
@@ -100,12 +100,14 @@ class Watch:
         max_hours: float = 0.0,
         busy: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
     ) -> None:
         self.ranks, self.signals, self.busy, self.clock = ranks, signals, busy, clock
         self.every = checkpoint_minutes * 60
         self.hours = max_hours
         self.saved_at = self.voted_at = clock()
-        self.deadline = clock() + max_hours * 3600 if max_hours else float("inf")
+        began = clock() if began is None else began
+        self.deadline = began + max_hours * 3600 if max_hours else float("inf")
         self.reason = ""
         self._vote: tuple[Tensor, Any] | None = None
         self._wait = 1  # steps until the next vote

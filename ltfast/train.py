@@ -28,7 +28,7 @@ from ltfast.durable import Durable
 from ltfast.errors import UserError
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
-from ltfast.launch import on_cpu
+from ltfast.launch import on_cpu, tell_begun
 from ltfast.memory import check_main_memory, out_of_memory
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.places import moved
@@ -290,7 +290,7 @@ class Trainer(Durable):
         self.flush()
         if result["last"]["nonfinite"] == result["last"]["n"]:
             raise UserError("the trained network gives NaN or infinity on every test image; lower --lr or --rho")
-        if self.best["epoch"] >= 0 and self.ranks.share(self.folder is not None and self.folder.best.exists()):
+        if self.best_written():
             self.load_weights("best")
             result["best"] = {**self.evaluate("test"), "epoch": self.best["epoch"]}
             self.load_weights("last")
@@ -352,7 +352,7 @@ def train(
         if resume:
             folder = ranks.on_main(lambda: RunFolder.open(resume, lock=True))
             values = ranks.share(folder.config.to_dict() if folder is not None else {})
-            config = on_cpu(moved(Config.from_dict(values, resume), changes or {}))
+            config = on_cpu(moved(Config.from_dict(values, resume), changes or {}), resumed=True)
             if ranks.share(folder is not None and folder.last.exists()):  # what the weights have become is in there
                 config = config.with_(weights=None)
         trainer = Trainer(config, folder, ranks, progress)  # bad input fails here, before a new run's folder exists
@@ -362,6 +362,7 @@ def train(
         else:
             trainer.take_bank()
             trainer.folder = folder = ranks.on_main(lambda: RunFolder.create(config))
+            tell_begun()
         trainer.describe()
         progress.begin(trainer)
         return {**trainer.fit(), "steps": trainer.steps, "folder": str(folder.path) if folder else None}

@@ -98,7 +98,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
         assert re.search(
             r"a process has died, .*\(restart 1 of at most 3\); continuing after \d+ steps, in epoch \d", out
         )
-        assert out.count("top-1 %") == 1, "one process speaks"
+        assert out.count("top-1 %") == 1, f"one process speaks: {out}"
     assert_same_run(whole, run)
 
 
