@@ -67,7 +67,8 @@ HALF_CIFAR = (
 def half_cifar() -> str:
     """Rules on balanced softmax, one view; the default method on bcl, three views; what the speedrun's recipe may gain from."""
     return "\n\n".join(
-        ablation.table(sweep, RESULTS / "ablation-cifar10-half.jsonl") for sweep in ("one-view", "three-views", "recipe")
+        ablation.table(sweep, RESULTS / "ablation-cifar10-half.jsonl")
+        for sweep in ("one-view", "three-views", "recipe")
     )
 
 
