@@ -196,6 +196,27 @@ def test_a_vanished_folder_is_not_made_anew_by_a_restart(monkeypatch: pytest.Mon
         launch.restarted_run(config)
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_worker_that_has_ended_in_order_is_not_aborted_by_a_library(launched: bool) -> None:
+    """The destructors that run last in a process stand for those of communication libraries."""
+    script = """
+import atexit, ctypes, runpy, sys
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+atexit.register(print, "python's own")
+sys.argv = ["ltfast", *sys.argv[1:]]
+runpy.run_module("ltfast", run_name="__main__")
+"""
+    of_launcher = {"RANK": "0", "WORLD_SIZE": "1"} if launched else {}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | of_launcher
+    for words, expected in ((["methods"], 0), (["train", "--lr", "-1"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == (expected if launched else -6), done.stderr
+        assert "python's own" in done.stdout
+
+
 def test_half_an_environment_of_a_launcher_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
