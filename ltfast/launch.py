@@ -44,6 +44,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def speaks() -> bool:
+    """True in the one process of a run that tells the user what all of them meet, before they know each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def on_cpu(config: Config, resumed: bool = False) -> Config:
     """The config with --device cpu where --procs or --gpus 0 ask for the CPU; resumed: off it again where --gpus N does."""
     if config.run.procs or config.run.gpus == 0:
@@ -235,7 +240,7 @@ def report(error: UserError) -> int:
     """Hand a worker's UserError to the launching process, once; returns the worker's exit code."""
     path = os.environ.get(MESSAGE)
     if path is None:  # alone, or under plain torchrun, whose summary has the words of the rank that ended first
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             print(f"ltfast: {error}", file=sys.stderr)
         if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             about = {"py_callstack": f"ltfast: {error}", "timestamp": str(int(time.time()))}

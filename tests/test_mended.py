@@ -134,9 +134,6 @@ def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(RunFolder, "log", log)
 
-    class Folder:
-        path = tmp_path
-
     class Fake(Durable):
         def __init__(self) -> None:
             self.folder, self.progress = RunFolder(tmp_path), Notes()

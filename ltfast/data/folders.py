@@ -14,6 +14,7 @@ from ltfast.data.lists import ImageList
 from ltfast.data.longtail import first_of_each_class, limited_counts, long_tail_counts, select_subset
 from ltfast.data.paths import PathTable, unreadable
 from ltfast.errors import UserError
+from ltfast.launch import speaks
 
 log = logging.getLogger("ltfast.data")
 FOLDER_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -61,7 +62,7 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
         )
     unread: Counter[str] = Counter()
     lists = {split: _scan_split(root, name, classes, unread) for split, name in folders.items() if name is not None}
-    if unread and os.environ.get("RANK", "0") == "0":  # one of several processes is enough
+    if unread and speaks():
         kinds = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in unread.most_common())
         log.warning("%s: files not read, for their suffix: %s", root, kinds)
     return lists

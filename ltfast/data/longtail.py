@@ -10,13 +10,13 @@ instead of 5,000).
 from __future__ import annotations
 
 import logging
-import os
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ltfast.errors import UserError
+from ltfast.launch import speaks
 
 IMBALANCE_TYPES = ("exp", "step")
 SUBSET_SEED = 0
@@ -71,7 +71,7 @@ def select_subset(labels: IntArray, counts: IntArray, val_per_class: int = 0, se
             raise UserError(f"class {c} keeps none of its {len(positions)} images to train on: lower --imbalance")
         train.append(positions[: min(keep, available)])
         val.append(positions[available:])
-    if scarce and os.environ.get("RANK", "0") == "0":  # one of several processes is enough
+    if scarce and speaks():
         log.warning(
             "--val-per-class %d: %d classes have no more images than that; all but one of theirs are held out",
             val_per_class, scarce,

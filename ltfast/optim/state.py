@@ -58,9 +58,8 @@ class StoredOptimizer(TwoPasses):
             extra.update(found)
             return merged
 
-        handle = self.register_load_state_dict_pre_hook(
-            fit
-        )  # the last one: it gets what the hooks of others make of it
+        # The last hook: it gets what those of others make of the state dict.
+        handle = self.register_load_state_dict_pre_hook(fit)
         try:
             super().load_state_dict(state_dict)
         finally:
