@@ -53,13 +53,10 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     meta = {name: getattr(trainer, name) for name in ("epoch", "batch", "steps", "best")}
     meta |= {
         "sums": list(trainer.sums), "seconds": trainer.seconds, "wire": dataclasses.asdict(trainer.wire), "world": ranks.world,
-        "metrics": trainer.folder.metrics_bytes() if trainer.folder is not None else 0,
+        "metrics": trainer.folder.metrics_bytes() if trainer.folder is not None else 0, "data": trainer.source.identity(),
     }  # fmt: skip
     if isinstance(trainer.source, LargeSource):
-        meta["data"] = trainer.source.state(trainer.epoch, trainer.batch)
         tensors["replaced"] = ranks.sum_(trainer.source.replaced.clone())
-    else:
-        meta["fingerprint"] = trainer.source.fingerprint
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith(SHARED)}
     return tensors, meta, shared
 
@@ -82,13 +79,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
     """
     try:
         _check(trainer, tensors)
-        if isinstance(trainer.source, LargeSource) and "data" in meta:
-            trainer.source.check_state(meta["data"])
-        elif meta.get("fingerprint", trainer.source.fingerprint) != trainer.source.fingerprint:
-            raise UserError(
-                "cannot resume: the training images are others than the run began with, so those that are left, and those held "
-                "out, are not known; bring them back or start a new run"
-            )
+        check_data(meta["data"], trainer.source.identity())
         _restore_shared(trainer, tensors)
         _restore_rank(trainer, tensors, meta["world"] == trainer.ranks.world)
         for name in ("epoch", "batch", "steps", "best", "seconds"):
@@ -110,6 +101,16 @@ def _check(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     saved, here = tensors["theta"].shape, trainer.flat.data.shape
     if saved != here or tensors["rank.buffers"].shape[1:] != trainer.buffers.data.shape:
         raise UserError("--resume: the checkpoint belongs to another model; keep the run's --model and --dataset")
+
+
+def check_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """UserError when the run was on other images, or on the same in another order (`Source.identity`)."""
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"cannot resume: {name} was {saved.get(name)!r} and is {value!r} now, so the images that are left, and "
+                "those held out, are not known; bring it back or start a new run"
+            )
 
 
 def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ have more than 100 training images, medium-shot 20 to 100, few-shot fewer than 2
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Source(Protocol):
     def evaluate(self, split: str, indices: Tensor | None = None, batch: int | None = None) -> Iterator[Batch]:
         """One plain view of every image of the split (or of `indices`), this rank's share of it, each image exactly
         once."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which image stands where in an epoch, as plain values: a run goes on only where it is the same."""
         ...
 
     def set_groups(self, group_of_class: Tensor) -> None:

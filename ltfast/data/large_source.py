@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -139,26 +139,6 @@ class LargeSource(Ordered):
         chosen = torch.arange(self.sizes[split]) if indices is None else indices.to("cpu", torch.int64)
         mine = chosen.tensor_split(self.world)[self.rank]
         return self._evaluate_batches(split, [part for part in mine.split(batch or self.eval_batch) if len(part)])
-
-    def state(self, epoch: int, step: int) -> dict[str, Any]:
-        """What resuming before (epoch, step) needs: plain numbers, no loader internals."""
-        return {"epoch": epoch, "step": step, **self._identity()}
-
-    def check_state(self, state: dict[str, Any]) -> tuple[int, int]:
-        """(epoch, step) to resume at. UserError when seed, batch, sampler or the training list differ from the
-        state's.
-        """
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise UserError(
-                    f"cannot resume: {name} was {state.get(name)!r} and is {mine!r} now, so the images that are left "
-                    "are not known; keep it or start a new run"
-                )
-        return int(state["epoch"]), int(state["step"])
-
-    def _identity(self) -> dict[str, Any]:
-        fields = {"seed": self.seed, "batch": self.batch, "sampler": self.sampler, "images": self.sizes["train"]}
-        return {**fields, "training list": self.fingerprint}
 
     def usable(self, index: Tensor) -> Tensor:
         """index with every training image known to be bad replaced by its substitute; int64 [b]."""

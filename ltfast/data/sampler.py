@@ -20,6 +20,8 @@ Legend: n images, C classes, N = steps * batch places.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,7 @@ def times_before(order: Tensor) -> Tensor:
 class Ordered:
     """What sources of small and of large pictures share: the order of an epoch, of which each rank takes its part.
 
-    Attributes of the source: sampler, train_labels, num_classes, batch, seed, epochs_total, rank, world.
+    Attributes of the source: sampler, train_labels, num_classes, batch, seed, epochs_total, rank, world, fingerprint.
     """
 
     sampler: str
@@ -89,6 +91,7 @@ class Ordered:
     epochs_total: int | None
     rank: int
     world: int
+    fingerprint: str
     group_of_class: Tensor | None = None
 
     def set_groups(self, group_of_class: Tensor) -> None:
@@ -96,6 +99,11 @@ class Ordered:
         if group_of_class.shape != (self.num_classes,):
             raise ValueError(f"group_of_class must have shape ({self.num_classes},), got {tuple(group_of_class.shape)}")
         self.group_of_class = group_of_class.to("cpu", torch.int64)
+
+    def identity(self) -> dict[str, Any]:
+        """See Source.identity."""
+        fields = {"seed": self.seed, "batch": self.batch, "sampler": self.sampler, "images": len(self.train_labels)}
+        return {**fields, "training list": self.fingerprint}
 
     def whole_epoch(self, epoch: int) -> Tensor:
         """[steps * batch] int64: the images of all ranks, place by place."""

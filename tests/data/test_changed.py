@@ -78,8 +78,8 @@ def test_runs_of_before_are_evaluated(tmp_path: Path, capsys) -> None:
     assert main(["eval", str(run)]) == 0
 
 
-@pytest.mark.parametrize("change", ["removed", "renamed"])
-def test_resume_of_a_small_set_refuses_other_pictures(change: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(("change", "differs"), [("removed", "images"), ("renamed", "training list")])
+def test_resume_of_a_small_set_refuses_other_pictures(change: str, differs: str, tmp_path: Path, capsys) -> None:
     root = pictures(tmp_path / "set", test=True)
     run = trained("folder-small", root, tmp_path / "run")
     assert "fingerprint" in RunFolder.open(run).metrics("data")[0]
@@ -90,7 +90,7 @@ def test_resume_of_a_small_set_refuses_other_pictures(change: str, tmp_path: Pat
         victim.rename(victim.with_name("zzz.png"))
     capsys.readouterr()
     assert main(["train", "--resume", str(run)]) == 2
-    assert "cannot resume: the training images are others" in capsys.readouterr().err
+    assert f"cannot resume: {differs} was" in capsys.readouterr().err
 
 
 def test_scarce_classes_keep_a_picture_to_train_on(caplog) -> None:

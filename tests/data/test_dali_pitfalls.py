@@ -54,7 +54,7 @@ PITFALLS: dict[str, tuple[str, ...]] = {
     "labels are int32 of shape (B, 1)": ("test_large_source.test_attributes_shapes_and_types",),
     "reset() in mid-epoch is ignored": ("test_large_source.test_resume_gives_exactly_the_remaining_images",),
     "a changed batch size is accepted by its checkpoint": (
-        "test_large_source.test_state_is_plain_numbers_and_a_changed_batch_is_caught",
+        "test_large_source.test_identity_is_plain_values_and_a_changed_batch_is_caught",
     ),
     "GPU upsampling of chroma differs": (
         "test_dali_pitfalls.test_the_decoder_is_told_what_its_defaults_get_wrong",
