@@ -142,7 +142,10 @@ def parts_of(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, float]:
 
 
 def part_of(event: Any) -> str | None:
-    """The innermost part that an event of the profiler runs in."""
+    """The innermost part that an event of the profiler runs in; None of a GPU's own events, whose time the operations that
+    launched them have: `record_function` leaves one there, too, as long as all that runs in it."""
+    if event.device_type != torch.autograd.DeviceType.CPU:
+        return None
     while event is not None:
         name = "autograd" if event.name.startswith("autograd::engine") else event.name
         if name in NAMES:

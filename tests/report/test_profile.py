@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from ltfast.report import profile as module
 from ltfast.report.profile import part_of, profile, revive
@@ -9,8 +10,8 @@ from ltfast.report.runs import Missing, open_live, open_runs
 
 
 class Event:
-    def __init__(self, name, parent=None):
-        self.name, self.cpu_parent = name, parent
+    def __init__(self, name, parent=None, device_type=DeviceType.CPU):
+        self.name, self.cpu_parent, self.device_type = name, parent, device_type
 
 
 def test_an_operation_counts_to_the_innermost_part():
@@ -21,6 +22,12 @@ def test_an_operation_counts_to_the_innermost_part():
     assert part_of(Event("aten::mul", Event("ltfast::perturb", step))) == "perturb"
     assert part_of(Event("aten::mul", Event(module.DATA))) == "data and views"
     assert part_of(Event("aten::mul")) is None
+
+
+def test_spans_on_the_gpu_do_not_count_beside_the_kernels_in_them():
+    """record_function marks the device's time line as well, from the first kernel inside to the last."""
+    assert part_of(Event(module.STEP, device_type=DeviceType.CUDA)) is None
+    assert part_of(Event(module.DATA, device_type=DeviceType.CUDA)) is None
 
 
 @pytest.fixture(scope="module")
