@@ -15,6 +15,7 @@ from ltfast.data.registry import LARGE
 from ltfast.data.small import check_batch
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
+from ltfast.launch import process_count
 from ltfast.memory import activations
 from ltfast.optim.rules import Rule
 from ltfast.progress import counted
@@ -101,7 +102,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     large = config.data.dataset in LARGE
     source = build.build_data(config.with_(loader="synthetic") if large else config, torch.device("cpu"), ranks)
     config = build.fitting(config, source.num_classes)
-    processes = max(config.run.gpus, config.run.procs, 1)
+    processes = planned_processes(config)
     check_batch(config.data.batch, source.sizes["train"], processes, config.data.dataset)
     model = build.build_model(config, source.input_shape, source.num_classes)
     flat = FlatParameters(model.parameters())
@@ -137,6 +138,12 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         missing=first_missing(source) if isinstance(source, LargeSource) else "",
         splits=split_note(source.sizes, source.test_from),
     )
+
+
+def planned_processes(config: Config) -> int:
+    """Those asked for, whatever there is here; by default those that the run would start on this machine."""
+    asked = max(config.run.gpus, config.run.procs)
+    return asked if asked > 0 else process_count(config)
 
 
 def first_missing(source: LargeSource) -> str:

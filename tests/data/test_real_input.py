@@ -129,6 +129,16 @@ def test_the_plan_of_inaturalist_on_eight_gpus(inat: Path, capsys) -> None:
     assert "--batch 256 cannot be shared evenly by 7" in capsys.readouterr().err
 
 
+def test_the_plan_takes_the_gpus_that_the_run_would_take(inat: Path, monkeypatch, capsys) -> None:
+    """Of large pictures all that are visible, and none that are taken off."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    words = ["train", "--dry-run", "--dataset", "inat18", "--data-dir", str(inat), "--model", "resnet18"]
+    for more, planned in ([], "4, each 64 images a step"), (["--gpus", "0"], "1, each 256 images a step"):
+        assert main([*words, *more]) == 0
+        lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        assert planned in lines["processes"]
+
+
 def twenty_steps(ranks: Ranks, root: str, values: dict[str, Any]) -> dict[str, Any]:
     """The first 20 steps of the run, groups by frequency in place of the bank's."""
     common = {"data_dir": root, "loader": "synthetic", "device": "cpu", "tensorboard": False}
