@@ -207,8 +207,8 @@ class FlatOptimizer(StoredOptimizer):
     def _descend(self, row: int = 0, *, check: bool = False) -> None:
         """Update theta (restoring it first) by gradient row `row`; a non-finite gradient skips the update."""
         presents = self._collect(row)
-        loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        scale = None if loss_scale is None else 1.0 / loss_scale
+        loss_scale, found_inf = self._of_scaler("grad_scale"), self._of_scaler("found_inf")
+        scale: float | Tensor | None = None if loss_scale is None else 1.0 / loss_scale
         if self.alpha is not None:
             scale = self.alpha if scale is None else scale * self.alpha
         try:
@@ -238,6 +238,11 @@ class FlatOptimizer(StoredOptimizer):
         for block in self.blocks:
             block.flat.changed()
             block.flat.rows.consume()
+
+    def _of_scaler(self, name: str) -> Tensor | None:
+        """What GradScaler.step has set here; it may lie on another GPU, where the loss or another optimizer's parameters do."""
+        value = getattr(self, name, None)
+        return None if value is None else value.to(self.blocks[0].flat.device)
 
     def _follow_state(self) -> None:
         """Somebody may have cleared or replaced `state`, or what it holds of a parameter: then that is the state."""

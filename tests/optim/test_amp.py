@@ -114,6 +114,32 @@ def test_scaling_changes_nothing_but_rounding(kind: str, recipe: Callable[..., N
     assert float(optimizer.skipped) == 0
 
 
+class Elsewhere:
+    """A number on another GPU: the kernels refuse it."""
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.tensor(value)
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        return self.value.to(device)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_scaler_may_keep_its_scale_on_another_gpu(found_inf: float) -> None:
+    """Of two optimizers with one scaler the second one's parameters lie elsewhere than the first loss did."""
+    model, twin = support.make(), support.make()
+    optimizer, plain = (SAM(m.parameters(), SGD[0], rho=0.3, **SGD[1]) for m in (model, twin))
+    loss(model, 0).backward()
+    optimizer.first_step(zero_grad=True)
+    loss(model, 0, SCALE).backward()
+    optimizer.grad_scale, optimizer.found_inf = Elsewhere(SCALE), Elsewhere(found_inf)
+    optimizer.step()
+    if not found_inf:
+        support.two_passes(twin, plain, 0)
+    assert support.distance(model, twin) < 1e-6  # observed 1e-7; powers of two
+    assert float(optimizer.skipped) == found_inf
+
+
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r is not scaled_ascent], ids=lambda f: f.__name__)
 def test_averages_do_not_know_the_scale(recipe: Callable[..., None]) -> None:
     """A scale that stays cancels in the direction of Friendly-SAM; one that changes shows what the averages hold."""
