@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import ltfast.kernels as K
+import ltfast.kernels.conv  # noqa: F401  (registers its ops; the package itself leaves it out)
 
 pytest.importorskip("triton")
 
