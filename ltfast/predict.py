@@ -5,6 +5,7 @@ Nothing here reads the training data: a run notes its classes and how a picture 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ltfast import build, checkpoint
 from ltfast.config import Config
+from ltfast.data import folders
 from ltfast.data.base import Source
-from ltfast.data.folders import IMAGE_SUFFIXES
 from ltfast.data.large_source import LargeSource
 from ltfast.errors import UserError
 from ltfast.evaluate import augmented
@@ -129,18 +130,23 @@ def _build(config: Config, classes: Sequence[str], preprocess: dict[str, Any]) -
 
 
 def pictures_below(paths: Iterable[str | Path]) -> Iterator[str]:
-    """The paths, and for a folder among them the picture files below it, sorted.
+    """The paths, and for a folder among them the picture files below it, sorted: those that training would find there.
+
+    Hidden files and folders do not count, links are followed, and a warning counts the files of other suffixes.
 
     Raises:
-        UserError: a folder without any.
+        UserError: a folder without any, or one that cannot be read.
     """
     for path in paths:
         if not Path(path).is_dir():
             yield str(path)
             continue
-        found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        unread: Counter[str] = Counter()
+        found = sorted(folders.pictures_below(Path(path), unread))
+        folders.warn_of_unread(path, unread)
         if not found:
-            raise UserError(f"{path}: no pictures below this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            kinds = ", ".join(sorted(folders.IMAGE_SUFFIXES))
+            raise UserError(f"{path}: no pictures below this folder ({kinds})")
         yield from found
 
 

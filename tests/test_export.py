@@ -17,7 +17,7 @@ from ltfast.cli import main
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.export import FORMATS, INFO, export
-from ltfast.predict import Preprocess, load_trained, predict
+from ltfast.predict import Preprocess, load_trained, pictures_below, predict
 from ltfast.recipes import build_config
 from ltfast.train import train
 
@@ -146,6 +146,19 @@ def test_predict_names_a_bad_picture(
     assert text.err.count("\n") == 1
     with pytest.raises(UserError, match="cannot be read"):
         list(predict(load_trained(run), [path]))
+
+
+def test_folders_are_searched_as_in_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.PNG", "sub/b.jpg", ".hidden.png", "._a.PNG", ".thumbs/a.png", "c.gif", "d.heic"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "e.png").touch()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    found = [Path(p).relative_to(tmp_path / "in").as_posix() for p in pictures_below([tmp_path / "in"])]
+    assert found == ["a.PNG", "linked/e.png", "sub/b.jpg"]
+    assert "in: files not read, for their suffix: 1 .gif, 1 .heic" in caplog.text
 
 
 def test_preprocessing_of_large_pictures_is_that_of_evaluation(tmp_path: Path) -> None:

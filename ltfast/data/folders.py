@@ -62,10 +62,15 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
         )
     unread: Counter[str] = Counter()
     lists = {split: _scan_split(root, name, classes, unread) for split, name in folders.items() if name is not None}
+    warn_of_unread(root, unread)
+    return lists
+
+
+def warn_of_unread(root: str | Path, unread: Counter[str]) -> None:
+    """One line on the files below `root` that were passed over, by suffix; none without any."""
     if unread and speaks():
         kinds = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in unread.most_common())
         log.warning("%s: files not read, for their suffix: %s", root, kinds)
-    return lists
 
 
 def _scan_split(root: Path, split: str, classes: tuple[str, ...], unread: Counter[str]) -> ImageList:
@@ -79,13 +84,9 @@ def _scan_split(root: Path, split: str, classes: tuple[str, ...], unread: Counte
     names, above = [], os.path.join(root, "")
     labels: list[int] = []
     for name in here:
-        for file in _files(root / split / name):
-            suffix = os.path.splitext(file)[1].lower()
-            if suffix in IMAGE_SUFFIXES:
-                names.append(file.removeprefix(above))
-                labels.append(numbers[name])
-            else:
-                unread[suffix] += 1
+        for file in pictures_below(root / split / name, unread):
+            names.append(file.removeprefix(above))
+            labels.append(numbers[name])
     return ImageList(root, PathTable.of(names), np.array(labels, dtype=np.int32), str(root / split), classes)
 
 
@@ -96,8 +97,18 @@ def _subfolders(folder: Path) -> list[str]:
         unreadable(error)
 
 
+def pictures_below(folder: Path, unread: Counter[str]) -> Iterator[str]:
+    """The picture files below a folder; the others are counted in `unread`, by suffix."""
+    for file in _files(folder):
+        suffix = os.path.splitext(file)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
+            yield file
+        else:
+            unread[suffix] += 1
+
+
 def _files(folder: Path) -> Iterator[str]:
-    """Files below a class folder, sorted by name in each folder. A folder is visited once, and those above never."""
+    """Files below a folder, sorted by name in each folder. A folder is visited once, and those above never."""
     seen = {(s.st_dev, s.st_ino) for s in map(os.stat, folder.resolve().parents)}
     for place, subfolders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         status = os.stat(place)
