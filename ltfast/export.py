@@ -10,6 +10,7 @@ Input of the last two: [B, channels, size, size] float32, prepared as the JSON b
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ def _example(trained: Trained) -> Tensor:
 def _torch_export(trained: Trained, path: Path) -> None:
     dynamic: Any = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(trained.model, (_example(trained),), dynamic_shapes=dynamic)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")  # torch insists on the suffix
-    torch.export.save(program, part, extra_files={INFO: json.dumps(trained.describe())})
-    part.replace(path)
+    content = io.BytesIO()  # where torch writes files itself, a full disk and a missing right are one RuntimeError
+    torch.export.save(program, content, extra_files={INFO: json.dumps(trained.describe())})
+    checkpoint.write_atomically(path, [content.getbuffer()])
 
 
 def _onnx(trained: Trained, path: Path) -> None:
@@ -75,16 +76,20 @@ def _onnx(trained: Trained, path: Path) -> None:
     apart = size > ONNX_BYTES
     # Weights in a file of their own are found by its name, so only a graph that holds them may be renamed.
     part = path if apart else path.with_name(f".{path.stem}.part{path.suffix}")
-    torch.onnx.export(
-        trained.model,
-        (_example(trained),),
-        str(part),
-        input_names=["pictures"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        external_data=apart,
-        verbose=False,
-    )
-    part.replace(path)
+    try:
+        torch.onnx.export(
+            trained.model,
+            (_example(trained),),
+            str(part),
+            input_names=["pictures"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=apart,
+            verbose=False,
+        )
+        part.replace(path)
+    finally:
+        if not apart:
+            part.unlink(missing_ok=True)
     path.with_suffix(".json").write_text(json.dumps(trained.describe()) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def test_export_errors(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         export(run, out=tmp_path / "file" / "x.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, of its own archive
+@pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
+def test_a_full_disk_is_one_line_and_keeps_no_part(run: Path, tmp_path: Path, format: str) -> None:
+    if format == "onnx" and MISSING:
+        pytest.skip(f"not installed: {', '.join(MISSING)}")
+    _, hard = limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of the model's 340 kB and more
+    try:
+        with pytest.raises(UserError, match="model: cannot write"):
+            export(run, format, out=tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_predict(run: Path, truth: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
