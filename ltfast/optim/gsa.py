@@ -60,7 +60,8 @@ class GroupedOptimizer(GroupAscent):
         Args:
             closure: runs forward only and returns (group losses [G], batch shares [G]); the optimizer runs backward.
                 Several closures are micro-batches of one step (gradient accumulation), each called as often as the one
-                would be. None finishes a step for `scaler`.
+                would be. Each weighs the same: of unequal ones return shares times size over mean size. None finishes a
+                step for `scaler`.
             head: for scope="classifier": closure() then returns features (a tensor or a tuple of tensors), computed
                 once, and head(*features) the group losses and shares; only the head is evaluated at perturbed points.
             scaler: GradScaler of fp16 autocast; do not scale the losses yourself, and call its update() afterwards.

@@ -85,24 +85,30 @@ ACCUMULATED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("cut", [15, 22])
 @pytest.mark.parametrize("name", ACCUMULATED)
-def test_micro_batches_add_up_to_the_whole_batch(name: str) -> None:
-    """Halves of different composition: one lacks a group altogether."""
+def test_micro_batches_add_up_to_the_whole_batch(name: str, cut: int) -> None:
+    """Parts of different composition: one lacks a group altogether; unequal ones say by their shares what they weigh."""
     make, kind = ACCUMULATED[name]
-    whole, halves = support.make(), support.make()
-    a, b = make(whole), make(halves)
+    whole, parted = support.make(), support.make()
+    a, b = make(whole), make(parted)
 
-    def closure(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        return lambda: group_losses(cross_entropy(model(x), y), support.table(kind)[y])
+    def closure(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0) -> Callable[[], tuple[Tensor, Tensor]]:
+        def evaluate() -> tuple[Tensor, Tensor]:
+            losses, shares = group_losses(cross_entropy(model(x), y), support.table(kind)[y])
+            return losses, shares * weight
+
+        return evaluate
 
     for i in range(5):
         x, y = support.batch(i)
         order = y.argsort()
         x, y = x[order], y[order]
         first = a.step(closure(whole, x, y))
-        second = b.step([closure(halves, x[:15], y[:15]), closure(halves, x[15:], y[15:])])
+        parts = zip(x.tensor_split([cut]), y.tensor_split([cut]), strict=True)
+        second = b.step([closure(parted, u, v, 2 * len(v) / len(y)) for u, v in parts])
         torch.testing.assert_close(first, second)
-    assert support.distance(whole, halves) < 1e-6  # observed 6e-8
+    assert support.distance(whole, parted) < 1e-6  # observed 6e-8
     assert support.distance(whole, support.make()) > 5e-3
 
 
