@@ -4,7 +4,8 @@ safetensors    all weights, with the config, classes and preprocessing as JSON; 
 torch-export   a torch.export program (.pt2): `torch.export.load(FILE).module()(x)`, without ltfast
 onnx           an ONNX graph with a free batch size (needs the packages onnx and onnxscript)
 
-Input of the last two: [B, channels, size, size] float32, prepared as the JSON beside the weights says.
+Input of the last two: [B, channels, size, size] float32, prepared as the JSON beside the weights says. Output: the logits of this
+view alone, also where the run says --tta flip (docs/reliability.md).
 """
 
 from __future__ import annotations
