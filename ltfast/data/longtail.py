@@ -60,8 +60,10 @@ def select_subset(labels: IntArray, counts: IntArray, val_per_class: int = 0, se
         raise UserError(f"--val-per-class {val_per_class}: it must be 0 (no validation split) or more")
     rng = np.random.RandomState(seed)
     train, val, scarce = [], [], 0
+    ends = np.cumsum(np.bincount(labels, minlength=len(counts)))
+    by_class = np.split(np.argsort(labels, kind="stable"), ends)  # positions of a class, in ascending order
     for c, keep in enumerate(counts.tolist()):
-        positions = np.where(labels == c)[0]
+        positions = by_class[c]
         rng.shuffle(positions)
         if len(positions) == 0:
             raise UserError(f"class {c} has no image; every class needs at least one")
