@@ -33,17 +33,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Runs = Sequence[Entry]
+# Above this many classes a mark is the mean of the classes of one size: with three test images a class, as iNaturalist has,
+# thousands of marks would lie on four lines, one over the other.
+CLASS_MARKS = 1000
 
 
 def draw_class_size(runs: Runs) -> Figure:
-    """Accuracy of each class against its training images, with a smoothed curve."""
+    """Accuracy of each class, or of the classes of each size, against training images, with a smoothed curve."""
     from matplotlib.patheffects import Normal, Stroke
 
     figure, (ax,) = panels(1, width=7.2, height=3.4)
     for i, name, run in runs:
-        many = len(run["size"]) > 100
+        size, accuracy = run["size"], run["accuracy"]
+        many = len(size) > 100
+        if len(size) > CLASS_MARKS:
+            size, accuracy = mean_of_each_size(size, accuracy)
         ax.scatter(
-            run["size"], run["accuracy"], s=14 if many else 34, marker=marker(i), facecolor=colour(i), edgecolor="white",
+            size, accuracy, s=14 if many else 34, marker=marker(i), facecolor=colour(i), edgecolor="white",
             linewidth=0.5, alpha=0.6 if many else 0.95, zorder=3,
         )  # fmt: skip
         look: dict[str, Any] = {"linestyle": line(i), "color": colour(i)}
@@ -65,6 +71,13 @@ def draw_class_size(runs: Runs) -> Figure:
     log_ticks(ax.xaxis)
     legend_below(figure, [ax])
     return figure
+
+
+def mean_of_each_size(size: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct class sizes, and the mean accuracy of the classes of each that have test images."""
+    known = np.isfinite(accuracy)
+    sizes, place = np.unique(size[known], return_inverse=True)
+    return sizes, np.bincount(place, accuracy[known]) / np.bincount(place)
 
 
 def draw_shots(runs: Runs) -> Figure:

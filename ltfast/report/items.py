@@ -51,8 +51,8 @@ def curves(views: Sequence[RunView]) -> Item:
 
 def class_size(views: Sequence[RunView]) -> Item:
     caption = (
-        "One mark a class, test split, last weights; the line is a local linear fit over the logarithm of the class size. "
-        "A method for long tails lifts the left end."
+        "One mark a class (of more than 1,000 classes one a class size, the mean of its classes), test split, last weights; the "
+        "line is a local linear fit over the logarithm of the class size. A method for long tails lifts the left end."
     )
     title = "Accuracy against class size"
     item = simple(views, "class-size", "Classes", title, caption, numbers.by_class_size, draw_classes.draw_class_size)

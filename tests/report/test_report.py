@@ -276,6 +276,15 @@ def test_only_classes_have_marks_in_the_class_size_figure():
     assert [len(marks.get_offsets()) for marks in ax.collections] == [3]
 
 
+def test_of_very_many_classes_a_mark_is_the_mean_of_a_size():
+    size, accuracy = np.repeat([2.0, 5, 900], [2000, 3, 1]), np.full(2004, np.nan)
+    accuracy[:3], accuracy[2000:] = (0, 100, 50), (0, 0, 60, 90)
+    run = {"size": size, "accuracy": accuracy, "curve_x": [2, 900], "curve_y": [50, 60]}
+    with look():
+        (marks,) = draw_class_size([Entry(0, "a", run)]).axes[0].collections
+    assert marks.get_offsets().tolist() == [[2, 50], [5, 20], [900, 90]]
+
+
 def test_legend_of_long_names_stays_inside(tmp_path):
     names = [f"{i} a name of many letters for a run that tried many things" for i in range(4)]
     run = {"size": np.array([2.0, 20]), "accuracy": np.array([50.0, 60]), "curve_x": [2, 20], "curve_y": [50, 60]}
