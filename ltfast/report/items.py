@@ -117,7 +117,8 @@ def quality(views: Sequence[RunView]) -> Item:
 def groups(views: Sequence[RunView]) -> Item:
     caption = (
         "Classes by size, in the colour and hatch of their group. Groups are numbered by decreasing mean class size; they "
-        "come from which epoch's weights served each class best (e21: epoch 21), not from the sizes."
+        "come from which epoch's weights served each class best (e21: epoch 21), and from the sizes only where those weights "
+        "tell fewer groups apart."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
