@@ -171,7 +171,8 @@ def format_table(
 ) -> str:
     """Plain-text table of a to_dict() result, beside a baseline's if given: overall figures first, then classes.
 
-    counts [C]: training images. Up to 30 classes each get a row in class order, beyond that the 10 least accurate.
+    counts [C]: training images. Up to 30 classes each get a row in class order, beyond that the 10 least accurate, of equal ones
+    those with the most training images.
     A row for images without a finite output comes in where there are any.
     """
     counts = [int(c) for c in counts]
@@ -188,7 +189,7 @@ def format_table(
     title = "class"
     if len(order) > TABLE_MAX_CLASSES:
         shown = [c for c in order if result["per_class"][c] is not None]
-        order = sorted(shown, key=lambda c: result["per_class"][c])[:TABLE_WORST_CLASSES]
+        order = sorted(shown, key=lambda c: (result["per_class"][c], -counts[c]))[:TABLE_WORST_CLASSES]
         title = f"{len(order)} worst classes"
     classes = [(class_names[c], str(counts[c]), [run["per_class"][c] for run in runs]) for c in order]
     width = min(TABLE_NAME_WIDTH, max(len(name) for name, _, _ in [*rows, *classes, (title, "", [])]))

@@ -245,3 +245,12 @@ def test_table_of_many_classes_shows_the_ten_worst() -> None:
     worst = sorted((c for c in range(40) if c != 7), key=lambda c: result["per_class"][c])[:10]
     assert shown == worst
     assert "10 worst classes" in table
+
+
+def test_of_equally_bad_classes_the_table_shows_the_largest() -> None:
+    labels, counts = torch.arange(2000), torch.arange(2000) % 1997 + 1
+    wrong = torch.nn.functional.one_hot((labels + 1) % 2000).float()
+    result = evaluate([(wrong, labels)], 2000, counts)
+    table = format_table(result, [f"class-{c}" for c in range(2000)], counts)
+    shown = [int(line.split()[0].split("-")[1]) for line in table.splitlines() if line.startswith("class-")]
+    assert shown == list(range(1996, 1986, -1))

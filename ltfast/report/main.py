@@ -137,7 +137,8 @@ def worst(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     found, missing = part(views, computed, "predictions")
     names = {view.name: view.class_names for view in views}
     caption = (
-        "The least accurate classes on the test split; over each picture, what it was taken for and how confidently."
+        "The least accurate classes on the test split, of equal ones those with the most training images; over each picture, what "
+        "it was taken for and how confidently."
     )
     figures = [(name, draw_classes.draw_worst(name, p, names[name])) for _, name, p in found if p.worst]
     data = {name: [(w.label, w.accuracy, w.images) for w in p.worst] for _, name, p in found}

@@ -77,10 +77,14 @@ def predict(live: Live, stop: Callable[[], bool], tick: Callable[[], None]) -> P
 
 
 def worst_classes(live: Live, result: dict[str, Any], table: Tensor) -> list[WorstClass]:
-    """The WORST least accurate classes with their most confident mistakes; table [4, n]: index, label, predicted, ppm."""
-    scored = [(accuracy, label) for label, accuracy in enumerate(result["per_class"]) if accuracy is not None]
+    """The WORST least accurate classes, of equal ones those with the most training images, and their most confident mistakes.
+
+    table [4, n]: index, label, predicted, ppm.
+    """
+    counts = live.source.train_counts.tolist()
+    scored = [(acc, -counts[label], label) for label, acc in enumerate(result["per_class"]) if acc is not None]
     found = []
-    for accuracy, label in sorted(scored)[:WORST]:
+    for accuracy, _, label in sorted(scored)[:WORST]:
         wrong = table[:, (table[1] == label) & (table[2] != label)]
         wrong = wrong[:, torch.argsort(wrong[3], descending=True, stable=True)[:PICTURES]]
         pictures = pictures_of(live, wrong[0])
@@ -88,7 +92,7 @@ def worst_classes(live: Live, result: dict[str, Any], table: Tensor) -> list[Wor
             Mistake(p, int(predicted), float(ppm) / 1e6)
             for p, predicted, ppm in zip(pictures, wrong[2], wrong[3], strict=True)
         ]
-        found.append(WorstClass(label, accuracy, int(live.source.train_counts[label]), mistakes))
+        found.append(WorstClass(label, accuracy, counts[label], mistakes))
     return found
 
 
