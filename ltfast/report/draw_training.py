@@ -39,7 +39,7 @@ GROUP_BARS = 60  # above this many classes the groups figure shows points instea
 
 def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None, **options: Any) -> None:
     """One line over epochs in the i-th colour and marker; points that are not finite are left out."""
-    ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # a run of one epoch has one tick, not 0.96, 0.98, ...
+    whole_epochs(ax)
     known = np.isfinite(y)
     if known.any():
         x, y = np.asarray(x)[known], np.asarray(y)[known]
@@ -47,6 +47,11 @@ def plot(ax: Axes, x: Any, y: Any, i: int, label: str, style: int | None = None,
             x, y, color=colour(i), linestyle=line(i if style is None else style), marker=marker(i),
             markevery=every(len(x)), label=label, **options,
         )  # fmt: skip
+
+
+def whole_epochs(ax: Axes) -> None:
+    """Ticks at whole epochs: a run of one epoch has one tick, not 0.96, 0.98, ..."""
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
 def draw_curves(runs: Runs) -> Figure:
@@ -175,6 +180,7 @@ def draw_ascent(runs: Runs) -> Figure:
 
 def refreshes(ax: Axes, run: dict[str, Any]) -> None:
     """Cosine of the old matrix's direction to the exact one: mean of each epoch, and a line down to its smallest."""
+    whole_epochs(ax)
     known = np.isfinite(run["refresh_cos"])
     epoch, mean, low = run["epoch"][known], run["refresh_cos"][known], run["refresh_min"][known]
     ax.vlines(epoch, low, mean, color="#999999", linewidth=1.2)

@@ -14,9 +14,9 @@ from ltfast.errors import UserError
 from ltfast.report import report
 from ltfast.report.budget import Budget
 from ltfast.report.draw_classes import draw_class_size, draw_confusion
-from ltfast.report.draw_training import draw_curves
+from ltfast.report.draw_training import draw_curves, refreshes
 from ltfast.report.page import Entry, Item, Table, cell, render_item, render_table
-from ltfast.report.style import look, save
+from ltfast.report.style import log_ticks, look, panels, save
 
 IDS = (
     "curves", "shots", "class-size", "confusion", "quality", "groups", "forces", "similarity", "group-similarity", "ascent",
@@ -265,6 +265,23 @@ def test_a_run_of_one_epoch_has_one_tick():
         figure = draw_curves([Entry(0, "a", run)])
     ticks = figure.axes[0].get_xticks()
     assert [tick for tick in ticks if tick == round(tick)] == list(ticks)
+
+
+def test_refreshes_of_one_epoch_have_one_tick():
+    with look():
+        _, (ax,) = panels(1)
+        refreshes(ax, {"epoch": np.array([3.0]), "refresh_cos": np.array([0.9]), "refresh_min": np.array([0.5])})
+    low, high = ax.get_xlim()
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [3]
+
+
+@pytest.mark.parametrize(("low", "high"), [(7.8, 11.9), (8.1, 9), (0.002, 5), (1, 1e7)])
+def test_a_logarithmic_axis_has_two_numbers_or_more(low, high):
+    with look():
+        _, (ax,) = panels(1)
+        ax.set(yscale="log", ylim=(low, high))
+        log_ticks(ax.yaxis, "{x:g}")
+    assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
 
 
 def test_only_classes_have_marks_in_the_class_size_figure():
