@@ -32,6 +32,7 @@ class Setting:
     def __init__(self, model: str, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
         self.name, self.device = model, device
+        torch.backends.cudnn.benchmark = True  # as in training; batches of one size suit everyone
         self.counts = COUNTS.to(device)
         self.groups = torch.arange(CLASSES) * GROUPS // CLASSES
         labels = (torch.arange(batch) % CLASSES).to(device)  # every class, so every group
@@ -65,7 +66,6 @@ class Setting:
             member = membership_for(build.MEMBERSHIP_KIND[rule.groups], COUNTS, self.groups).to(self.device)
         forward, capture = build.build_forward(config, model, objective, self.device, told), None
         if method.endswith(TRAINED):
-            build.build_device(config, Ranks())  # cuDNN and TF32 as in training
             capture = build.build_capture(config.with_(capture="on"), None, self.device, Ranks(), told)
         step = TrainStep(
             model, objective, flat, FlatBuffers(model), update, rule, member, forward=forward, capture=capture

@@ -65,7 +65,7 @@ TESTS = Stage(
     "tests-gpu",
     ("-m", "pytest", "-q", "-W", "default", "-n", "6", "--dist", "worksteal", "--tb=short", "-m", "gpu", "tests/kernels",
      "tests/optim/test_models.py", "tests/optim/test_state.py", "tests/test_gpu.py", "tests/test_syncs.py",
-     "tests/preserve/test_bank.py", "tests/preserve/test_layers.py", "tests/data/test_small.py"),
+     "tests/preserve/test_bank.py", "tests/preserve/test_layers.py", "tests/data/test_small.py", "tests/data/test_dali_source.py"),
     160,
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, one line an epoch everywhere."""
+"""What a person sees while a run goes on: a live bar on a terminal, one line an epoch everywhere, in a log more of long ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Seconds between reads of device values: the only regular host synchronisation of a run.
 REFRESH = 0.5
+SILENCE = 300.0  # likewise where there is no terminal but a log: a step after as long without a line prints one
 
 
 class Lasting:
@@ -93,6 +94,7 @@ class ConsoleProgress(Progress):
             disable=not self.console.is_terminal,
         )  # fmt: skip
         self.read_at = 0.0
+        self.epochs = 0
         self.task: Any = None  # once begun
 
     def begin(self, trainer: Trainer) -> None:
@@ -111,19 +113,23 @@ class ConsoleProgress(Progress):
         )
         if trainer.folder is not None:
             self.console.print(f"run folder {trainer.folder.path}")
+        self.epochs, self.read_at = cfg.optim.epochs, time.monotonic()
         self.task = self.bar.add_task("", total=steps, completed=trainer.steps, epoch=trainer.epoch + 1, loss="-")
         self.bar.start()
 
     def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
-        if self.bar.disable or time.monotonic() - self.read_at < REFRESH:
+        if time.monotonic() - self.read_at < (SILENCE if self.bar.disable else REFRESH):
             return
         loss = "-" if loss_sum is None else f"{float(loss_sum) / batch:.3f}"
         self.read_at = time.monotonic()
+        if self.bar.disable:
+            self.console.print(f"epoch {epoch + 1}/{self.epochs}  step {batch:,} of {total:,}  loss {loss}")
         self.bar.update(self.task, completed=epoch * total + batch, epoch=epoch + 1, loss=loss)
 
     def epoch(self, epoch: int, epochs: int, phase: str, summary: dict[str, float], val: dict[str, float]) -> None:
         figures = "  ".join(f"{k} {v:5.1f}" for k, v in val.items() if k != "ece")
         width = len(str(epochs))
+        self.read_at = time.monotonic()
         self.console.print(
             f"epoch {epoch + 1:{width}}/{epochs}  {phase:5}  loss {summary['loss']:.3f}"
             + (f"  val: {figures}" if figures else "") + f"  {summary['seconds']:.1f} s"

@@ -136,7 +136,8 @@ class Store:
 
         def work() -> None:
             if event is not None:
-                event.synchronize()
+                with torch.cuda.device(event.device):  # a thread begins on GPU 0, which may be another's
+                    event.synchronize()
             self._again.pop(kind, None)
             self._retry()
             self._try(kind, lambda: write(host))

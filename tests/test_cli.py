@@ -282,3 +282,15 @@ def test_a_report_without_a_terminal_tells_its_parts(capsys) -> None:
         with ReportProgress(1, quiet) as progress, progress.part("run: curvature"):
             pass
         assert capsys.readouterr().err == ("" if quiet else "report: run: curvature\n")
+
+
+@pytest.mark.parametrize(("silence", "lines"), [(0.0, 4), (300.0, 0)])
+def test_a_log_hears_of_a_long_epoch(silence: float, lines: int, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Without a terminal there is no bar; an epoch of ImageNet takes an hour."""
+    monkeypatch.setattr("ltfast.progress.SILENCE", silence)
+    words = ["--dataset", "digits-lt", "--method", "ce", "--epochs", "1", "--batch", "81", "--model", "resnet8"]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1  step ")]
+    assert len(said) == lines
+    if said:
+        assert re.fullmatch(r"epoch 1/1  step 2 of 4  loss \d+\.\d{3}", said[1])
