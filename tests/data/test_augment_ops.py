@@ -117,6 +117,9 @@ def test_autocontrast_and_equalize() -> None:
     assert_close(color.equalize(PICTURES.float()), tv.equalize(PICTURES), EXACT)
     small = make_pictures(N, size=9)  # 81 pixels: step 0 for every picture, and nothing changes
     assert difference(color.equalize(small.float()), tv.equalize(small)) == EXACT
+    bright = PICTURES.clone()
+    bright[:, :, :20] = 255  # less than 510 pixels below the maximum: a step of 1
+    assert_close(color.equalize(bright.float()), tv.equalize(bright), EXACT)
 
 
 def test_crop_flip() -> None:

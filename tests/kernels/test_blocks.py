@@ -70,16 +70,28 @@ def test_results_do_not_depend_on_the_number_of_threads():
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_threads_work_in_the_callers_inference_mode():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            theta = torch.ones(300_007)
+            perturb(theta, torch.ones(1, 300_007), torch.tensor([1.0]), out=theta)
+            assert (theta == 2).all()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_forked_process_has_threads_of_its_own():
     code = """
-import os, torch
+import os, signal, torch
 from ltfast.kernels import gram_partials
 torch.set_num_threads(2)
 theta, grads = torch.ones(300_000), torch.ones(2, 300_000)
 gram_partials(grads, theta)
 child = os.fork()
 if child == 0:
-    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+    signal.alarm(60)  # it would wait for ever for its parent's threads
     os._exit(int(gram_partials(grads, theta)[0][0, 0, 1].item() != 300_000))
 print("child", os.waitpid(child, 0)[1])
 """
