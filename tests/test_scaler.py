@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
 from ltfast.objective import Forward
+from ltfast.optim.engine import Engine
 from ltfast.scaler import LARGEST, LossScale
 from ltfast.step import TrainStep
 from ltfast.update import Update
@@ -98,6 +101,23 @@ def test_overflow_skips_the_step_and_halves_the_scale(name: str) -> None:
     net, _ = take_steps(name, scaler, n=12)
     assert all(torch.isfinite(p).all() for p in net.parameters())
     assert difference(net, before) > 0
+
+
+def test_an_overflow_on_the_way_up_alone_skips_the_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ascend = Engine.ascend
+
+    def overflowing(self: Engine, *args: Any, **kwargs: Any) -> Tensor:
+        coef = ascend(self, *args, **kwargs)
+        self.stats |= {"bad": torch.ones(())}
+        return coef
+
+    monkeypatch.setattr(Engine, "ascend", overflowing)
+    scaler = LossScale(torch.device("cpu"), initial=256.0)
+    before, _ = take_steps("sam", None, n=0)
+    net, step = take_steps("sam", scaler, n=1)
+    assert float(step.update.skipped) == 1
+    assert float(scaler.scale) == 128
+    assert difference(net, before) == 0
 
 
 @pytest.mark.parametrize("name", ["plain", "gsa-full", "gsa-paper"])

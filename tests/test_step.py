@@ -333,6 +333,8 @@ def test_absent_group_and_non_finite_loss() -> None:
     step = take_step(net, objective, bad, RULES["gsa-exact"])
     assert float(step.update.skipped) == 1
     assert difference(net, before) == 0
+    old = dict(before.named_buffers())
+    assert all(torch.equal(b, old[name]) for name, b in net.named_buffers() if "running" in name)
 
 
 def test_perturbation_is_undone_bit_for_bit() -> None:

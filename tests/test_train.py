@@ -19,8 +19,12 @@ from ltfast.data.base import Batch
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.optim.rules import RULES
+from ltfast.preserve import Anchor, QualityStats, group_sizes
+from ltfast.preserve.anchor import critical_weight
+from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
+from ltfast.schedule import alpha_at, lr_at
 from ltfast.survive import Signals
 from ltfast.train import Trainer, train
 
@@ -36,6 +40,12 @@ def run(
     result = train(build_config("digits-lt", method, {}, {"out": str(folder), **flags}))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return result, [r for r in rows if r["kind"] == "epoch"], folder
+
+
+def made(method: str, **flags: Any) -> Trainer:
+    """A run that has not begun and leaves nothing on the disk."""
+    config = build_config("digits-lt", method, {}, {"device": "cpu", "fisher_budget": 16, **flags})
+    return Trainer(config, None, Ranks(), Progress())
 
 
 def test_loss_falls_and_the_tail_gains_over_cross_entropy(tmp_path: Path) -> None:
@@ -101,13 +111,107 @@ def test_a_skipped_step_does_not_spoil_its_classes_in_the_bank(tmp_path: Path, m
     trainer.guard(Signals(False))
     trainer.model.train()
     trainer.train_epoch(0)
-    assert trainer.summary()["skipped"] == 1
+    total = float(trainer.sums["loss"])
+    summary = trainer.summary()
+    assert summary["skipped"] == 1
+    assert summary["loss"] == pytest.approx(total / (trainer.source.steps_per_epoch - 1))
     counted = trainer.quality.counts.sum()
     assert counted == (trainer.source.steps_per_epoch - 1) * 24
     quality = trainer.quality.compute().quality
     assert torch.equal(quality.isfinite(), trainer.quality.counts > 0)
     trainer.remember(0)
     assert len(trainer.bank) == 1
+
+
+def test_alpha_strength_and_learning_rate_follow_the_place_in_the_run() -> None:
+    """alpha g + (1 - alpha) lambda A (theta - T); without an anchor the loss has the whole weight."""
+    trainer = made("bcl+gkp", epochs=8, schedule="cosine", gkp_lambda=3.0, batch=128)
+    config, theta, update = trainer.config, trainer.flat.data, trainer.update
+    trainer.set_schedules(2.0)
+    assert float(update.alpha) == 1
+    trainer.anchor = Anchor(torch.ones_like(theta), theta.clone(), torch.zeros(()), 3.0)
+    trainer.set_schedules(2.5)
+    alpha = alpha_at(config.preserve, 2.5 / 8)
+    found = [float(value) for value in (update.alpha, update.strength, update.lr)]
+    assert found == pytest.approx([alpha, (1 - alpha) * 3.0, lr_at(config.optim, 2.5)])
+
+    places: list[float] = []
+    trainer.set_schedules = places.append  # type: ignore[method-assign]
+    trainer.guard(Signals(False))
+    trainer.train_epoch(3)
+    steps = trainer.source.steps_per_epoch
+    assert places == [3 + i / steps for i in range(steps)]
+
+
+def test_groups_are_made_after_scouting_and_then_every_so_many_epochs() -> None:
+    for regroup, due in ((0, [2]), (3, [2, 5])):
+        trainer, found = made("gkp-gsa", epochs=8, scout=0.25, regroup=regroup), []
+        for epoch in range(8):
+            trainer.batch = 1  # taken up again in the middle of the epoch
+            assert not trainer.grouping_due(epoch)
+            trainer.batch = 0
+            if trainer.grouping_due(epoch):
+                found.append(epoch)
+                trainer.groups = torch.zeros_like(trainer.counts)
+        assert found == due
+        assert not trainer.grouping_due(2)
+
+
+def test_the_bank_takes_the_quality_of_each_epoch_as_long_as_groups_are_to_come() -> None:
+    labels = torch.arange(10).repeat(9)
+    noise, centres = torch.randn(2, 90, 64, generator=torch.Generator().manual_seed(0))
+    for regroup in (0, 1):
+        trainer = made("gkp-gsa", epochs=4, scout=0.25, regroup=regroup, lambda_q=0.25)
+        dim, held = trainer.model.feature_dim, []
+        for epoch, spread in enumerate((1.0, 0.5)):
+            features, twin = (centres[labels] + spread * noise)[:, :dim], QualityStats(10, dim)
+            trainer.quality.update(features, labels)
+            twin.update(features, labels)
+            trainer.remember(epoch)
+            assert trainer.quality.counts.sum() == 0
+            held.append(twin.compute(0.25).quality)
+        assert (held[1] > held[0]).all()
+        torch.testing.assert_close(trainer.bank.best, held[regroup])
+
+
+def test_the_anchor_is_that_of_its_groups_and_capped() -> None:
+    trainer = made("gkp-gsa", epochs=4, groups=3, gkp_normalise="samples", lr=5.0)
+    torch.manual_seed(0)
+    encoder, best = trainer.flat.data[trainer.encoder], torch.full((10,), -torch.inf)
+    for epoch in range(4):
+        best[epoch::4] = 1.0
+        trainer.bank.update(best, encoder + 0.1 * torch.randn_like(encoder), epoch)
+    trainer.group()
+    assert trainer.groups is not None
+    assert trainer.anchor is not None
+    assert trainer.update.anchor is not None
+    for normalise in ("classes", "samples"):
+        sizes = group_sizes(trainer.groups, trainer.source.train_counts, 3, normalise)
+        twin = collapse_knowledge(
+            trainer.model, trainer.flat, trainer.source, trainer.bank, trainer.groups, sizes,
+            trainer.objective.classification, strength=10.0, budget=16, seed=trainer.config.run.seed,
+        )  # fmt: skip
+        limit = critical_weight(5.0, 0.9, 0.2 * 10.0)
+        assert 0 < (twin.weight > limit).sum() < len(encoder)
+        same = torch.equal(trainer.anchor.weight[trainer.encoder], twin.weight.clamp_max(limit))
+        assert same == (normalise == "samples")
+    assert torch.equal(trainer.anchor.target[trainer.encoder], twin.target)
+    assert trainer.anchor.weight.sum() == trainer.anchor.weight[trainer.encoder].sum()
+    assert torch.equal(trainer.update.anchor[0], trainer.anchor.weight)
+
+
+def test_the_test_split_sees_the_best_weights_too_and_the_last_ones_stay() -> None:
+    trainer = made("ce", epochs=2)
+    trainer.best = {"score": 50.0, "epoch": 7}
+    last = trainer.flat.data.clone()
+    written = {"last": last, "best": torch.randn_like(last)}
+    trainer.best_written = lambda: True  # type: ignore[method-assign]
+    trainer.load_weights = lambda name: trainer.flat.data.copy_(written[name])  # type: ignore[method-assign,assign]
+    result = trainer.finish()
+    assert torch.equal(trainer.flat.data, last)
+    assert result["last"] == trainer.evaluate("test")
+    trainer.flat.data.copy_(written["best"])
+    assert result["best"] == {**trainer.evaluate("test"), "epoch": 7} != result["last"]
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path: Path) -> None:
