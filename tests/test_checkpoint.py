@@ -226,6 +226,15 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
         Store(tmp_path, note=lambda text: None).load()
 
 
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "x.safetensors", torch.nn.Linear(1, 2).state_dict(), {})
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.clone()
+    with pytest.raises(UserError, match=r"belongs to another model \(weight is \[2, 1\] there and \[2, 3\] here"):
+        checkpoint.load_into(model, tmp_path / "x.safetensors")
+    assert torch.equal(model.weight, before)
+
+
 def test_shared_names_cannot_leave_the_folder(tmp_path: Path) -> None:
     (tmp_path / "outside.safetensors").write_bytes(b"")
     folder = tmp_path / "run"

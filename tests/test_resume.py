@@ -27,7 +27,7 @@ from tests import procs
 
 # Nine steps an epoch for about 0.1 s, scouting for two epochs, then groups, anchor and sharpness: everything there is.
 SMALL = {
-    "epochs": 5, "batch": 36, "fisher_budget": 16, "deterministic": True, "tensorboard": False, "device": "cpu",
+    "epochs": 5, "scout": 0.4, "batch": 36, "fisher_budget": 16, "deterministic": True, "tensorboard": False, "device": "cpu",
     "keep_checkpoints": 2,
 }  # fmt: skip
 

@@ -337,6 +337,17 @@ def test_absent_group_and_non_finite_loss() -> None:
     assert all(torch.equal(b, old[name]) for name, b in net.named_buffers() if "running" in name)
 
 
+@pytest.mark.parametrize("length", [0.5, 8.0])
+def test_the_loss_gradient_is_clipped_before_alpha(length: float) -> None:
+    flat = FlatParameters(make("ce")[0].parameters())
+    update = Update(flat, momentum=0.0, clip=2.0)
+    update.lr.fill_(LR)
+    update.alpha.fill_(ALPHA)
+    before, grad = flat.data.clone(), torch.nn.functional.normalize(torch.randn_like(flat.data), dim=0)
+    assert float(update(length * grad, None, torch.zeros(()))) == pytest.approx(length)
+    torch.testing.assert_close(before - flat.data, LR * ALPHA * min(length, 2.0) * grad, rtol=1e-4, atol=1e-6)
+
+
 def test_perturbation_is_undone_bit_for_bit() -> None:
     net, objective, batch = make("bcl")
     step = take_step(net, objective, batch, RULES["gsa-exact"])

@@ -243,6 +243,20 @@ def test_grouped_overflow_skips_and_lowers_the_scale(name: str) -> None:
     assert not same_bits(model, before)
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_an_anchor_and_its_alpha_know_nothing_of_the_scale(base: str) -> None:
+    model, twin = support.make(), support.make()
+    optimizer, plain = (SAM(m.parameters(), BASES[base][0], rho=0.3, **BASES[base][1]) for m in (model, twin))
+    for own in (optimizer, plain):
+        pulls = [torch.ones_like(p) for p in model.parameters()]
+        own.set_anchor(pulls, [torch.zeros_like(p) for p in pulls], 0.3, alpha=0.5)
+    scaler = new_scaler()
+    for i in range(4):
+        by_keyword(model, optimizer, scaler, i, (1.0, 1.0))
+        support.two_passes(twin, plain, i)
+    assert support.distance(model, twin) < 1e-6
+
+
 def test_a_disabled_scaler_is_transparent() -> None:
     model, twin = support.make(), support.make()
     optimizer, plain = (SAM(m.parameters(), SGD[0], rho=0.3, **SGD[1]) for m in (model, twin))

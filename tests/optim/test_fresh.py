@@ -45,6 +45,35 @@ def test_fresh_rows_are_the_classifiers_part_of_the_group_gradients(scale: float
         torch.testing.assert_close(last.gram(part, True), own)
 
 
+def test_a_classifier_that_was_frozen_has_no_gradient() -> None:
+    model = support.make("conv")
+    flat = FlatParameters(model.parameters(), 3)
+    layer = support.last_layer(model)
+    last = FreshGradients(flat, list(layer.parameters()), 3)
+    assert last.put(support.group_closure(model, 0)()[0]).abs().sum() > 0
+    layer.requires_grad_(False)
+    assert last.put(support.group_closure(model, 0)()[0]).abs().sum() == 0
+
+
+def test_what_leaves_no_trace_in_the_memory() -> None:
+    """An overflow and an absent group; and a memory of the whole matrix none in that of all but the classifier."""
+    ascent = Ascent(RULES["gsa-full"], torch.tensor([3.0, 4.0]), 9, torch.device("cpu"))
+    matrix, one, half = (
+        torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double(),
+        torch.ones(()).double(),
+        torch.tensor([0.5, 0.5]),
+    )
+    ascent.refreshed(matrix, one, half)
+    torch.testing.assert_close(ascent.memory, matrix)
+    for value in (torch.inf, torch.nan):
+        ascent.refreshed(torch.where(matrix > 1, value, matrix), one, half)
+        torch.testing.assert_close(ascent.memory, matrix)
+    ascent.refreshed(4 * matrix, one, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(ascent.memory, torch.tensor([[4.0, 0.5], [0.5, 1.0]]).double())
+    ascent.refreshed(matrix, one, half, matrix / 4)
+    torch.testing.assert_close(ascent.memory, 0.75 * matrix)
+
+
 def test_micro_batches() -> None:
     whole, halves = support.make(), support.make()
     a, b = marked(whole), marked(halves)

@@ -52,7 +52,8 @@ def twin_of(function: Callable[..., None], kind: str | None = None, scope: str =
 
 
 GSA_OPTIONS = {"counts": GROUP_COUNTS, **STRONG}
-CC_OPTIONS = {"counts": COUNTS.tolist(), "direction": "none", "objective": "per_group", "adaptive": False, **STRONG}
+FREE = {"C": 0.3, "rho_min": 1e-5, "rho_max": 1.0}  # every radius inside the bounds, so that it tells the counts
+CC_OPTIONS = {"counts": COUNTS.tolist(), "direction": "none", "objective": "per_group", "adaptive": False, **FREE}
 
 
 def all_parameters(model: nn.Module) -> Any:
@@ -87,9 +88,9 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[nn.Module], Any], Step, Ste
         [twin_of(ref.split_step, "focal", rho=0.0), twin_of(ref.split_step, "focal", rho=2 * RHO)],
     ),
     "cc-sam": (
-        lambda p, b, k: CCSAM(p, b, COUNTS, **STRONG, **k), support.classifier_groups, ours_grouped("classes"),
+        lambda p, b, k: CCSAM(p, b, COUNTS, **FREE, **k), support.classifier_groups, ours_grouped("classes"),
         twin_of(ref.gsa_step, "classes", "classifier", **CC_OPTIONS),
-        [twin_of(ref.gsa_step, "classes", "classifier", **{**CC_OPTIONS, "counts": [7.0] * 5, "C": 0.3})],
+        [twin_of(ref.gsa_step, "classes", "classifier", **{**CC_OPTIONS, "counts": [7.0] * 5})],
     ),
     "gsa": (
         lambda p, b, k: GSA(p, b, GROUP_COUNTS, **STRONG, **k), all_parameters, ours_grouped("groups"),

@@ -145,6 +145,7 @@ def test_group_sizes():
 
 def test_expanded_leaves_the_rest_alone():
     anchor = Anchor(torch.ones(3), torch.full((3,), 2.0), torch.zeros((), dtype=torch.float64), 10.0)
+    assert anchor.expanded(3).weight.tolist() == [1, 1, 1]
     whole = anchor.expanded(8, 4)
     assert whole.weight.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
     assert whole.target.tolist() == [0, 0, 0, 0, 2, 2, 2, 0]

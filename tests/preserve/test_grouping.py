@@ -195,8 +195,8 @@ def test_empty_bank_and_classes_without_entry(caplog):
         assert group_classes(MemoryBank(4, 2), counts, 2).tolist() == [0, 1, 0, 1]
     assert "empty" in caplog.text
     bank = MemoryBank(4, 2)
-    bank.update(torch.tensor([0.0, 0.0, 0.0, -torch.inf]), torch.tensor([1.0, 0.0]), 0)
-    bank.update(torch.tensor([1.0, -1.0, -1.0, -torch.inf]), torch.tensor([0.0, 1.0]), 1)
+    bank.update(torch.tensor([0.0, -torch.inf, -torch.inf, -torch.inf]), torch.tensor([1.0, 0.0]), 0)
+    bank.update(torch.tensor([-1.0, 0.0, 0.0, -torch.inf]), torch.tensor([0.0, 1.0]), 1)  # the largest
     with caplog.at_level(logging.WARNING):
         assert group_classes(bank, counts, 2).tolist() == [0, 1, 1, 1]
     assert "1 classes have no entry" in caplog.text
