@@ -208,6 +208,22 @@ def test_an_all_zero_gradient_is_a_plain_step() -> None:
     assert float(optimizer.skipped) == 0
 
 
+def test_cc_sam_skips_a_step_of_which_one_class_alone_has_no_finite_gradient() -> None:
+    model = support.make()
+    optimizer = CCSAM(support.classifier_groups(model), SGD[0], COUNTS, **RADIUS, **SGD[1])
+    before, closure = bits(model), support.group_closure(model, 0, "classes")
+
+    def broken() -> tuple[Tensor, Tensor]:
+        losses, shares = closure()
+        first = losses[0] * 1.0
+        first.register_hook(lambda upstream: torch.where(upstream != 0, torch.nan, 0.0))
+        return torch.stack([first, *losses[1:]]), shares
+
+    optimizer.step(broken)
+    assert float(optimizer.skipped) == 1
+    assert same_bits(model, before)
+
+
 def test_one_group_is_plain_sam() -> None:
     model, twin = support.make(), support.make()
     options = {"rho_min": 0.0, "rho_max": 1.0, "adaptive": False, **SGD[1]}

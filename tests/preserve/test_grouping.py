@@ -189,6 +189,15 @@ def test_snapshots_with_equal_weights_count_once(caplog):
     assert "split by class frequency" in caplog.text
 
 
+def test_nodes_that_do_not_differ_are_cut_with_the_mass_of_both(monkeypatch):
+    seen = []
+    monkeypatch.setattr(grouping, "cut_nodes", lambda c, mass, *rest: seen.append(mass) or torch.arange(len(mass)))
+    cosine = torch.eye(4, dtype=torch.float64)
+    cosine[1, 3] = cosine[3, 1] = 1.0
+    assert spectral_groups(cosine, torch.tensor([1, 2, 3, 4]), 2).tolist() == [0, 1, 2, 1]
+    assert seen[0].tolist() == [1, 6, 3]
+
+
 def test_empty_bank_and_classes_without_entry(caplog):
     counts = torch.tensor([9, 1, 5, 3])
     with caplog.at_level(logging.WARNING):
