@@ -228,7 +228,7 @@ class GradientRows:
                 writes[i] = view._version - attached[i]
                 dirty[i] = dirty[i] or writes[i] > 0 or self._zeroed[row][i]
             elif p.grad is None:
-                if dirty[i]:
+                if dirty[i] or view._version != attached[i]:  # or autograd wrote there before it was taken away
                     absent.append(i)
             else:
                 strays.append(i)

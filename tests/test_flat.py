@@ -143,6 +143,35 @@ def test_put_writes_and_adds() -> None:
     assert float(flat.grads.abs().sum()) == 0
 
 
+def test_what_put_leaves_out_is_no_gradient() -> None:
+    own = params()
+    flat = FlatParameters(own)
+    flat.rows.attach(present=[True] * 5)
+    flat.rows.put(0, [torch.ones_like(own[0]), None, None, None, None])
+    flat.attach(zero=False)
+    assert flat.rows.collect() == (True, False, False, False, False)
+
+
+def test_a_gradient_that_was_taken_away_stays_away() -> None:
+    own = params()
+    flat = FlatParameters(own)
+    flat.attach()
+    (own[0].sum() + own[1].sum()).backward()
+    own[1].grad = None
+    assert flat.rows.collect() == (True, False, False, False, False)
+    flat.attach(zero=False)
+    assert flat.rows.collect() == (True, False, False, False, False)
+
+
+def test_a_zero_gradient_that_was_there_outlives_clipping() -> None:
+    own = params()
+    flat = FlatParameters(own)
+    flat.rows.attach(present=[False, True, False, False, False])
+    own[0].sum().backward()
+    nn.utils.clip_grad_norm_(own, 1.0)
+    assert flat.rows.collect() == (True, True, False, False, False)
+
+
 def test_fresh_knows_new_gradients_from_used_ones() -> None:
     own = params()
     flat = FlatParameters(own)
@@ -192,6 +221,19 @@ def test_buffers_come_back_with_their_counters() -> None:
     buffers.restore()
     assert all(torch.equal(b, k) for b, k in zip(model.buffers(), before, strict=True))
     assert int(model[1].num_batches_tracked) == 1
+
+
+def test_a_skipped_step_leaves_the_statistics_where_they_were() -> None:
+    model = nn.BatchNorm1d(4)
+    buffers = FlatBuffers(model)
+    for skipped in (0, 1, 2):
+        before = buffers.data.clone()
+        buffers.begin()
+        model(torch.randn(8, 4))
+        moved = buffers.data.clone()
+        assert not torch.equal(moved, before)
+        buffers.undo(torch.tensor(float(skipped)))
+        assert torch.equal(buffers.data, before if skipped else moved)
 
 
 def test_without_buffers_the_statistics_lie_where_the_network_does() -> None:

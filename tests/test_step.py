@@ -8,13 +8,14 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltfast.data.base import Batch
 from ltfast.flat import FlatBuffers, FlatParameters
-from ltfast.losses import membership_for
+from ltfast.losses import balanced_supcon, membership_for
 from ltfast.models import LongTailModel, create_encoder
-from ltfast.objective import Objective
+from ltfast.objective import Forward, Objective
 from ltfast.optim.engine import EXACT, STALE
 from ltfast.optim.rules import RULES, Rule
 from ltfast.plan import flops_ratio
@@ -225,6 +226,28 @@ def test_classifier_scope_equals_its_slow_twin(name: str) -> None:
         for p in twin.parameters():
             p -= LR * (ALPHA * p.grad + 1e-3 * p)
     assert difference(net, twin) < TOLERANCE
+
+
+def test_the_base_loss_is_its_equation() -> None:
+    """a_ce CE + a_scl BalSCL, each number its own: a step's twins take the loss as it comes."""
+    net, _, batch = make("bcl")
+    net.eval()
+    prior = (COUNTS / COUNTS.sum()).log()
+    objective = Objective("bcl", COUNTS, 2.0, 0.6, 0.2, tau=1.5)
+    with torch.no_grad():
+        features = net.features(torch.cat(batch.views))
+        z = net.project(features[20:])
+        ce = F.cross_entropy(net.logits(features[:20]) + 1.5 * prior, batch.labels, reduction="none")
+        contrast = balanced_supcon(z, net.centers(), batch.labels, 0.2)
+        found = objective(net, features, z, batch.labels)
+        torch.testing.assert_close(found, 2 * ce + 0.6 * contrast, rtol=1e-5, atol=1e-5)  # observed 0
+        one = torch.ones(5, 1)  # the same weight where an ascent sees view 1 alone; without bcl there is none
+        (view,), _ = Forward(net, objective).first_view(batch.views[0], batch.labels, one)
+        torch.testing.assert_close(view, 2 * ce.mean(), rtol=1e-5, atol=1e-5)
+        softmax = Objective("balanced-softmax", COUNTS, 2.0, 0.6, 0.2, tau=1.5)
+        (view,), _ = Forward(net, softmax).first_view(batch.views[0], batch.labels, one)
+        torch.testing.assert_close(view, ce.mean(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(softmax(net, features[:20], None, batch.labels), ce, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

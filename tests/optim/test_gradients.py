@@ -97,6 +97,28 @@ def test_a_parameter_without_gradient_in_one_pass_is_restored(missing_pass: int)
     assert unchanged == (missing_pass == 2)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_that_is_taken_away_before_the_ascent_has_no_part_in_it(set_to_none: bool) -> None:
+    """Attached gradients lie in the row of which the radius is measured: what autograd added there goes, too."""
+    model, twin = support.make(), support.make()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, **support.SGD[1])
+    base = torch.optim.SGD(twin.parameters(), **support.SGD[1])
+    for i in range(3):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        taken, before = model[1].weight, model[1].weight.detach().clone()
+        support.loss_of(model, i).backward()
+        taken.grad = None
+        optimizer.first_step()
+        assert torch.equal(taken, before)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        support.loss_of(model, i).backward()
+        taken.grad = None
+        optimizer.second_step()
+        twin[1].weight.requires_grad_(False)
+        sam_step(base, [p for p in twin.parameters() if p.requires_grad], lambda i=i: support.loss_of(twin, i), rho=0.5)
+        assert support.distance(model, twin) < 1e-6, i
+
+
 @pytest.mark.parametrize("how", ["none", "own tensor", "sparse"])
 def test_stray_gradients_are_gathered_and_left_alone(how: str) -> None:
     torch.manual_seed(0)
