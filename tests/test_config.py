@@ -14,7 +14,16 @@ from ltfast.data.augment import RECIPES as SMALL_VIEWS
 from ltfast.data.large_views import RECIPES as LARGE_VIEWS
 from ltfast.errors import UserError
 from ltfast.optim.rules import DIRECTIONS, RULES, Rule
-from ltfast.recipes import ALIASES, BASES, RECIPES, SHARPNESS_SOURCES, build_config, method_values, rule_of
+from ltfast.recipes import (
+    ALIASES,
+    BASES,
+    RECIPES,
+    SHARPNESS_SOURCES,
+    build_config,
+    method_values,
+    needs_groups,
+    rule_of,
+)
 from ltfast.runs import toml_of
 
 
@@ -24,10 +33,11 @@ def test_field_names_are_unique_over_sections() -> None:
 
 @pytest.mark.parametrize("dataset", RECIPES)
 def test_round_trip_through_toml(dataset: str, tmp_path) -> None:
-    config = build_config(dataset, "gkp-gsa", {}, {"seed": 3, "rho_max": 0.5})
     path = tmp_path / "c.toml"
-    path.write_text(toml_of(config.to_dict()))
-    assert Config.from_dict(load_toml(path)) == config
+    for method in ("gkp-gsa", "ce+sam"):
+        config = build_config(dataset, method, {}, {"seed": 3, "rho_max": 0.5})
+        path.write_text(toml_of(config.to_dict()))
+        assert Config.from_dict(load_toml(path)) == config
 
 
 def test_toml_of_anything_a_config_may_hold() -> None:
@@ -76,6 +86,9 @@ def test_mistakes_in_a_file_are_named(values: dict, message: str) -> None:
     [
         ("epochs", "ten", "epochs='ten': needs int"),
         ("epochs", 2.5, "epochs=2.5: needs int"),
+        ("epochs", True, "epochs=True: needs int"),
+        ("lr", True, "lr=True: needs float"),
+        ("lr", None, "lr=None: needs float"),
         ("sampler", "instnce", r"choose from .* \(did you mean instance\?\)"),
         ("epoch", 1, r"unknown option 'epoch' \(did you mean epochs\?\)"),
         ("epochs", 0, "epochs=0: use at least 1"),
@@ -132,6 +145,80 @@ def test_bad_methods_are_named(name: str, message: str) -> None:
         method_values(name)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "figures"),
+    [
+        (
+            "cifar10-lt",
+            {"epochs": 200, "lr": 0.15, "weight_decay": 5e-4, "a_ce": 2.0, "a_scl": 0.6, "temperature": 0.1},
+        ),
+        ("cifar100-lt", {"epochs": 200, "lr": 0.15, "batch": 256, "warmup": 5.0, "schedule": "multistep"}),
+        (
+            "imagenet-lt",
+            {"epochs": 90, "lr": 0.1, "weight_decay": 5e-4, "a_ce": 1.0, "a_scl": 0.35, "temperature": 0.07},
+        ),
+        ("inat18", {"epochs": 100, "lr": 0.2, "weight_decay": 1e-4, "a_ce": 1.0, "a_scl": 0.35, "temperature": 0.07}),
+        ("places-lt", {"epochs": 30, "lr": 0.02, "model": "resnet152", "schedule": "cosine"}),
+    ],
+)
+def test_recipes_are_the_released_codes(dataset: str, figures: dict) -> None:
+    config = build_config(dataset, "bcl", {}, {})
+    assert config == config.with_(**figures)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sam", (0.05, False, "all", "shared", "uniform", 1)),
+        ("asam", (0.5, True, "all", "shared", "uniform", 1)),
+        ("friendly-sam", (0.05, False, "all", "shared", "uniform", 1)),
+        ("imbsam", (0.05, False, "all", "shared", "uniform", 1)),
+        ("focal-sam", (0.05, False, "all", "shared", "uniform", 1)),
+        ("cc-sam", (None, False, "classifier", "per_group", "uniform", 1)),
+        ("gsa-paper", (None, True, "classifier", "per_group", "uniform", 1)),
+        ("gsa-full", (None, True, "all", "shared", "uniform", 16)),
+        ("gsa-exact", (None, True, "all", "shared", "uniform", 1)),
+        ("gsa-release", (None, True, "all", "shared", "share", 1)),
+    ],
+)
+def test_rules_are_those_of_their_sources(name: str, expected: tuple) -> None:
+    rule = RULES[name]
+    assert (rule.rho, rule.adaptive, rule.scope, rule.objective, rule.aggregate, rule.gram_every) == expected
+    assert (rule.radius_C, rule.rho_min, rule.rho_max, rule.sigma, rule.lmbda) == (0.1, 2e-3, 3e-3, 1.0, 0.9)
+    assert rule.gram_ema == 0.5
+    assert rule.independent == (name == "cc-sam")
+    assert rule.split == (name in ("imbsam", "focal-sam"))
+
+
+def test_a_run_is_called_what_it_became() -> None:
+    """The name is part of the run's folder and of every table."""
+    for method, flags, name in (
+        ("ce", {}, "ce"),
+        ("ce", {"loss": "bcl"}, "bcl"),
+        ("ce", {"gkp": True}, "ce+gkp"),
+        ("bcl+sam", {"sharpness": "none"}, "bcl"),
+        ("gkp-gsa", {"sharpness": "asam"}, "bcl+asam+gkp"),
+    ):
+        assert build_config("digits-lt", method, {}, flags).method == name
+
+
+def test_groups_are_wanted_by_gkp_and_by_rules_of_the_bank() -> None:
+    for method, wanted in (
+        ("bcl+sam", False),
+        ("bcl", False),
+        ("ce+gkp", True),
+        ("sam+gkp", True),
+        ("gsa-paper", True),
+    ):
+        config = build_config("digits-lt", method, {}, {})
+        assert needs_groups(config, rule_of(config)) == wanted
+
+
+@pytest.mark.parametrize("values", [{"rho": 0.0}, {"adaptive": False}, {"rho": 0.0, "sigma": 0.0}])
+def test_zero_and_no_are_values_of_an_override(values: dict) -> None:
+    assert rule_of(build_config("digits-lt", "asam", {}, values)) == dataclasses.replace(RULES["asam"], **values)
+
+
 def test_rule_overrides_and_impossible_rules() -> None:
     config = build_config("digits-lt", "gsa-full", {}, {"rho_max": 0.5, "direction": "none", "gram_every": 4})
     rule = rule_of(config)
@@ -140,6 +227,8 @@ def test_rule_overrides_and_impossible_rules() -> None:
     for method, flags in (
         ("gsa-release", {"gram_every": 8}),
         ("gsa-paper", {"direction": "friendly"}),
+        ("gsa-full", {"objective": "per_group", "direction": "none"}),
+        ("imbsam", {"gram_every": 4}),
         ("imbsam", {"scope": "classifier"}),
         ("sam", {"rho": -1.0}),
     ):

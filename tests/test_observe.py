@@ -1,21 +1,25 @@
 """What a run writes down for the report."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from ltfast import observe
 from ltfast.data.base import Batch
 from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
 from ltfast.observe import (
     AscentMeter,
     finite,
+    forces_row,
     gradient_gram,
     head_and_tail,
     marked_epochs,
     quality_row,
+    refresh_row,
 )
 from ltfast.optim.engine import Engine
 from ltfast.optim.rules import RULES
@@ -95,6 +99,79 @@ def test_meter_samples_long_epochs():
     assert meter.result()["steps"] == [16.0]
 
 
+def test_meter_begins_afresh_with_other_groups():
+    """The scouting epochs end in mid-epoch of a resumed run, and the ascent of one group may become one of many."""
+    meter = AscentMeter(steps=4)
+    meter.add(0, stats([0.5], [0.0], 1.0))
+    meter.add(1, stats([0.1, 0.2], [0.0, 0.0], 1.0))
+    assert meter.result()["radius"] == pytest.approx([0.1, 0.2])
+
+
+def trainer_of(**values):
+    """What the rows read of a Trainer."""
+    step = SimpleNamespace(engine=None)
+    return SimpleNamespace(**{"step": step, "groups": None, "ranks": None, **values})
+
+
+def test_forces_are_those_that_the_update_applies():
+    theta, target = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([1.0, 4.0, 2.0])
+    anchor, strength = torch.tensor([0.5, 9.0, 2.0]), torch.tensor(0.2)
+    update = SimpleNamespace(weight_decay=0.01, anchor=None, strength=strength, alpha=torch.tensor(0.75))
+    trainer = trainer_of(update=update, flat=SimpleNamespace(data=theta))
+    assert forces_row(trainer) == pytest.approx({"theta": 5.0, "decay": 0.05})
+    update.anchor = anchor, target
+    # strength A (theta - T) = (.2, 0, -.8); strength / 2 sum A (theta - T)^2 = .1 (2 + 8)
+    expected = {"theta": 5.0, "decay": 0.05, "gkp": 0.68**0.5, "gkp_loss": 1.0, "alpha": 0.75}
+    assert forces_row(trainer) == pytest.approx(expected)
+
+
+def test_refreshes_are_reported_once_as_their_mean():
+    engine = SimpleNamespace(refresh=torch.tensor([1.5, 2.0, 0.6]))
+    engine.forget_refreshes = lambda: engine.refresh.zero_()
+    trainer = trainer_of(step=SimpleNamespace(engine=engine))
+    assert refresh_row(trainer) == pytest.approx({"refreshes": 2.0, "refresh_cos": 0.75, "refresh_min": 0.6})
+    assert refresh_row(trainer) == {}
+    assert refresh_row(trainer_of()) == {}
+
+
+def test_probes_and_marked_weights_come_when_they_should(monkeypatch):
+    monkeypatch.setattr(observe, "probe_row", lambda trainer: {})
+    monkeypatch.setattr(observe, "forces_row", lambda trainer: {})
+    for epochs, probed, marked in ((40, [0, *range(2, 40, 3)], [13, 26]), (5, list(range(5)), [1, 3])):
+        rows, saved = [], []
+        trainer = trainer_of(
+            config=SimpleNamespace(optim=SimpleNamespace(epochs=epochs)), meter=AscentMeter(1),
+            log=lambda kind, epoch, rows=rows, **_: rows.append((kind, epoch)), save_weights=saved.append,
+        )  # fmt: skip
+        for epoch in range(epochs):
+            observe.observe_epoch(trainer, epoch)
+        last = [*probed, epochs - 1] if probed[-1] != epochs - 1 else probed
+        assert [epoch for kind, epoch in rows if kind == "probe"] == last
+        assert saved == [f"epoch-{epoch}" for epoch in marked]
+
+
+def test_a_probe_names_the_shots_that_exist_and_knows_the_groups():
+    model = make_model()
+    counts, labels = torch.tensor([150, 6, 4]), torch.arange(12) % 3
+    images = torch.randn(12, 1, 3, 4)
+    source = SimpleNamespace(
+        train_counts=counts, train_labels=labels,
+        evaluate=lambda split, index: [Batch((images[index],), labels[index], index)],
+    )  # fmt: skip
+    objective = SimpleNamespace(classification=lambda x, y: nn.functional.cross_entropy(x, y, reduction="none"))
+    trainer = trainer_of(source=source, model=model, flat=FlatParameters(model.parameters()), objective=objective)
+    row = observe.probe_row(trainer)
+    assert row["names"] == ["many", "few"]  # no medium-shot class
+    assert set(row) == {"names", "shots"}
+    trainer.groups = torch.tensor([0, 1, 2])
+    row = observe.probe_row(trainer)
+    with torch.no_grad():
+        each = objective.classification(model.eval()(images), labels)
+    for name, groups in (("shots", [labels == 0, labels > 0]), ("groups", [labels == k for k in range(3)])):
+        assert row[name]["loss"] == pytest.approx([float(each[g].mean()) for g in groups], rel=1e-3)
+        assert [len(line) for line in row[name]["gram"]] == [len(groups)] * len(groups)
+
+
 def make_model():
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU())
@@ -133,6 +210,11 @@ def test_gradient_gram_is_that_of_the_group_means():
     torch.testing.assert_close(gram, expected, rtol=1e-4, atol=0)  # observed 2e-6
     torch.testing.assert_close(losses, torch.stack(values), rtol=1e-5, atol=0)
     assert not torch.allclose(gram, torch.diag(gram.diagonal()), rtol=1e-2)
+    # Two ranks that hold the same images: sums and counts add up, the means stay.
+    double = SimpleNamespace(sum_=lambda tensor: tensor.mul_(2))
+    again, values = gradient_gram(model, flat, loss, groups, double)
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(values, losses, rtol=1e-5, atol=0)
 
 
 def test_an_engine_that_is_set_back_forgets_and_keeps_its_addresses():
