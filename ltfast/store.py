@@ -76,6 +76,7 @@ class Store:
 
         shared: tensors that are never written to again; each object is stored once, however many states refer to it.
         """
+        self._settle()  # the state before may change what is stored
         constant = {
             name: tensor.detach().cpu() for name, tensor in (shared or {}).items() if not self._known(name, tensor)
         }

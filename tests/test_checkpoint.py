@@ -164,6 +164,14 @@ def test_rotation_keeps_the_newest_and_what_they_share(tmp_path: Path) -> None:
     assert tensors["snapshot.1"].sum() == 3
 
 
+def test_a_constant_that_no_state_named_for_a_while_is_written_again(tmp_path: Path) -> None:
+    store, constant = Store(tmp_path, keep=1), {"anchor": torch.arange(5.0)}
+    for step, shared in ((1, constant), (2, {}), (3, constant)):
+        store.save_state(step, state(step), {}, shared)
+    store.flush()
+    assert Store(tmp_path).load()[0]["anchor"].equal(constant["anchor"])
+
+
 def test_values_are_those_of_the_call(tmp_path: Path) -> None:
     store, live = Store(tmp_path), torch.zeros(1 << 20)
     store.save_state(1, {"theta": live}, {})
@@ -285,6 +293,11 @@ def test_full_disk_keeps_the_last_good_state_and_recovers(tmp_path: Path, monkey
     store.flush()
     assert store.problems() == []
     assert Store(tmp_path).load()[1] == {"epoch": 5}
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    store.save_state(6, state(6), {"epoch": 6})
+    with pytest.raises(UserError, match="the last good training state is state-000000005"):
+        store.flush()
+    assert len(store.problems()) == 1, "the next time that it fails is news"
 
 
 def test_a_folder_that_vanishes(tmp_path: Path) -> None:

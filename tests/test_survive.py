@@ -356,6 +356,27 @@ def test_bad_steps_in_between_do_not_add_up() -> None:
         BadSteps(0, counter, Ranks(), None)
 
 
+def test_the_end_of_an_epoch_looks_at_weights_and_short_epochs(tmp_path: Path) -> None:
+    counter = torch.zeros(())
+    watch = BadSteps(5, counter, Ranks(), tmp_path)
+    weights = torch.ones(4)
+    watch.after_epoch(0, weights, 3)
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        weights[2] = bad
+        with pytest.raises(UserError, match="no longer finite after epoch 1"):
+            watch.after_epoch(0, weights, 0)
+    weights[2] = 1.0
+    for batch in range(4):
+        counter.fill_(max(0, batch - 1))  # skipped: the last two of four
+        watch.after_step(1, batch, torch.tensor([10 * batch]))
+    watch.after_epoch(1, weights, 4)
+    watch.after_epoch(1, weights, 0)  # not the last epoch: the next one may be better
+    with pytest.raises(UserError, match=r"2 steps in a row .* since batch 2 of epoch 2"):
+        watch.after_epoch(1, weights, 2)
+    rows = json.loads((tmp_path / "bad_steps.json").read_text())["steps"]
+    assert [(row["epoch"], row["batch"], row["index"]) for row in rows] == [(1, 2, [20]), (1, 3, [30])]
+
+
 # -- disks that fail -----------------------------------------------------------------------------------------------------
 
 
