@@ -14,6 +14,7 @@ from ltfast.errors import UserError
 from ltfast.memory import GIB, OVERHEAD, Activations, activations, available_memory, kept_bytes, state_bytes, too_large
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.objective import Objective
+from ltfast.plan import flops_of_run, make_plan
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
 from ltfast.train import Trainer, train
@@ -104,3 +105,33 @@ def test_a_run_that_runs_out_of_memory_ends_with_that_message(monkeypatch: pytes
     monkeypatch.setattr(Trainer, "train_epoch", full)
     with pytest.raises(UserError, match=r"--batch 64 does not fit on cpu \(small GPU\): .* use --batch \d+$"):
         train(config.with_(out=str(tmp_path / "run")), progress=Progress())
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "copies"),
+    [  # weights, gradient rows, slots of the optimizer, theta of an ascent, anchor
+        ("ce", {}, 1 + 1 + 1),
+        ("ce", {"optimizer": "adamw"}, 1 + 1 + 2),
+        ("bcl+sam", {}, 1 + 1 + 1 + 1),
+        ("bcl+gkp", {}, 1 + 1 + 1 + 2),
+        ("gsa-paper", {}, 1 + 1 + 1),
+        ("gsa-full", {"groups": 3}, 1 + 3 + 1 + 1),
+        ("gsa-release", {"groups": 3}, 1 + 6 + 1 + 1),
+        ("gsa-exact", {"groups": 3, "objective": "per_group"}, 1 + 4 + 1 + 1),
+    ],
+)
+def test_a_plan_counts_what_a_run_keeps(method: str, values: dict, copies: int) -> None:
+    plan = make_plan(build_config("digits-lt", method, {}, values))
+    assert plan.state_bytes / (4 * plan.parameters) == pytest.approx(copies, rel=0.02)  # padding
+
+
+def test_a_plan_counts_scouting_and_what_it_remembers() -> None:
+    config = build_config("digits-lt", "gsa-exact", {}, {"epochs": 6, "scout": 0.5, "procs": 4})
+    plan = make_plan(config)
+    assert (plan.processes, plan.images_a_process, plan.scouting_epochs, plan.bank_groups) == (4, 16, 3, 4)
+    assert plan.flops_vs_sgd == pytest.approx(4)
+    assert flops_of_run(plan, 6) == pytest.approx((3 * 1 + 3 * 4) / 6)
+    assert plan.bank_bytes_max / (4 * plan.encoder_parameters) == pytest.approx(3, rel=0.02)
+    plan = make_plan(config.with_(regroup=1))
+    assert plan.bank_bytes_max / (4 * plan.encoder_parameters) == pytest.approx(6, rel=0.02)
+    assert make_plan(build_config("digits-lt", "bcl+sam", {}, {})).bank_groups == 0

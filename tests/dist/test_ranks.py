@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ltfast.dist import Ranks, checksum
+from ltfast.dist import Ranks, Traffic, checksum
 from ltfast.errors import UserError
 from ltfast.flat import FlatParameters
 from ltfast.reduce import Agreement, GradientReducer
@@ -52,6 +52,16 @@ def primitives(ranks: Ranks) -> dict[str, Any]:
     result: dict[str, Any] = {"rank": ranks.rank}
     result["mean"] = ranks.mean_(torch.tensor([float(ranks.rank), 4.0]))
     result["gather"] = ranks.gather(torch.tensor([ranks.rank]))
+    result["broadcast"] = ranks.broadcast_(torch.tensor([5.0 + ranks.rank]))
+    result["columns"] = ranks.gather(torch.arange(6.0).view(2, 3).T + 10 * ranks.rank)
+    total = Traffic()
+    with ranks.traffic.noted_in(total):
+        ranks.sum_(torch.zeros(3))
+    with ranks.traffic.noted_in(total):
+        ranks.sum_(torch.zeros(2))
+    result["noted"] = (total.calls, total.bytes)
+    held = {"held.a": torch.ones(2), "sent": torch.arange(6.0).view(2, 3).T}
+    result["held"] = ranks.tensors(held if ranks.main else None, kept=("held.",))
     result["share"] = ranks.share({"text": "e\u0301", "n": [1, 2]} if ranks.main else None)
     named = {"b": torch.tensor([True, False]), "e": torch.zeros(0, 3), "h": torch.arange(6).view(2, 3).half()}
     result["tensors"] = ranks.tensors(named if ranks.main else None)
@@ -79,6 +89,12 @@ def test_primitives(tmp_path: Path) -> None:
         assert result["rank"] == rank
         assert result["mean"].tolist() == [0.5, 4.0]
         assert result["gather"].tolist() == [[0], [1]]
+        assert result["broadcast"].tolist() == [5.0]
+        columns = torch.arange(6.0).view(2, 3).T
+        assert result["columns"].tolist() == [columns.tolist(), (columns + 10).tolist()]
+        assert result["noted"] == (2, 20)
+        assert list(result["held"]) == (["held.a", "sent"] if rank == 0 else ["sent"])
+        assert result["held"]["sent"].tolist() == columns.tolist()
         assert result["share"] == {"text": "e\u0301", "n": [1, 2]}
         assert result["error"] == "only rank 0 can see this"
         assert result["different"].startswith("ranks [1] hold other numbers than rank 0")
@@ -212,7 +228,7 @@ def test_synced_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path: Path, moment
         torch.testing.assert_close(result["grads"], alone["grads"], **close)
 
 
-def votes(ranks: Ranks) -> list[tuple[int, int]]:
+def votes(ranks: Ranks) -> list[tuple[Any, int]]:
     """Rank 1 is told to stop before step 7; what each rank does after which step."""
     clock = iter(range(10**6))
     signals, seen = Signals(), []
@@ -227,12 +243,17 @@ def votes(ranks: Ranks) -> list[tuple[int, int]]:
             seen.append((step, int(action)))
         if action is Action.STOP:
             break
+    signals.received = 15  # the launcher hands it on to all of them
+    while watch.after_step() is not Action.STOP:
+        pass
+    seen.append((watch.reason, 0))
     return seen
 
 
 def test_all_ranks_act_at_the_same_step(tmp_path: Path) -> None:
     first, second = run_ranks(2, tmp_path, votes)
     assert first == second
+    assert first.pop() == ("stopped by SIGTERM", 0)
     assert first[-1][1] == Action.STOP
     assert 7 <= first[-1][0] <= 12
 

@@ -27,7 +27,7 @@ def test_copies_keep_what_was_set_on_the_optimizer(how: str) -> None:
     optimizer = SAM(model.parameters(), SGD, lr=0.1, momentum=0.9).bind(model, ascent="global")
     params = list(model.parameters())
     pulls = [torch.full_like(p, 0.5) for p in params]
-    optimizer.set_anchor([None, *pulls[1:]], [None, *pulls[1:]], torch.tensor(0.3), alpha=0.8)
+    optimizer.set_anchor([None, *pulls[1:]], [None, *(-p for p in pulls[1:])], torch.tensor(0.3), alpha=0.8)
     optimizer.check_finite = True
     optimizer.add_param_group({"params": late.parameters()})
     twin, other = copied(how, (model, optimizer))
