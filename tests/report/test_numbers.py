@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from ltfast.config import Config
 from ltfast.errors import UserError
@@ -35,6 +36,44 @@ def test_bars_of_many_medium_few(tmp_path):
     assert found["classes"] == [5, 2, 1, 2]
 
 
+def test_groups_of_classes_are_counted_from_many_to_few(tmp_path):
+    test = {"kind": "test", "last": {"top1": 50.0, "many": 75.0, "medium": 40.0, "few": 20.0}}
+    data = {**DATA, "counts": [200, 50, 40, 30, 5]}
+    assert numbers.shots(view_of(tmp_path, [data, test]))["classes"] == [5, 1, 3, 1]
+
+
+def test_curves_of_a_scouting_run(tmp_path):
+    rows = [
+        {"kind": "epoch", "epoch": e, "loss": 2.0 - e, "lr": 0.1, "phase": "scout" if e < 2 else "train", "val": val}
+        for e, val in enumerate([None, {"top1": 40.0, "few": 5.0}, {"top1": 60.0, "few": 30.0}])
+    ]
+    found = numbers.curves(view_of(tmp_path, [DATA, *rows, {"kind": "group", "epoch": 2, "groups": [0] * 5}]))
+    assert found["epoch"].tolist() == [1, 2, 3]
+    assert found["scouts"] == 2
+    assert found["groupings"] == [2]
+    np.testing.assert_array_equal(found["top1"], [np.nan, 40, 60])
+    np.testing.assert_array_equal(found["few"], [np.nan, 5, 30])
+    assert found["loss"].tolist() == [2, 1, 0]
+
+
+def test_accuracy_by_class_size_is_smoothed_over_the_logarithm(tmp_path):
+    counts = [1000, 100, 10, 1]
+    per_class = [80.0, 60.0, 40.0, None]  # 20 points a factor of 10: a line over the logarithm
+    test = {"kind": "test", "last": {"per_class": per_class}}
+    found = numbers.by_class_size(view_of(tmp_path, [{**DATA, "counts": counts, "class_names": list("abcd")}, test]))
+    assert found["size"].tolist() == counts
+    np.testing.assert_allclose(found["curve_x"][[0, -1]], [10, 1000])
+    np.testing.assert_allclose(found["curve_y"], 20 * np.log10(found["curve_x"]) + 20, atol=1e-6)
+
+
+def test_smoothing_weighs_near_classes_more():
+    x, y = np.arange(5.0), np.array([0.0, 0, 10, 0, 0])
+    at = np.array([1.0, 2.0, 3.0])
+    w = np.exp(-0.5 * ((x - at[:, None]) / 0.8) ** 2)
+    slopes = [np.polyfit(x - a, y, 1, w=np.sqrt(row))[1] for a, row in zip(at, w, strict=True)]
+    np.testing.assert_allclose(numbers.smooth(x, y, at, 0.8), slopes, rtol=1e-6)
+
+
 def test_smoothing_reproduces_a_line_and_ignores_gaps():
     x = np.log(np.array([1.0, 2, 5, 10, 100]))
     y = 3 + 2 * x
@@ -56,6 +95,20 @@ def test_confusion_rows_are_the_tail_and_sum_to_100(tmp_path):
     whole = numbers.tail_confusion(view)
     assert whole.columns == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(whole.shares, np.array(table)[[3, 4]] * 10)
+
+
+def test_confusion_takes_the_worst_of_the_tail_and_who_draws_most_of_a_class(tmp_path):
+    """Class 4 has many test images: of images class 1 draws most, of shares of a class it is class 0."""
+    data = {**DATA, "counts": [200, 150, 50, 5, 10]}
+    table = np.diag([10] * 5)
+    table[3] = [6, 1, 0, 3, 0]
+    table[4] = [0, 40, 0, 0, 60]
+    view = view_of(tmp_path, [data, {"kind": "test", "last": {"confusion": table.tolist()}}])
+    found = numbers.tail_confusion(view, max_others=1, all_below=5)
+    assert (found.rows, found.columns) == ([4, 3], [0, 4, 3])
+    np.testing.assert_allclose(found.shares, [[0, 60, 0, 40], [60, 0, 30, 10]])
+    assert numbers.tail_confusion(view, max_rows=1).rows == [3], "30 % against 60 %"
+    assert numbers.tail_confusion(view, max_others=1, all_below=6).columns == [0, 1, 2, 4, 3], "all of few classes"
 
 
 def test_confusion_of_many_classes_says_why(tmp_path):
@@ -94,6 +147,10 @@ def test_group_similarity_needs_a_probe_after_grouping(tmp_path):
     np.testing.assert_allclose(found["whole"], [expected])
     with pytest.raises(Missing, match="no gradient probe after"):
         numbers.group_similarity(view_of(tmp_path, [DATA, grouping, early]))
+    at_once = {**late, "epoch": 2, "groups": {"gram": [[4.0, 0], [0, 4]]}}  # the epoch that the grouping began
+    found = numbers.group_similarity(view_of(tmp_path, [DATA, grouping, early, at_once, late]))
+    assert found["epoch"].tolist() == [3, 4]
+    np.testing.assert_allclose(found["matrix"], [[1, cos], [cos, 1]], err_msg="of the last probe")
 
 
 def test_quality_means_of_head_and_tail(tmp_path):
@@ -111,6 +168,9 @@ def test_quality_means_of_head_and_tail(tmp_path):
     assert found["head"]["quality"].tolist() == [2, 3, 4]
     assert found["tail"]["quality"].tolist() == [5, 5, 5]
     assert np.isnan(found["head"]["distance"]).all()
+    means = {key: {"many": 7.0, "medium": 6.0, "few": 5.0} for key in ("quality", "variance", "distance")}
+    found = numbers.feature_quality(view_of(tmp_path, [DATA, {"kind": "quality", "epoch": 0, **means}]))
+    assert [found[side]["quality"].tolist() for side in ("head", "tail")] == [[7], [5]]
     single = {**DATA, "counts": [200, 150, 50, 1, 5]}  # the floor under log V would make its Q the mean's
     assert np.isnan(numbers.feature_quality(view_of(tmp_path, [single, *rows]))["tail"]["quality"]).all()
 
@@ -128,6 +188,11 @@ def test_ascent_marks_absent_groups(tmp_path):
     assert numbers.radius_bounds(view) == (2e-3, 3e-3)
     with pytest.raises(Missing, match="has no ascent"):
         numbers.ascent(view_of(tmp_path, [DATA]))
+    fixed = view_of(tmp_path, [DATA], sharpness="sam")
+    assert numbers.radius_bounds(fixed) is None
+    assert numbers.ascent_labels(fixed, 1) == ["whole batch"]
+    assert numbers.ascent_labels(view_of(tmp_path, [DATA], sharpness="imbsam"), 1) == ["tail"]
+    assert numbers.ascent_labels(view_of(tmp_path, [DATA], sharpness="cc-sam"), 5)[3] == "class d"
 
 
 def test_forces_scale_the_gradient_by_alpha(tmp_path):
@@ -160,13 +225,33 @@ def test_groups_and_their_sizes(tmp_path):
     found = numbers.groups(view)
     assert found["classes"].tolist() == [2, 1, 2]
     assert found["images"].tolist() == [250, 150, 15]
+    again = [{"kind": "group", "epoch": 2, "groups": [0] * 5}, {"kind": "group", "epoch": 4, "groups": [0, 1, 0, 2, 2]}]
+    found = numbers.groups(view_of(tmp_path, [DATA, *again]))
+    assert (found["epoch"], found["group"].tolist()) == (4, [0, 1, 0, 2, 2])
     with pytest.raises(Missing, match="makes no groups"):
         numbers.groups(view_of(tmp_path, [DATA]))
+
+
+def test_the_banks_epoch_of_each_class(tmp_path, monkeypatch):
+    bank = {"epochs": torch.tensor([[7, 2], [9, 4]]), "entry": torch.tensor([9, 9, 7, 9, 7])}
+    monkeypatch.setattr("ltfast.train.load_bank", lambda folder: bank)
+    view = view_of(tmp_path, [DATA])
+    assert numbers.bank_epochs(view) == [5, 5, 3, 5, 3], "counted from 1"
+    bank["entry"][0] = 8  # of a snapshot that is no longer there
+    assert numbers.bank_epochs(view) is None
+
+
+def test_figures_are_those_of_the_last_weights_and_the_last_start(tmp_path):
+    test = {"kind": "test", "best": {"top1": 1.0}, "last": {"top1": 2.0}}
+    view = view_of(tmp_path, [DATA, {**DATA, "counts": [9, 8, 7, 6, 5]}, test])
+    assert view.test["top1"] == 2
+    assert view.counts.tolist() == [9, 8, 7, 6, 5]
 
 
 def test_a_resumed_run_keeps_the_last_row_of_each_epoch():
     rows = [{"epoch": 0, "a": 1}, {"epoch": 1, "a": 2}, {"epoch": 1, "a": 3}, {"epoch": 2, "a": 4}]
     assert [r["a"] for r in one_an_epoch(rows)] == [1, 3, 4]
+    assert [r["a"] for r in one_an_epoch([*rows[2:], rows[0]])] == [1, 3, 4], "in the order of epochs"
 
 
 def make_folder(path, rows):
