@@ -173,6 +173,9 @@ def test_statistics_and_plot(tmp_path):
     mean_difference = np.abs(np.subtract.outer([150, 50, 20, 5], [150, 50, 20, 5])).mean()
     assert s.gini == pytest.approx(mean_difference / (2 * np.mean([150, 50, 20, 5])))
     assert s.top_tenth == pytest.approx(150 / 225)
+    labels = np.repeat(np.arange(11), [3, 3, *[1] * 9]).astype(np.int32)
+    eleven = ImageList(tmp_path, PathTable.of(map(str, range(15))), labels, "train.txt")
+    assert dataset_stats({"train": eleven})[0].top_tenth == pytest.approx(6 / 15), "two classes of eleven"
     console = Console(record=True, width=100, file=io.StringIO())
     print_stats(stats, console)
     assert "150 .. 5" in console.export_text()

@@ -98,6 +98,7 @@ def test_draws_depend_on_seed_epoch_view_and_position_only():
     for a, b in zip(whole, part, strict=True):
         assert torch.equal(a.crop.across[11:19], b.crop.across)
         assert torch.equal(a.jitter.factors[11:19], b.jitter.factors)
+    assert not torch.equal(whole[1].crop.across, whole[2].crop.across), "the same recipe, another view"
     for other in (draw_views(recipes, 1, 3, torch.arange(30)), draw_views(recipes, 2, 2, torch.arange(30))):
         assert not torch.equal(other[0].crop.across, whole[0].crop.across)
 

@@ -13,8 +13,8 @@ import pytest
 
 from ltfast.data.folders import limit, scan_folder, thin
 from ltfast.data.lists import ImageList, hold_out, read_list, validate_lists
-from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices
-from ltfast.data.public import PUBLIC, find_lists
+from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices, shared_indices
+from ltfast.data.public import PUBLIC, assign_splits, find_lists
 from ltfast.errors import UserError
 from tests.data.pictures import data_folder
 
@@ -142,6 +142,29 @@ def test_path_table():
     with pytest.raises(IndexError):
         table.raw(3)
     assert duplicate_indices(PathTable.of(["a", "b", "a", "a"])) == [(0, 2), (0, 3)]
+    assert duplicate_indices(PathTable.of(["a", "b", "a", "a"]), limit=1) == [(0, 2)]
+    assert shared_indices(PathTable.of(["x", "b", "y"]), PathTable.of(["a", "c", "b"])) == [2]
+
+
+def test_a_fingerprint_tells_names_labels_and_where_names_end(tmp_path):
+    same = list_of(tmp_path, [0, 1], ["ab", "c"])
+    moved = list_of(tmp_path / "elsewhere", [0, 1], ["ab", "c"])
+    others = [
+        list_of(tmp_path, [1, 0], ["ab", "c"]),
+        *(list_of(tmp_path, [0, 1], n) for n in (["a", "bc"], ["ab", "d"])),
+    ]
+    assert moved.fingerprint() == same.fingerprint()
+    assert len({images.fingerprint() for images in (same, *others)}) == 4
+
+
+def test_a_selection_keeps_labels_beside_their_files(tmp_path):
+    chosen = list_of(tmp_path, [0, 1, 2]).select(np.array([2, 0]))
+    assert (list(chosen.paths), chosen.labels.tolist()) == (["2.jpg", "0.jpg"], [2, 0])
+
+
+def test_names_count_classes_that_a_split_lacks(tmp_path):
+    few = ImageList(tmp_path, PathTable.of(["x"]), np.array([0], dtype=np.int32), "val", ("a", "b", "c"))
+    assert few.counts.tolist() == [1, 0, 0]
 
 
 def list_of(root: Path, labels: list[int], names: list[str] | None = None) -> ImageList:
@@ -193,6 +216,12 @@ def test_folder_tree(tmp_path, caplog):
         scan_folder(tmp_path / "none")
 
 
+def test_folders_below_a_class_are_read_in_the_order_of_their_names(tmp_path):
+    names = [f"train/{label}/{folder}/1.jpg" for label in "ab" for folder in "abcdefgh"]
+    touch(tmp_path, *reversed(names))
+    assert list(scan_folder(tmp_path)["train"].paths) == names
+
+
 def test_hidden_files_and_loops_of_links_are_no_pictures(tmp_path):
     tree(tmp_path)
     touch(tmp_path, "train/.ipynb_checkpoints/1.jpg", "train/cat/.cache/1.jpg", "train/cat/._1.jpg", "train/.DS_Store")
@@ -227,6 +256,11 @@ def test_thinning_and_holding_out(tmp_path):
     rest, held = hold_out(images, 0.1, seed=0)
     assert held.counts.tolist() == [4, 4, 1]
     assert sorted([*rest.paths, *held.paths]) == sorted(images.paths)
+    again = hold_out(images, 0.1, seed=0)[1]
+    assert list(again.paths) == list(held.paths)
+    first_ones = [f"{i}.jpg" for i in (0, 1, 2, 3, 40, 41, 42, 43, 80)]
+    assert list(held.paths) != first_ones, "drawn, not the first of each class"
+    assert list(assign_splits({"train": images})["test"].paths) == list(held.paths), "the same draw for every run"
     single = list_of(tmp_path, [0, 0, 1])
     assert hold_out(single, 0.5, seed=1)[1].counts.tolist()[:1] == [1]
     assert hold_out(single, 0.5, seed=1)[0].counts.tolist() == [1, 1]

@@ -118,6 +118,8 @@ def test_the_draws_are_timms_distribution():
     # Both layers and all fields are independent of one another.
     assert abs(np.corrcoef(d.operation[:, 0], d.operation[:, 1])[0, 1]) < 0.05
     assert abs(np.corrcoef(d.operation[:, 0], d.applied[:, 0])[0, 1]) < 0.05
+    coins = np.stack([f.flatten().double().numpy() for f in (d.applied, d.sign, d.bicubic, d.level == 10)])
+    assert np.abs(np.corrcoef(coins) - np.eye(4)).max() < 0.05
 
 
 def test_the_share_of_changed_pictures():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from ltfast.data import DATASETS, Batch, Source, load, shot_groups
+from ltfast.data import DATASETS, Batch, Source, contact, load, shot_groups
 from ltfast.data import augment_auto as auto
 from ltfast.data.augment import RECIPES, CifarStrong, Contrastive, Plain, View, recipe
 from ltfast.data.contact import contact_sheet
@@ -241,6 +241,21 @@ def test_contact_sheet(tmp_path) -> None:
     for column in range(4):
         assert pixels[top:, left + column * 100 : left + column * 100 + 96].std() > 10
     contact_sheet(load("digits-lt"), tmp_path / "digits.png")
+
+
+def test_contact_sheet_rows_are_one_picture_and_stand_by_class() -> None:
+    source = make_source()
+    columns, labels = contact._collect(source, 6, 0)
+    assert labels == sorted(labels)
+    assert set(labels) == set(range(C)), "of as many classes as there are"
+    plain = [torch.from_numpy(picture).permute(2, 0, 1) for picture in contact._to_bytes(source, columns[0])]
+    train, views = source.images["train"], next(iter(source.train(0)))
+    for row, (picture, label) in enumerate(zip(plain, labels, strict=True)):
+        (same,) = [i for i in range(len(train)) if torch.equal(train[i], picture)]  # the levels come back exactly
+        assert source.train_labels[same] == label
+        place = views.index.tolist().index(same)
+        for column, view in zip(columns[1:], views.views, strict=True):
+            assert torch.equal(column[row], view[place])
 
 
 def test_shot_groups() -> None:

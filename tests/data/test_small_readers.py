@@ -147,6 +147,13 @@ def test_cifar_tree(tmp_path: Path) -> None:
     assert load("cifar10-lt", data_dir=tmp_path, imbalance=5, batch=8).train_counts[-1] == 1
 
 
+def test_cifar_class_folders_hold_out_cifars_own_share(tmp_path: Path) -> None:
+    small_sets.write_tree(tmp_path, {"train": (18,) * 10})
+    pool = read_cifar("cifar10-lt", tmp_path)
+    assert np.bincount(pool.test_labels).tolist() == [3] * 10
+    assert np.bincount(pool.labels).tolist() == [15] * 10
+
+
 def test_limit_train_keeps_proportions() -> None:
     source = load("digits-lt", limit_train=162)
     assert source.sizes["train"] == 162

@@ -14,9 +14,12 @@ import pytest
 import torch
 from torchvision import transforms
 
+from ltfast.data.decode import decode
+from ltfast.data.large_source import Step, Substitutes
 from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, RECIPES, ViewRecipe, draw_view
+from ltfast.data.lists import read_list
 from ltfast.data.rng import epoch_key
-from ltfast.data.torch_source import augment, evaluation_crop, pixels
+from ltfast.data.torch_source import TrainTasks, augment, evaluation_crop, pixels
 from tests.data.pictures import make_set, picture
 from tests.data.test_large_source import epoch, open_source
 
@@ -47,6 +50,21 @@ def test_views_have_the_distribution_of_torchvisions_transforms(view):
     other = draw_view(ViewRecipe(scale=(0.5, 1.0)), epoch_key(0, 0), torch.arange(n), 1)
     wrong = statistics([augment(image, other, i, 24) for i in range(n)])
     assert min(stats.ks_2samp(a, b).pvalue for a, b in zip(wrong.T, theirs.T, strict=True)) < 1e-8
+
+
+def test_a_picture_is_augmented_by_its_place_in_the_epoch(tmp_path):
+    """And by nothing else: DALI's path, another number of ranks and a resumed run draw the same."""
+    root = make_set(tmp_path, (3, 3))
+    images = read_list(root / "train.txt", root)
+    tasks = TrainTasks(images, RECIPES["imagenet"], 32, 5, True, Substitutes(images.labels))
+    step = Step(2, 1, torch.tensor([7, 3]), torch.tensor([1, 4]))
+    made = tasks[step]
+    assert made.shown.tolist() == [1, 4]
+    for view, recipe in enumerate(RECIPES["imagenet"]):
+        draw = draw_view(recipe, epoch_key(5, 2), step.position, view)
+        for i, index in enumerate([1, 4]):
+            truth = pixels(augment(decode(images.read(index)), draw, i, 32))
+            assert torch.equal(made.views[view][i], truth)
 
 
 def test_evaluation_is_torchvisions_compose():

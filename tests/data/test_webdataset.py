@@ -59,6 +59,8 @@ def test_patterns(tmp_path):
     for pattern, count in (("a-{000..002}.tar", 3), ("{a-000,b}.tar", 2), ("a-*.tar", 3), ("b.tar", 1)):
         assert len(expand_shards(f"{tmp_path}/{pattern}")) == count
     assert len(expand_shards(f"{tmp_path}/a-{{000..001}}.tar::{tmp_path}/b.tar")) == 3
+    order = ["a-000.tar", "a-001.tar", "a-002.tar", "b.tar"]  # what a seed draws hangs on it
+    assert [shard.name for shard in expand_shards(f"{tmp_path}/*.tar")] == order
     with pytest.raises(UserError, match=r"shard .*a-003\.tar does not exist"):
         expand_shards(f"{tmp_path}/a-{{000..005}}.tar")
     with pytest.raises(UserError, match="no shard"):
