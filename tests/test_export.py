@@ -191,4 +191,9 @@ def test_preprocessing_of_large_pictures_is_that_of_evaluation(tmp_path: Path) -
     )
     torch.testing.assert_close(how(tmp_path / "x.png"), theirs(picture), rtol=1e-5, atol=1e-5)
     assert how(tmp_path / "x.png").std() > 0.5
+    whole: Any = transforms.Compose(
+        [transforms.Resize((32, 32)), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+    small = Preprocess(3, 32, mean, std, False)(tmp_path / "x.png")
+    torch.testing.assert_close(small, whole(picture), rtol=1e-5, atol=1e-5)
     assert Preprocess.from_dict(json.loads(json.dumps(how.__dict__))) == how

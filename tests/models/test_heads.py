@@ -62,6 +62,12 @@ def test_projection_is_its_equation(training: bool) -> None:
     assert not torch.allclose(out, truth, atol=1e-2)
 
 
+def test_projection_starts_kaiming_normal() -> None:
+    head = ProjectionMLP(256, 512, 128)
+    for layer, fan_in in ((head[0], 256), (head[3], 512)):
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)
+
+
 def test_float32_inside_bf16_autocast() -> None:
     x = feats(8, 64).float()
     for head in (CosineClassifier(64, 10), LinearClassifier(64, 10)):
