@@ -38,8 +38,8 @@ def test_bars_of_many_medium_few(tmp_path):
 
 def test_groups_of_classes_are_counted_from_many_to_few(tmp_path):
     test = {"kind": "test", "last": {"top1": 50.0, "many": 75.0, "medium": 40.0, "few": 20.0}}
-    data = {**DATA, "counts": [200, 50, 40, 30, 5]}
-    assert numbers.shots(view_of(tmp_path, [data, test]))["classes"] == [5, 1, 3, 1]
+    data = {**DATA, "counts": [200, 150, 120, 50, 3]}
+    assert numbers.shots(view_of(tmp_path, [data, test]))["classes"] == [5, 3, 1, 1]
 
 
 def test_curves_of_a_scouting_run(tmp_path):
