@@ -132,7 +132,10 @@ def test_sigterm_before_a_resumed_run_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, (out, err)
-    assert err == f"ltfast: stopped by SIGTERM at once; continue from the last checkpoint with: ltfast train --resume {run}\n"
+    assert (
+        err
+        == f"ltfast: stopped by SIGTERM at once; continue from the last checkpoint with: ltfast train --resume {run}\n"
+    )
 
 
 @pytest.mark.dist
@@ -260,7 +263,7 @@ def test_a_rank_that_fails_beside_nccl_ends_without_waiting(
     monkeypatch.setattr("ltfast.train.train", fails)
     monkeypatch.setattr(dist, "start", lambda: Ranks(1, 2, 1))
     monkeypatch.setattr(os, "_exit", ends)
-    with pytest.raises(SystemExit, match="^1$"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         cli.train_here(Config(), None, {})
     if isinstance(error, UserError):
         assert message.read_text() == "one bad picture"
