@@ -224,6 +224,35 @@ def put(folder: Path, cell: str, seed: int, torch: str = "2", draws: int | None 
             file.write(json.dumps({"case": case, "metric": metric, "value": value, **about}) + "\n")
 
 
+def test_mechanics_are_of_the_epochs_after_scouting():
+    rows = {
+        "epoch": [{"epoch": e, "phase": phase, "grad_norm": 4.0} for e, phase in ((0, "scout"), (1, "train"), (2, "train"))],
+        "forces": [{"epoch": e, "gkp": gkp} for e, gkp in ((0, 400.0), (1, 1.0), (2, None))],
+        "ascent": [
+            {"epoch": 0, "above": [9.0], "below": [9.0], "length": [9.0]},
+            {"epoch": 1, "above": [0.5, None], "below": [0.25, None], "length": [0.1, 0.3], "refresh_cos": 0.9},
+            {"epoch": 2, "above": [0.7], "below": [0.05], "length": [0.4]},
+        ],
+    }  # fmt: skip
+    found = ablation.mechanics(SimpleNamespace(metrics=rows.__getitem__))
+    expected = {"gkp_over_grad": 0.25, "clipped_above": 0.6, "clipped_below": 0.15, "length": 0.3, "refresh_cos": 0.9}
+    assert found == pytest.approx(expected)
+
+
+def test_fields_of_a_row_replace_the_facts_of_the_process(results: Path):
+    row = harness.append_row("b", "case", "seconds", 1.5, commit="abc", date="then", n=3)
+    assert json.loads((results / "b.jsonl").read_text()) == row
+    assert (row["commit"], row["date"], row["n"], row["value"]) == ("abc", "then", 3, 1.5)
+
+
+def test_a_section_says_where_no_gpu_was_measured(results: Path):
+    part = report.Section("Title", "b", "Text.")
+    assert report.section(part).endswith(report.NOT_MEASURED)
+    for cuda, missing in ((None, True), ("13.0", False)):
+        harness.append_row("b", "case", "seconds", 1.5, cuda=cuda)
+        assert ("On a GPU: " in report.section(part)) == missing
+
+
 def test_table_pairs_by_seed_and_names_what_is_missing(results: Path) -> None:
     for seed, base, sam in ((0, 80.0, 82.0), (1, 84.0, 88.0), (2, 70.0, 99.0)):
         put(results, "bcl+sam,rho=0.05", seed, top1=sam, few=sam, ece=1.0, length=0.05)
