@@ -74,23 +74,18 @@ def _torch_export(trained: Trained, path: Path) -> None:
 
 def _onnx(trained: Trained, path: Path) -> None:
     size = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
-    apart = size > ONNX_BYTES
-    # Weights in a file of their own are found by its name, so only a graph that holds them may be renamed.
-    part = path if apart else path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        torch.onnx.export(
-            trained.model,
-            (_example(trained),),
-            str(part),
-            input_names=["pictures"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            external_data=apart,
-            verbose=False,
-        )
-        part.replace(path)
-    finally:
-        if not apart:
-            part.unlink(missing_ok=True)
+    program = torch.onnx.export(
+        trained.model,
+        (_example(trained),),
+        input_names=["pictures"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None  # of the dynamo exporter
+    if size > ONNX_BYTES:  # the weights' own file is found by its name, so neither can be renamed
+        program.save(path, external_data=True)
+    else:
+        checkpoint.write_atomically(path, [program.model_proto.SerializeToString()])
     path.with_suffix(".json").write_text(json.dumps(trained.describe()) + "\n")

@@ -124,7 +124,8 @@ class ConsoleProgress(Progress):
         self.read_at = time.monotonic()
         if self.bar.disable:
             self.console.print(f"epoch {epoch + 1}/{self.epochs}  step {batch:,} of {total:,}  loss {loss}")
-        self.bar.update(self.task, completed=epoch * total + batch, epoch=epoch + 1, loss=loss)
+        else:
+            self.bar.update(self.task, completed=epoch * total + batch, epoch=epoch + 1, loss=loss)
 
     def epoch(self, epoch: int, epochs: int, phase: str, summary: dict[str, float], val: dict[str, float]) -> None:
         figures = "  ".join(f"{k} {v:5.1f}" for k, v in val.items() if k != "ece")

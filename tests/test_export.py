@@ -89,6 +89,17 @@ def test_onnx(run: Path, truth: dict[str, torch.Tensor], tmp_path: Path) -> None
         torch.testing.assert_close(torch.from_numpy(out), truth["logits"][:batch], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_weights_too_large_for_one_onnx_file_lie_beside_it(run: Path, truth, tmp_path: Path, monkeypatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr("ltfast.export.ONNX_BYTES", 0)
+    path = export(run, "onnx", out=tmp_path / "model.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.onnx", "model.onnx.data"]
+    logits = onnxruntime.InferenceSession(str(path)).run(None, {"pictures": truth["x"].numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(logits), truth["logits"], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.skipif("onnx" not in MISSING, reason="onnx is installed")
 def test_onnx_without_the_package(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run), "--format", "onnx"]) == 2

@@ -131,7 +131,7 @@ class SAM(FlatOptimizer):
             raise
 
     def _both_passes(self, closure: Closure, scaler: GradScaler | None) -> Any:
-        scaled = getattr(self, "grad_scale", None)
+        scaled = self._of_scaler("grad_scale")
         if not self._fresh():
             self.zero_grad()
             with self.first_pass():

@@ -132,10 +132,8 @@ def test_sigterm_before_a_resumed_run_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, (out, err)
-    assert (
-        err
-        == f"ltfast: stopped by SIGTERM at once; continue from the last checkpoint with: ltfast train --resume {run}\n"
-    )
+    remedy = f"continue from the last checkpoint with: ltfast train --resume {run}"
+    assert err == f"ltfast: stopped by SIGTERM at once; {remedy}\n"
 
 
 @pytest.mark.dist
