@@ -94,6 +94,16 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
+    "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
+        f"{method},epochs=200{share}": Cell(method, {"epochs": 200} | ({"scout": 0.8} if share else {}))
+        for method, share in (
+            ("balanced-softmax", ""),
+            ("balanced-softmax+gkp", ",scout=0.8"),
+            ("balanced-softmax+gkp-gsa", ",scout=0.8"),
+            ("balanced-softmax+sam", ""),
+            ("balanced-softmax+gkp", ""),
+        )
+    },
     "recipe": {  # what the speedrun's recipe may gain from
         "balanced-softmax,tta=flip": Cell("balanced-softmax", {"tta": "flip"}),
         "balanced-softmax,weight_decay=0.002": Cell("balanced-softmax", {"weight_decay": 2e-3}),
@@ -115,10 +125,9 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 def baseline_of(name: str) -> str:
     """The cell that a cell is compared with: BCL of as many epochs, or balanced softmax beside other one-view losses."""
-    if name in SWEEPS["one-view"] or name in SWEEPS["recipe"]:
-        return "balanced-softmax"
-    _, shorter, epochs = name.partition(",epochs=")
-    return f"bcl{shorter}{epochs}"
+    one_view = any(name in SWEEPS[sweep] for sweep in ("one-view", "long", "recipe"))
+    _, own, epochs = name.partition(",epochs=")
+    return ("balanced-softmax" if one_view else "bcl") + own + epochs.partition(",")[0]
 
 
 @cache
