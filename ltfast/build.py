@@ -156,7 +156,7 @@ def fitting(config: Config, num_classes: int) -> Config:
     if groups <= num_classes or not (config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")):
         return config
     if groups != FIELDS["groups"][1].default:
-        raise UserError(f"--groups {groups}: more groups than the {num_classes} classes; use at most {num_classes}")
+        raise UserError(f"--groups {groups}: more groups than the {num_classes:,} classes; use at most {num_classes}")
     return config.with_(groups=num_classes)
 
 

@@ -43,20 +43,25 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_lists(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data_dir", metavar="ROOT", help="folder of the pictures")
-    parser.add_argument("--dataset", default=None, help="folder, list, imagenet-lt, inat18 or places-lt [guessed]")
+    parser.add_argument("data_dir", metavar="ROOT", help="folder of the pictures, or a pattern of shards")
+    parser.add_argument(
+        "--dataset", default=None, help="folder, list, webdataset, imagenet-lt, inat18 or places-lt [guessed]"
+    )
     for split in ("train", "val", "test"):
-        parser.add_argument(f"--{split}-list", default=None, metavar="FILE", help=f"list file of {split} images")
+        also = "" if split == "train" else ", or a pattern of shards"
+        parser.add_argument(f"--{split}-list", default=None, metavar="FILE", help=f"list file of {split} images{also}")
 
 
 def _lists(args: argparse.Namespace) -> dict[str, ImageList]:
-    from ltfast.data.public import PUBLIC, find_lists
+    from ltfast.data.public import find_lists
+    from ltfast.data.registry import LARGE
     from ltfast.recipes import refuse_unread
 
-    dataset = args.dataset or ("list" if args.train_list else "folder")
+    guessed = "list" if args.train_list else "webdataset" if args.data_dir.endswith(".tar") else "folder"
+    dataset = args.dataset or guessed
     names = {f"{split}_list": getattr(args, f"{split}_list") for split in ("train", "val", "test")}
-    if dataset not in (known := [*PUBLIC, "folder", "list"]):
-        raise UserError(f"--dataset {dataset}: `ltfast data` looks at {', '.join(known)} only")
+    if dataset not in LARGE:
+        raise UserError(f"--dataset {dataset}: `ltfast data` looks at {', '.join(LARGE)} only")
     refuse_unread(dataset, names)
     return find_lists(dataset, args.data_dir, **names)
 

@@ -56,8 +56,9 @@ def add_run_commands(commands: Any) -> None:
     predict.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights of a run [last]")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print [5]")
     predict.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N [cpu]")
-    predict.add_argument("--json", action="store_true", help="print one JSON object a picture")
-    predict.add_argument(
+    form = predict.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object a picture")
+    form.add_argument(
         "--csv", action="store_true", help="print a row a picture: image, class 1, probability 1, class 2, ..."
     )
     predict.set_defaults(run=command_predict)

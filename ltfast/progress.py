@@ -102,7 +102,7 @@ class ConsoleProgress(Progress):
         steps = cfg.optim.epochs * src.steps_per_epoch
         counts = src.train_counts
         self.console.print(
-            f"{cfg.data.dataset}: {counted(src.sizes['train'], 'training image')}, {src.num_classes} classes of "
+            f"{cfg.data.dataset}: {counted(src.sizes['train'], 'training image')}, {src.num_classes:,} classes of "
             f"{int(counts.max())} to {int(counts.min())} images, {src.sizes.get('val', 0):,} validation, {src.sizes['test']:,} test"
         )
         if note := split_note(src.sizes, src.test_from):

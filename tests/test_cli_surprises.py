@@ -228,6 +228,8 @@ def test_tables_of_classes_and_of_a_folder_of_pictures(
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 18
     assert all(len(row) == 5 and row[1] in COLOURS and float(row[2]) >= float(row[4]) for row in rows)
+    assert main(["predict", str(run), str(data / "test"), "--csv", "--json"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
     assert main(["predict", str(run), str(tmp_path / "none")]) == 2
     assert "no pictures below this folder" in capsys.readouterr().err

@@ -176,7 +176,8 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tup
                 bad.append((images.paths[i], finding.bad))
             notes.update(finding.notes)
             signatures[i] = finding.signature
-    duplicates = sorted({images.paths[again] for _, again in duplicate_indices(images.paths)})
+    again = duplicate_indices(images.paths) if images.loose else []  # names in shards are no paths
+    duplicates = sorted({images.paths[index] for _, index in again})
     nobody = np.flatnonzero(images.counts == 0).tolist()
     empty = [images.class_names[c] if images.class_names else str(c) for c in nobody]
     report = SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)

@@ -121,19 +121,9 @@ def load_large(
         "std": public.std if public else IMAGENET_STD,
         "dtype": dtype,
     }
-    if dataset == "webdataset":
-        from ltfast.data.webdataset import read_splits
-
-        lists = read_splits(str(data_dir), val_list, test_list, val_per_class)
-    else:
-        lists = find_lists(
-            dataset,
-            data_dir,
-            train_list=train_list,
-            val_list=val_list,
-            test_list=test_list,
-            val_per_class=val_per_class,
-        )
+    lists = find_lists(
+        dataset, data_dir, train_list=train_list, val_list=val_list, test_list=test_list, val_per_class=val_per_class
+    )
     lists = _shape(dataset, lists, imbalance, imbalance_type, limit_train, exclude_list)
     choice = choose_loader(loader, device, len(recipes))
     validate_lists(lists, exist=choice.name != "synthetic" and lists["train"].loose)

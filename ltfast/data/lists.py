@@ -245,7 +245,7 @@ def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
         shown = ", ".join(train.class_names[c] if train.class_names else str(c) for c in empty[:5].tolist())
         fix = "remove the class or add an image to it" if train.class_names else "labels must be 0..C-1 without gaps"
         raise UserError(
-            f"{train.source}: {len(empty)} of {num_classes} classes have no image (class {shown}"
+            f"{train.source}: {len(empty):,} of {num_classes:,} classes have no image (class {shown}"
             f"{', ...' if len(empty) > 5 else ''}); {fix}"
         )
     if num_classes < 2:
@@ -257,7 +257,7 @@ def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
             )
         if unknown := unknown_label(split, images, train):
             raise UserError(unknown)
-        repeats = duplicate_indices(images.paths, limit=1)
+        repeats = duplicate_indices(images.paths, limit=1) if images.loose else []
         if repeats:
             first, again = repeats[0]
             raise UserError(

@@ -72,7 +72,7 @@ def check_labels(labels: IntArray, num_classes: int, where: str, *, complete: bo
     missing = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
     if complete and len(missing):
         raise UserError(
-            f"{where}: class {missing[0]} has no image; every one of the {num_classes} classes needs at least one"
+            f"{where}: class {missing[0]} has no image; every one of the {num_classes:,} classes needs at least one"
         )
 
 

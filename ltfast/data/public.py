@@ -94,17 +94,23 @@ def find_lists(
     test_list: str | Path | None = None,
     val_per_class: int | None = None,
 ) -> dict[str, ImageList]:
-    """The splits 'train', 'val', 'test' of imagenet-lt, inat18, places-lt, list or folder below `data_dir`.
+    """The splits 'train', 'val', 'test' of imagenet-lt, inat18, places-lt, list or folder below `data_dir`, or of webdataset,
+    whose data_dir and val_list, test_list are patterns of shards.
 
     The *_list options name files (relative to the working folder, then to data_dir); a public set also finds its
     lists by their published names in data_dir, data_dir/lists and the like. See assign_splits for val_per_class and
     for a split that the set lacks.
     """
     root = Path(data_dir)
-    if not os.path.isdir(root):
-        raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
     given = {"train": train_list, "val": val_list, "test": test_list}
-    if dataset == "folder":
+    if dataset != "webdataset" and not os.path.isdir(root):
+        raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
+    if dataset == "webdataset":
+        from ltfast.data.webdataset import read_shards
+
+        patterns = {**given, "train": data_dir}
+        lists: dict[str, ImageList] = {split: read_shards(str(p)) for split, p in patterns.items() if p is not None}
+    elif dataset == "folder":
         lists = scan_folder(root)
     elif dataset == "list":
         if train_list is None:
@@ -113,7 +119,9 @@ def find_lists(
     elif dataset in PUBLIC:
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
-        raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join([*PUBLIC, 'folder', 'list'])}")
+        raise UserError(
+            f"unknown data set {dataset!r}; choose one of {', '.join([*PUBLIC, 'folder', 'list', 'webdataset'])}"
+        )
     return assign_splits(lists, val_per_class)
 
 

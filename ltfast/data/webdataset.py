@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import tarfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
@@ -29,8 +30,8 @@ from ltfast.data.decode import BadImage
 from ltfast.data.folders import IMAGE_SUFFIXES
 from ltfast.data.lists import ImageList
 from ltfast.data.paths import PathTable
-from ltfast.data.public import assign_splits
 from ltfast.errors import UserError
+from ltfast.launch import speaks
 
 log = logging.getLogger("ltfast.data")
 
@@ -85,7 +86,7 @@ class TarList(ImageList):
 
 def expand_shards(pattern: str) -> list[Path]:
     """Files of "A-{000..127}.tar", "{a,b}.tar", "*.tar" (or several joined by '::'). UserError for one that is
-    missing.
+    missing or stands twice.
     """
     shards: list[Path] = []
     for part in pattern.split("::"):
@@ -98,6 +99,8 @@ def expand_shards(pattern: str) -> list[Path]:
             f"--data-dir {pattern!r}: {'no shard' if not shards else f'shard {missing[0]} does not exist'}; "
             'give a pattern such as "/data/train-{000..127}.tar"'
         )
+    if twice := [shard for shard, n in Counter(shards).items() if n > 1]:
+        raise UserError(f"{pattern!r}: shard {twice[0]} stands twice; remove one")
     return shards
 
 
@@ -146,7 +149,7 @@ def _walk(shard: Path) -> list[list[Component]]:
                     components.append((f"{folder}/{stem}", entry))
         with open(shard, "rb") as file:
             file.seek(max(shard.stat().st_size - tarfile.BLOCKSIZE, 0))
-            if file.read().strip(b"\0"):
+            if file.read().strip(b"\0") and speaks():
                 log.warning("shard %s lacks the end mark of a tar file: it may have been cut off", shard)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {shard} is not a readable, uncompressed tar file ({error}); obtain it again") from error
@@ -211,11 +214,3 @@ def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndar
             rows[i] = int(digits), picture[1], picture[2]
             names.append(f"{shard.name}/{picture[3]}")
     return names, rows[:, 0].astype(np.int32), rows[:, 1].copy(), rows[:, 2].copy()
-
-
-def read_splits(
-    pattern: str, val_pattern: str | Path | None, test_pattern: str | Path | None, val_per_class: int | None = None
-) -> dict[str, ImageList]:
-    """The splits 'train', 'val' and 'test' of shards; see public.assign_splits for those that are not given."""
-    given = {"train": pattern, "val": val_pattern, "test": test_pattern}
-    return assign_splits({split: read_shards(str(p)) for split, p in given.items() if p is not None}, val_per_class)

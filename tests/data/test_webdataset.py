@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from ltfast.cli import main
 from ltfast.data.check import check_dataset
 from ltfast.data.large import load_large
 from ltfast.data.lists import ImageList, read_list
@@ -65,6 +66,25 @@ def test_patterns(tmp_path):
         expand_shards(f"{tmp_path}/a-{{000..005}}.tar")
     with pytest.raises(UserError, match="no shard"):
         expand_shards(f"{tmp_path}/c-*.tar")
+
+
+def test_one_shard_twice_is_refused_but_shards_of_one_name_are_not(loose, tmp_path):
+    once, again = pack(loose, tmp_path / "a", 1), pack(loose, tmp_path / "b", 1)
+    with pytest.raises(UserError, match=r"shard .*train-000\.tar stands twice"):
+        expand_shards(f"{once}::{once}")
+    test = pack(loose, tmp_path / "test", 1)
+    source = load_large("webdataset", data_dir=f"{once}::{again}", test_list=test, batch=4, loader="torch", workers=0)
+    assert source.sizes["train"] == 2 * len(loose)
+
+
+def test_data_check_and_stats_look_into_shards(loose, pattern, tmp_path, capsys):
+    test = pack(loose.select(np.arange(3)), tmp_path, 1)
+    words = [pattern, "--test-list", test]
+    assert main(["data", "stats", *words]) == 0
+    assert "9 .. 4" in capsys.readouterr().out
+    assert main(["data", "check", *words, "--full", "--csv", str(tmp_path / "found.csv")]) == 1
+    assert "also in train" in capsys.readouterr().out
+    assert "train-000.tar/sub/000000.jpg" in (tmp_path / "found.csv").read_text()
 
 
 def test_the_index_reaches_every_picture(loose, pattern):

@@ -46,6 +46,7 @@ RULES = (
     Rule(r"ltfast train\b", RUN, QUICK),
     Rule(r"ltfast report RUN", RUN),
     Rule(r"ltfast export .*--format (torch-export|onnx)", SLOW),
+    Rule(r"ltfast data check train-\{", PARSED),
     Rule(r"ltfast data contact .*--dataset", RUN, ("--image-size", "32")),
     Rule(r"ltfast (eval|export|predict|data|doctor|methods|datasets)\b.*", RUN),
     Rule(r"ltfast report$", PARSED),
