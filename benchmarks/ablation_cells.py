@@ -104,6 +104,10 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             ("balanced-softmax+gkp", ""),
         )
     },
+    "long-three-views": {
+        "bcl,epochs=200": Cell("bcl", {"epochs": 200}),
+        "gkp-gsa,epochs=200,scout=0.8": Cell("gkp-gsa", {"epochs": 200, "scout": 0.8}),
+    },
     "recipe": {  # what the speedrun's recipe may gain from
         "balanced-softmax,tta=flip": Cell("balanced-softmax", {"tta": "flip"}),
         "balanced-softmax,weight_decay=0.002": Cell("balanced-softmax", {"weight_decay": 2e-3}),

@@ -68,7 +68,7 @@ def half_cifar() -> str:
     """Rules on balanced softmax, one view; the default method on bcl, three views; what the speedrun's recipe may gain from."""
     return "\n\n".join(
         ablation.table(sweep, RESULTS / "ablation-cifar10-half.jsonl")
-        for sweep in ("one-view", "three-views", "long", "recipe")
+        for sweep in ("one-view", "three-views", "long", "long-three-views", "recipe")
     )
 
 

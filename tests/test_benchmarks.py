@@ -174,6 +174,7 @@ def test_studies_are_configurations_of_known_data_sets():
 def test_one_view_cells_are_compared_with_balanced_softmax():
     assert {ablation.baseline_of(name) for name in ablation.SWEEPS["one-view"]} == {"balanced-softmax"}
     assert {ablation.baseline_of(name) for name in ablation.SWEEPS["long"]} == {"balanced-softmax,epochs=200"}
+    assert {ablation.baseline_of(name) for name in ablation.SWEEPS["long-three-views"]} == {"bcl,epochs=200"}
     assert ablation.baseline_of("gkp,epochs=12") == "bcl,epochs=12"
     assert ablation.baseline_of("bcl+sam,rho=0.05") == "bcl"
 
