@@ -334,6 +334,15 @@ def test_smoke_runs_do_not_mix_with_long_ones(tmp_path: Path) -> None:
     assert seeded.rows(tmp_path / "none.jsonl", longest=True) == []
 
 
+def test_the_accuracy_table_leaves_smoke_runs_out(results: Path) -> None:
+    for epochs, method, top1 in ((60, "bcl", 80.0), (2, "ce", 90.0)):
+        for metric in ("top1", "many", "medium", "few", "ece"):
+            config = {"images": 9, "epochs": epochs}
+            harness.append_row("x", f"{method}/resnet8/seed=0", metric, top1, device="cpu", config=config)
+    assert "`bcl`" in report.figures.accuracy_table("x")
+    assert "`ce`" not in report.figures.accuracy_table("x")
+
+
 # -- report.py ---------------------------------------------------------------------------------------------------------------
 
 

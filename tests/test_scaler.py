@@ -103,7 +103,8 @@ def test_overflow_skips_the_step_and_halves_the_scale(name: str) -> None:
     assert difference(net, before) > 0
 
 
-def test_an_overflow_on_the_way_up_alone_skips_the_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def overflow_on_the_way_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ascent says that it has overflowed."""
     ascend = Engine.ascend
 
     def overflowing(self: Engine, *args: Any, **kwargs: Any) -> Tensor:
@@ -112,12 +113,24 @@ def test_an_overflow_on_the_way_up_alone_skips_the_step_too(monkeypatch: pytest.
         return coef
 
     monkeypatch.setattr(Engine, "ascend", overflowing)
+
+
+def test_an_overflow_on_the_way_up_alone_skips_the_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow_on_the_way_up(monkeypatch)
     scaler = LossScale(torch.device("cpu"), initial=256.0)
     before, _ = take_steps("sam", None, n=0)
     net, step = take_steps("sam", scaler, n=1)
     assert float(step.update.skipped) == 1
     assert float(scaler.scale) == 128
     assert difference(net, before) == 0
+
+
+def test_an_overflow_on_the_way_up_skips_no_step_that_repeats_the_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow_on_the_way_up(monkeypatch)
+    _, step = take_steps(
+        "one-view ascent", LossScale(torch.device("cpu"), initial=256.0), n=2
+    )  # climbs in every second
+    assert float(step.update.skipped) == 1
 
 
 @pytest.mark.parametrize("name", ["plain", "gsa-full", "gsa-paper"])

@@ -118,6 +118,11 @@ def test_tree_of_class_folders_holds_out_a_test_split(tmp_path: Path) -> None:
     assert source.input_shape == (3, 24, 24)
     assert next(iter(source.train(0))).views[1].shape == (4, 3, 24, 24)
     assert read_tree(tmp_path).images.shape[2:] == (40, 40)
+    halved = read_tree(tmp_path, 20, share=0.5)
+    assert np.bincount(halved.test_labels).tolist() == [15, 9, 7]
+    whole = read_tree(tmp_path, share=0.5).images[0].transpose(1, 2, 0)
+    expected = Image.fromarray(whole).resize((20, 20), Image.Resampling.BILINEAR)
+    assert np.array_equal(halved.images[0], np.asarray(expected).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("val_per_class", [0, 1])
