@@ -155,6 +155,9 @@ class Ranks:
             )
 
 
+_joined = Ranks()
+
+
 def checksum(tensor: Tensor) -> Tensor:
     """int64 0-dim: sum_i bits_i * (2 i + 1) mod 2^64 of a float32 tensor. Any single changed element changes it."""
     bits = tensor.detach().reshape(-1).view(torch.int32)
@@ -186,7 +189,14 @@ def start() -> Ranks:
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    return Ranks(rank, world, local, host=dist.new_group(backend="gloo", timeout=TIMEOUT))
+    global _joined
+    _joined = Ranks(rank, world, local, host=dist.new_group(backend="gloo", timeout=TIMEOUT))
+    return _joined
+
+
+def joined() -> Ranks:
+    """What `start` has returned, for ops that take tensors only."""
+    return _joined
 
 
 def lost_peer(error: RuntimeError) -> bool:

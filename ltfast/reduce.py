@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ltfast.collectives import gather_own_first
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 
@@ -136,24 +137,7 @@ class Agreement:
         """Projections z [2B, P] and labels [B] of all ranks, differentiable, and the slice of labels that is this rank's."""
         if self.alone or not self.everything:
             return z, labels, slice(None)
-        b = labels.numel()
+        b, world = labels.numel(), self.ranks.world
         views = z.view(2, b, -1).transpose(0, 1)  # [B, 2, P], so that ranks follow each other along the batch
-        whole = Gather.apply(views, self.ranks)
-        everyone = self.ranks.gather(labels).flatten()
-        first = self.ranks.rank * b
-        return whole.transpose(0, 1).reshape(-1, z.shape[1]), everyone, slice(first, first + b)
-
-
-class Gather(torch.autograd.Function):
-    """[b, ...] of every rank -> [world * b, ...] on every rank; backward adds up what all ranks' losses say of a rank's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks, ctx.size = ranks, x.shape[0]
-        return ranks.gather(x.contiguous()).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = ctx.ranks.sum_(grad.contiguous().clone())
-        first = ctx.ranks.rank * ctx.size
-        return grad[first : first + ctx.size], None
+        whole, everyone = gather_own_first(views, world), gather_own_first(labels, world)
+        return whole.transpose(0, 1).reshape(-1, z.shape[1]), everyone, slice(b)

@@ -1,40 +1,22 @@
 """BatchNorm over the batch of all ranks (`--sync-bn`).
 
-On CUDA this is torch.nn.SyncBatchNorm. That class refuses CPU tensors, so for gloo runs the same equations stand here:
     mean = sum_r sum x / n,   var = sum_r sum (x - mean)^2 / n,   n = sum_r n_r
-with sums over ranks whose backward is the sum over ranks of the incoming gradients.
+with sums over ranks whose backward is the sum over ranks of the incoming gradients. torch.nn.SyncBatchNorm has the same
+equations, but refuses CPU tensors and waits for the host once a layer.
 """
 
 from __future__ import annotations
-
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ltfast.collectives import sum_over_ranks
 from ltfast.dist import Ranks
-
-Net = TypeVar("Net", bound=nn.Module)
-
-
-class SumOverRanks(torch.autograd.Function):
-    """y = sum_r x_r on every rank; every rank's loss depends on every x, so gradients add up as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.sum_(x.clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.sum_(grad.contiguous().clone()), None
 
 
 class SyncedBatchNorm(_BatchNorm):
     """BatchNorm1d or 2d whose training statistics are those of all ranks' batches together; see `synchronise`."""
-
-    ranks: Ranks = Ranks()
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -42,17 +24,17 @@ class SyncedBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape."""
-        if not self.training or self.ranks.world == 1:
+        if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.new_full((1,), x.numel() / x.shape[1])
-        sums = SumOverRanks.apply(torch.cat([x.float().sum(dims), count.float()]), self.ranks)
+        sums = sum_over_ranks(torch.cat([x.float().sum(dims), count.float()]))
         n = sums[-1].detach()
         mean = sums[:-1] / n
         centred = x.float() - mean.view(shape)
-        variance = SumOverRanks.apply(centred.square().sum(dims), self.ranks) / n
+        variance = sum_over_ranks(centred.square().sum(dims)) / n
         self._remember(mean.detach(), variance.detach() * (n / (n - 1).clamp_min(1)))
         y = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
@@ -69,16 +51,10 @@ class SyncedBatchNorm(_BatchNorm):
             running.add_((new - running) * factor)
 
 
-def synchronise(module: Net, ranks: Ranks, cuda: bool) -> Net:
-    """`module` with every BatchNorm taking its training statistics over all ranks; parameters and buffers stay the same
-    objects with the same names. Returns the module to use."""
+def synchronise(module: nn.Module, ranks: Ranks) -> None:
+    """Make every BatchNorm take its training statistics over all ranks; parameters and buffers stay the same objects."""
     if ranks.world == 1:
-        return module
-    if cuda:
-        converted: Net = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return converted
-    bound = type("SyncedBatchNorm", (SyncedBatchNorm,), {"ranks": ranks})
+        return
     for part in module.modules():
         if isinstance(part, _BatchNorm):
-            part.__class__ = bound
-    return module
+            part.__class__ = SyncedBatchNorm

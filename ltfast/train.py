@@ -62,7 +62,7 @@ class Trainer(Durable):
         self.counts = self.source.train_counts.to(self.device)
         model = build.build_model(config, self.source.input_shape, self.source.num_classes)
         if config.run.sync_bn:
-            model = synchronise(model, ranks, self.device.type == "cuda")
+            synchronise(model, ranks)
         self.model = model.to(self.device)
         if self.device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -191,11 +191,14 @@ def test_agreement(tmp_path: Path) -> None:
         assert result["shares"].tolist() == result["agreed"].tolist() == [0.5, 0.125, 0.375]
         nan = 0.0  # groups 1 and 2 never met
         assert result["gram"].tolist() == [[1.5, 1.0, 2.0], [1.0, 1.0, nan], [2.0, nan, 2.0]]
-        assert result["labels"].tolist() == [0, 1, 10, 11]
+        assert result["labels"].tolist() == [[0, 1, 10, 11], [10, 11, 0, 1]][rank], "a rank's own come first"
         assert result["own"].tolist() == [[0, 1], [10, 11]][rank]
-        assert result["z"][:, 0].tolist() == [0, 2, 100, 102, 4, 6, 104, 106], "view 2 of all, then view 3 of all"
-        mine = torch.tensor([[0.0, 1, 4, 5], [2, 3, 6, 7]][rank])
-        assert result["grad"].tolist() == (3 * mine)[:, None].expand(4, 2).tolist(), "both ranks' losses, 1 + 2 times"
+        views = [[0, 2, 100, 102, 4, 6, 104, 106], [100, 102, 0, 2, 104, 106, 4, 6]]
+        assert result["z"][:, 0].tolist() == views[rank], "view 2 of all, then view 3 of all"
+        own, others = torch.tensor([0.0, 1, 4, 5]), torch.tensor([2.0, 3, 6, 7])  # weights of places
+        theirs = 1 + (1 - rank)
+        expected = (1 + rank) * own + theirs * others
+        assert result["grad"].tolist() == expected[:, None].expand(4, 2).tolist(), "both ranks' losses, 1 and 2 times"
         assert result["rows"].flatten().tolist() == [0.5] * 4
         assert result["local_rows"].flatten().tolist() == [float(rank)] * 4
 
@@ -206,7 +209,7 @@ def batchnorms(ranks: Ranks, momentum: float | None) -> dict[str, Any]:
         nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, momentum=momentum), nn.ReLU(),
         nn.Flatten(), nn.Linear(80, 4, bias=False), nn.BatchNorm1d(4),
     )  # fmt: skip
-    net = synchronise(net, ranks, cuda=False)
+    synchronise(net, ranks)
     x = torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     part = 12 // ranks.world
     for _ in range(2):
