@@ -165,7 +165,7 @@ def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flag
     config = Config().with_(**layers)
     given = {name: getattr(config.data, name) for name in READ_BY}
     refuse_unread(dataset, {name: value for name, value in given.items() if value != FIELDS[name][1].default})
-    if config.optim.nesterov and config.optim.momentum == 0:
+    if config.optim.nesterov and config.optim.optimizer == "sgd" and config.optim.momentum == 0:
         raise UserError("nesterov=True: it needs momentum; set --momentum above 0 or leave --nesterov out")
     return dataclasses.replace(config, method=method_name(method, config))
 

@@ -116,6 +116,11 @@ def test_options_that_a_method_does_not_read_are_said(method: str, idle: str | N
     assert line == (idle and f"note: no effect with {method}: {idle}")
 
 
+def test_momentum_is_asked_for_by_sgd_alone(capsys) -> None:
+    assert main(["train", "--dry-run", "--nesterov", "--momentum", "0", "--optimizer", "adamw"]) == 0
+    assert "note: no effect with gkp-gsa: --nesterov" in capsys.readouterr().out
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--method", "gsa-exact", "--dry-run"]) == 0

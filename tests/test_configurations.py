@@ -47,6 +47,31 @@ def test_a_sampler_by_groups_is_said_to_do_nothing_without_groups(method: str, r
     assert unread(config, ["sampler"]) == ([] if read else ["sampler"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "idle", "read"),
+    [
+        ("nesterov", True, {"optimizer": "adamw"}, {"optimizer": "sgd"}),
+        ("scale", 7.0, {"classifier": "linear"}, {"classifier": "cosine"}),
+        ("imbalance_type", "step", {"imbalance": 1.0}, {}),
+        ("gram_every", 1, {"scope": "classifier"}, {"scope": "all"}),
+        ("gram_ema", 0.1, {"scope": "classifier", "gram_every": 2}, {"gram_every": 2, "aggregate": "share"}),
+        ("aggregate", "share", {"direction": "joint"}, {"direction": "orthogonal"}),
+    ],
+)
+def test_an_option_is_said_to_do_nothing_exactly_where_it_does_nothing(
+    name: str, value: Any, idle: dict[str, Any], read: dict[str, Any]
+) -> None:
+    def weights(**flags: Any) -> torch.Tensor:
+        made = trainer("gsa-full", limit_train=90, **{"batch": 18, "rho": 0.05, **flags})
+        made.fit()
+        return made.flat.data
+
+    for others, does in ((idle, False), (read, True)):
+        config = build_config("digits-lt", "gsa-full", {}, {name: value, **others})
+        assert unread(config, [name]) == ([] if does else [name])
+        assert torch.equal(weights(**others), weights(**others, **{name: value})) != does
+
+
 def test_an_image_that_is_drawn_again_looks_different() -> None:
     source: Any = trainer("ce", sampler="class-balanced").source
     rarest = int(source.train_labels.bincount().argmin())
