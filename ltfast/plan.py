@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,9 +19,11 @@ from ltfast.flat import FlatParameters
 from ltfast.launch import process_count
 from ltfast.memory import activations
 from ltfast.optim.rules import Rule
+from ltfast.preserve.bank import check_state
 from ltfast.progress import counted
 from ltfast.recipes import needs_groups, rule_of
 from ltfast.schedule import scouting_epochs
+from ltfast.train import load_bank
 
 FLOAT = 4
 GIB = 1 << 30
@@ -114,7 +117,11 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     anchor = 2 if config.preserve.gkp else 0
     scouts = scouting_epochs(config.preserve, config.optim.epochs) if banked else 0
     span = flat.span(model.encoder.parameters())
-    snapshots = min(source.num_classes, scouts if not config.preserve.regroup else config.optim.epochs)
+    snapshots = scouts if not config.preserve.regroup else config.optim.epochs
+    if config.preserve.bank:
+        bank = load_bank(Path(config.preserve.bank), source.class_names, config.preserve.center)
+        check_state(bank, source.num_classes, span.stop - span.start)
+        snapshots += len(bank["epochs"])
     kept_images = None
     if large:
         need = activations(model, build.build_objective(config, source.train_counts), source.input_shape)
@@ -132,7 +139,7 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
         flops_vs_sgd=predicted_flops(config, source.num_classes),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
         activation_bytes=kept_images,
-        bank_bytes_max=FLOAT * (span.stop - span.start) * snapshots if banked else 0,
+        bank_bytes_max=FLOAT * (span.stop - span.start) * min(source.num_classes, snapshots) if banked else 0,
         processes=processes,
         images_a_process=config.data.batch // processes,
         missing=first_missing(source) if isinstance(source, LargeSource) else "",

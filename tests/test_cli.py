@@ -16,6 +16,7 @@ from ltfast.baselines import baseline_for
 from ltfast.build import pick_device
 from ltfast.cli import main
 from ltfast.errors import UserError
+from ltfast.plan import make_plan
 from ltfast.progress import counted
 from ltfast.recipes import build_config
 from ltfast.report.budget import Progress as ReportProgress
@@ -134,6 +135,10 @@ def test_bank_of_an_earlier_run(run: Path, tmp_path: Path, capsys) -> None:
     bank, out = shutil.copytree(run, tmp_path / "bank"), tmp_path / "b"
     assert main(["train", "--bank", str(bank), "--out", str(out), *QUICK]) == 0
     assert "grouped" in capsys.readouterr().out
+    assert main(["train", "--bank", str(bank), "--dry-run", *QUICK]) == 0
+    assert main(["train", "--bank", str(bank), "--dry-run", "--model", "resnet8-w4", *QUICK]) == 2
+    assert "the memory bank is of another model" in capsys.readouterr().err
+    assert make_plan(RunFolder.open(out).config).bank_bytes_max > 0
     log = bank / "metrics.jsonl"
     log.write_text(log.read_text().replace('"class_names": ["0", "1"', '"class_names": ["1", "0"'))
     assert main(["train", "--bank", str(bank), "--out", str(tmp_path / "c"), *QUICK]) == 2
