@@ -225,7 +225,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"--weights {path}: is a folder; of a run, give {path}/checkpoints/last.safetensors")
     try:
         if path.suffix == ".safetensors":
-            return load(path)[0]
+            tensors, meta = load(path)
+            if "run" in meta:
+                raise UserError(f"{path}: is a training state, not weights; give {path.parent}/last.safetensors")
+            return tensors
         found = torch.load(path, map_location="cpu", weights_only=True)
         found = found.get("state_dict", found.get("model", found))
         return {k: v for k, v in found.items() if isinstance(v, Tensor)}

@@ -336,3 +336,11 @@ def test_weights_are_found_inside_larger_models(names: str, tmp_path: Path) -> N
     checkpoint.load_weights(encoder, tmp_path / "pretrained.pth")
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_a_training_state_given_as_weights_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save_state(1, state(1), {"epoch": 1})
+    store.flush()
+    with pytest.raises(UserError, match=r"^--weights .*: is a training state, not weights; give .*/last.safetensors"):
+        checkpoint.load_weights(torch.nn.Linear(2, 2), *tmp_path.glob("state-*"))
