@@ -226,7 +226,7 @@ class BadSteps:
         return old
 
     def _stop(self) -> None:
-        count = int(self.counter)
+        count = min(int(self.counter), len(self.recent))  # of those before a resume only the number is known
         steps = list(self.recent)[-count:]
         rows = [
             {"epoch": epoch, "batch": batch, "index": self.ranks.gather(index).flatten().tolist()}

@@ -356,6 +356,17 @@ def test_bad_steps_in_between_do_not_add_up() -> None:
         BadSteps(0, counter, Ranks(), None)
 
 
+def test_bad_steps_before_a_resume_are_not_told_as_steps_after_it(tmp_path: Path) -> None:
+    counter = torch.tensor(2.0)  # of the training state
+    watch = BadSteps(3, counter, Ranks(), tmp_path)
+    for batch in (5, 6):
+        watch.after_step(1, batch, torch.tensor([batch]))
+    counter.fill_(5)
+    with pytest.raises(UserError, match=r"3 steps in a row .* since batch 5 of epoch 2"):
+        watch.after_step(1, 7, torch.tensor([7]))
+    assert len(json.loads((tmp_path / "bad_steps.json").read_text())["steps"]) == 3
+
+
 def test_the_end_of_an_epoch_looks_at_weights_and_short_epochs(tmp_path: Path) -> None:
     counter = torch.zeros(())
     watch = BadSteps(5, counter, Ranks(), tmp_path)
