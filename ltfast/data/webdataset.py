@@ -93,11 +93,10 @@ def expand_shards(pattern: str) -> list[Path]:
         for name in _braces(part):
             found = sorted(glob.glob(name)) if any(c in name for c in "*?[") else [name]
             shards += [Path(f) for f in found]
-    missing = [str(s) for s in shards if not s.is_file()]
-    if missing or not shards:
+    wrong = [f"shard {s} {'is a folder' if s.is_dir() else 'does not exist'}" for s in shards if not s.is_file()]
+    if wrong or not shards:
         raise UserError(
-            f"--data-dir {pattern!r}: {'no shard' if not shards else f'shard {missing[0]} does not exist'}; "
-            'give a pattern such as "/data/train-{000..127}.tar"'
+            f'{pattern}: {wrong[0] if wrong else "no shard"}; give a pattern such as "/data/train-{{000..127}}.tar"'
         )
     if twice := [shard for shard, n in Counter(shards).items() if n > 1]:
         raise UserError(f"{pattern!r}: shard {twice[0]} stands twice; remove one")
@@ -188,7 +187,7 @@ def read_shards(pattern: str) -> TarList:
         parts = list(pool.map(_read_shard, shards))
     names = [name for part in parts for name in part[0]]
     if not names:
-        raise UserError(f"--data-dir {pattern!r}: the shards hold no sample with a picture and a .{LABEL} label")
+        raise UserError(f"{pattern}: the shards hold no sample with a picture and a .{LABEL} label")
     labels, starts, sizes = (np.concatenate([part[k] for part in parts]) for k in (1, 2, 3))
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(part[0]) for part in parts])
     return TarList(

@@ -64,6 +64,8 @@ def test_patterns(tmp_path):
     assert [shard.name for shard in expand_shards(f"{tmp_path}/*.tar")] == order
     with pytest.raises(UserError, match=r"shard .*a-003\.tar does not exist"):
         expand_shards(f"{tmp_path}/a-{{000..005}}.tar")
+    with pytest.raises(UserError, match=f"^{tmp_path}: shard {tmp_path} is a folder"):  # may be of any of three options
+        expand_shards(str(tmp_path))
     with pytest.raises(UserError, match="no shard"):
         expand_shards(f"{tmp_path}/c-*.tar")
 
