@@ -135,8 +135,9 @@ class Trainer(Durable):
             return self.finish()
 
     def grouping_due(self, epoch: int) -> bool:
-        """After scouting, then every `regroup` epochs; not in the middle of an epoch that is being resumed."""
-        if not self.needs_groups or epoch < self.scouts or self.batch:
+        """After scouting, then every `regroup` epochs; not in the middle of an epoch that is being resumed, nor while the bank is
+        empty, because all steps so far were skipped: scouting then goes on."""
+        if not self.needs_groups or epoch < self.scouts or self.batch or not len(self.bank):
             return False
         every = self.config.preserve.regroup
         return self.groups is None or bool(every and epoch > self.scouts and (epoch - self.scouts) % every == 0)
@@ -253,7 +254,7 @@ class Trainer(Durable):
         """Give each class whose features were never better this epoch's encoder as its bank entry."""
         self.ranks.sum_(self.quality.flat)
         quality = self.quality.compute(self.config.preserve.lambda_q)
-        if self.needs_groups and (epoch < self.scouts or self.config.preserve.regroup):
+        if self.needs_groups and (epoch < self.scouts or self.config.preserve.regroup or not len(self.bank)):
             self.bank.update(quality.quality, self.flat.data[self.encoder], epoch)
         self.log("quality", epoch=epoch, **quality_row(quality, self.source.train_counts))
         self.quality.reset()
@@ -272,7 +273,7 @@ class Trainer(Durable):
             if score > self.best["score"]:
                 self.best = {"score": score, "epoch": epoch}
                 self.save_weights("best")
-        phase = "scout" if epoch < self.scouts else "train"
+        phase = "scout" if self.needs_groups and self.groups is None else "train"
         short = {k: val[k] for k in ("top1", "many", "medium", "few", "ece") if val.get(k) is not None}
         self.log("epoch", epoch=epoch, phase=phase, lr=float(self.update.lr), **summary, val=short, bank=len(self.bank))
         self.progress.epoch(epoch, cfg.optim.epochs, phase, summary, short)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,25 @@ def test_an_option_is_said_to_do_nothing_exactly_where_it_does_nothing(
         config = build_config("digits-lt", "gsa-full", {}, {name: value, **others})
         assert unread(config, [name]) == ([] if does else [name])
         assert torch.equal(weights(**others), weights(**others, **{name: value})) != does
+
+
+@pytest.mark.parametrize("skipped", [5, 6, 8])
+def test_scouting_goes_on_until_a_step_was_of_use(skipped: int) -> None:
+    """fp16's loss scale finds its size by skipped steps: five of the six of scouting, so that some classes have no entry, or all."""
+    made = trainer("gkp-gsa", scout=0.0, epochs=3, limit_train=90, batch=15, fisher_budget=8)
+    source: Any = made.source
+    real, count = source.make_batch, itertools.count()
+
+    def make_batch(*args: Any) -> Any:
+        batch = real(*args)
+        views = [view * math.nan for view in batch.views] if next(count) < skipped else batch.views
+        return batch._replace(views=tuple(views))
+
+    source.make_batch = make_batch
+    made.fit()
+    assert made.groups is not None
+    assert made.groups.unique().tolist() == [0, 1, 2, 3]
+    assert bool(made.flat.data.isfinite().all())
 
 
 def test_an_image_that_is_drawn_again_looks_different() -> None:

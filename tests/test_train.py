@@ -146,6 +146,8 @@ def test_alpha_strength_and_learning_rate_follow_the_place_in_the_run() -> None:
 def test_groups_are_made_after_scouting_and_then_every_so_many_epochs() -> None:
     for regroup, due in ((0, [2]), (3, [2, 5])):
         trainer, found = made("gkp-gsa", epochs=8, scout=0.25, regroup=regroup), []
+        assert not trainer.grouping_due(2)  # nothing in the bank
+        trainer.bank.update(torch.ones(10), trainer.flat.data[trainer.encoder], 0)
         for epoch in range(8):
             trainer.batch = 1  # taken up again in the middle of the epoch
             assert not trainer.grouping_due(epoch)

@@ -125,16 +125,16 @@ class MemoryBank:
     def group_means(self, group_of_class: Tensor, num_groups: int, block: int = 1 << 16) -> Tensor:
         """theta*_j [G, D] float32: the mean over group j's classes of their entry, summed in float64 by blocks.
 
-        Classes without an entry do not count. Raises ValueError for a group none of whose classes has one.
+        Classes without an entry do not count; a group of such classes alone gets the largest snapshot, as in grouping.
         """
-        ids, _, classes = self.lumps()
+        ids, masses, classes = self.lumps()
         if not ids:
             raise ValueError("the memory bank is empty: update it after at least one epoch")
         weight = torch.stack([torch.bincount(group_of_class[c], minlength=num_groups) for c in classes], 1).double()
-        total = weight.sum(1, keepdim=True)
-        if weight.shape[0] != num_groups or (total == 0).any():
-            raise ValueError(f"group_of_class must give each of {num_groups} groups a class with a snapshot")
-        weight /= total
+        if weight.shape[0] != num_groups:
+            raise ValueError(f"group_of_class must name {num_groups} groups, got {weight.shape[0]}")
+        weight[weight.sum(1) == 0, masses.argmax()] = 1
+        weight /= weight.sum(1, keepdim=True)
         means = torch.empty(num_groups, self.dimension)
         buffer = torch.empty(len(ids), min(block, self.dimension), dtype=torch.float64)
         for columns, rows in self.blocks(block):

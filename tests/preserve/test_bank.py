@@ -68,8 +68,9 @@ def test_group_means(block):
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)  # float32 result; observed 2e-7
     unweighted = torch.stack([torch.stack([entries[c] for c in m[:1]]).double().mean(0) for m in members])
     assert (got.double() - unweighted).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="each of 3 groups"):
-        bank.group_means(torch.tensor([0, 0, 0, 0, 0, 0, 1]), 3)
+    ids, masses, _ = bank.lumps()
+    alone = bank.group_means(torch.tensor([0, 0, 0, 0, 0, 0, 1]), 2, block)[1]
+    assert torch.equal(alone, bank.snapshot(ids[int(masses.argmax())]))
     with pytest.raises(ValueError, match="empty"):
         MemoryBank(3, 4).group_means(torch.zeros(3, dtype=torch.long), 1)
 
