@@ -145,8 +145,16 @@ class RunFolder:
         """Make the folder named by --out (or a fresh default one), lock it, and write config.toml and env.json.
 
         Raises:
-            UserError: the folder exists and is not empty, or cannot be written.
+            UserError: the folder exists and is not empty, or cannot be written; a path is not UTF-8, as config.toml must be.
         """
+        text = toml_of(absolute(config).to_dict())
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:
+            name = text[: error.start].rpartition("\n")[2].partition(" = ")[0]
+            raise UserError(
+                f"--{name.replace('_', '-')}: holds a byte that is not UTF-8, which config.toml cannot; use another path"
+            ) from None
         folder = RunFolder(Path(config.run.out) if config.run.out else fresh_folder(config))
         folder.check_free()
         try:
@@ -154,7 +162,7 @@ class RunFolder:
             folder.lock()
             folder.check_free()  # again: another process may have been between the first time and the lock
             # Whole and first: who finds it, however this process ends, may --resume.
-            write_atomically(folder.path / "config.toml", [toml_of(absolute(config).to_dict()).encode()])
+            write_atomically(folder.path / "config.toml", [content])
             folder.prepare()
         except OSError as error:
             folder.close()
@@ -201,7 +209,7 @@ class RunFolder:
     def check_classes(self, class_names: Sequence[str], what: str, remedy: str) -> None:
         """UserError, begun by `what` and ended by `remedy`, if the run's classes are not `class_names` in this order."""
         for row in self.metrics("data")[-1:]:
-            for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names, fillvalue="none")):
+            for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names)):
                 if there != here:
                     raise UserError(f"{what}: class {c} is {there!r} there and {here!r} here; {remedy}")
 

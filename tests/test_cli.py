@@ -21,6 +21,7 @@ from ltfast.progress import counted
 from ltfast.recipes import build_config
 from ltfast.report.budget import Progress as ReportProgress
 from ltfast.runs import RunFolder
+from tests.test_resume import assert_same_run
 
 QUICK = ["--epochs", "2", "--scout", "0.5", "--fisher-budget", "32", "--no-tensorboard"]
 
@@ -68,6 +69,8 @@ def test_run_folder_describes_itself(run: Path) -> None:
     kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("epoch") == 2
     assert {"data", "group", "test"} <= set(kinds)
+    (data,) = RunFolder.open(run).metrics("data")
+    assert data["test_from"] == "test"
 
 
 def test_eval_json(run: Path, capsys) -> None:
@@ -78,6 +81,17 @@ def test_eval_json(run: Path, capsys) -> None:
     assert result["top1"] == next(r for r in rows if r["kind"] == "test")["last"]["top1"]
     assert main(["eval", str(run), "--checkpoint", "best"]) == 0
     assert "few-shot %" in capsys.readouterr().out
+
+
+def test_eval_and_export_take_the_checkpoint_that_is_named(run: Path, tmp_path: Path, capsys) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "checkpoints" / "last.safetensors").unlink()
+    for words, file in ((["eval", str(copy)], None), (["export", str(copy)], copy / "export" / "best.safetensors")):
+        assert main([*words, "--checkpoint", "best"]) == 0
+        assert file is None or file.exists()
+        capsys.readouterr()
+        assert main(words) == 2
+        assert "last.safetensors" in capsys.readouterr().err
 
 
 def test_eval_on_another_device_than_the_runs(run: Path, tmp_path: Path, capsys) -> None:
@@ -139,6 +153,10 @@ def test_bank_of_an_earlier_run(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["train", "--bank", str(bank), "--dry-run", "--model", "resnet8-w4", *QUICK]) == 2
     assert "the memory bank is of another model" in capsys.readouterr().err
     assert make_plan(RunFolder.open(out).config).bank_bytes_max > 0
+    begun = tmp_path / "d"  # killed before its first checkpoint
+    RunFolder.create(RunFolder.open(out).config.with_(out=str(begun))).close()
+    assert main(["train", "--resume", str(begun)]) == 0
+    assert_same_run(out, begun)
     log = bank / "metrics.jsonl"
     log.write_text(log.read_text().replace('"class_names": ["0", "1"', '"class_names": ["1", "0"'))
     assert main(["train", "--bank", str(bank), "--out", str(tmp_path / "c"), *QUICK]) == 2

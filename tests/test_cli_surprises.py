@@ -22,6 +22,7 @@ from ltfast.errors import UserError
 from ltfast.metrics import format_table
 from ltfast.recipes import build_config
 from ltfast.report.main import report
+from ltfast.runs import RunFolder
 
 COLOURS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}
 
@@ -143,6 +144,23 @@ def test_names_that_the_terminal_cannot_show_end_nothing(
     assert main(["eval", str(run)]) == 0
     sys.stdout.flush()
     assert b"\xe9pic\xe9a" in bare.getvalue()
+
+
+def test_a_path_that_no_config_can_hold_is_a_mistake_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "caf\udce9"  # a Latin-1 name
+    assert main([*training(pictures(tmp_path / "data", COLOURS), "--method ce --epochs 1"), "--out", str(out)]) == 2
+    assert "--out: holds a byte that is not UTF-8" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_class_may_be_called_none(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log("data", class_names=["ant", "none"])
+    folder.check_classes(["ant", "none"], "the data", "")
+    with pytest.raises(UserError, match="the data: class 1 is 'none' there and None here"):
+        folder.check_classes(["ant"], "the data", "")
 
 
 def test_an_interrupted_report_leaves_a_page(

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ltfast import checkpoint, cli, launch
-from ltfast.dist import start
+from ltfast.dist import Ranks, start
 from ltfast.durable import Durable
 from ltfast.errors import UserError
 from ltfast.progress import Progress
@@ -22,7 +23,7 @@ from ltfast.runs import RunFolder
 from ltfast.store import Store
 from ltfast.survive import Signals, Watch
 from ltfast.train import train
-from tests.test_resume import SMALL
+from tests.test_resume import SMALL, StopAt
 
 QUICK = {**SMALL, "epochs": 6, "limit_train": 72, "lr": 0.1}
 
@@ -75,6 +76,21 @@ def test_weights_of_another_epoch_are_not_called_the_best(tmp_path: Path, monkey
     assert any("could not be written after the best epoch" in note for note in notes.notes)
 
 
+def test_the_first_epoch_may_be_the_best_and_a_best_checkpoint_that_is_gone_is_none(tmp_path: Path) -> None:
+    settings = quick(tmp_path / "run", epochs=1)
+    assert train(settings)["best"]["epoch"] == 0
+    (tmp_path / "run/checkpoints/best.safetensors").unlink()
+    result = train(settings, resume=str(tmp_path / "run"))
+    assert "last" in result
+    assert "best" not in result
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, lambda name, count: name == "state")
+    with pytest.raises(UserError, match="cannot write the state checkpoint: No space left on device"):
+        train(quick(tmp_path / "run"), progress=StopAt(1))
+
+
 def test_a_marked_epoch_that_could_not_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, lambda name, count: name == "epoch-2")
     notes = Notes()
@@ -86,8 +102,6 @@ def test_a_marked_epoch_that_could_not_be_written_ends_no_run(tmp_path: Path, mo
 
 
 def test_what_failed_is_tried_again_with_the_next_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     failing(monkeypatch, lambda name, count: name == "best" and count == 0)
     store = Store(tmp_path)
     store.save_weights("best", {"x": torch.ones(3)}, {"epoch": 1})
@@ -123,6 +137,13 @@ folder.log("third")
     assert len(RunFolder(tmp_path).metrics()) == 2
 
 
+class Fake(Durable):
+    """Of a trainer only what writes its log."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder, self.progress, self.ranks, self.compiling = RunFolder(path), Notes(), Ranks(), 0.0
+
+
 def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [True]
     write = RunFolder.log
@@ -134,30 +155,69 @@ def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(RunFolder, "log", log)
 
-    class Fake(Durable):
-        def __init__(self) -> None:
-            self.folder, self.progress = RunFolder(tmp_path), Notes()
-
-            class Main:
-                main = True
-
-            self.ranks = Main()  # type: ignore[assignment]
-
-    fake = Fake()
+    fake = Fake(tmp_path)
     for state in (True, True, False, True, True):
         broken[0] = state
         fake.log("loss")
     assert len(fake.progress.notes) == 2  # type: ignore[attr-defined]
 
 
-def test_a_restart_does_not_move_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltfast.dist import Ranks
+def test_events_that_cannot_be_written_are_given_up_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
 
+    def scalars(folder: RunFolder, step: int, values: dict[str, float]) -> None:
+        tries.append(values)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "scalars", scalars)
+    fake = Fake(tmp_path)
+    fake.steps = 9
+    for tensorboard, loss in ((False, 0.25), (True, 0.5), (True, 0.75)):
+        fake.config = quick(tmp_path, tensorboard=tensorboard)
+        fake.log("epoch", epoch=1, skipped=2, loss=loss, phase="train", val={"top1": 0.25})
+    assert tries == [{"train/skipped": 2, "train/loss": 0.5, "val/top1": 0.25}]
+    assert len(fake.progress.notes) == 1  # type: ignore[attr-defined]
+
+
+def test_unreadable_images_are_those_of_an_epoch_and_told_when_their_number_changes(tmp_path: Path) -> None:
+    class Images:
+        replaced = torch.zeros((), dtype=torch.int64)
+
+    fake = Fake(tmp_path)
+    fake.source = Images()  # type: ignore[assignment]
+    for number in (0, 2, 2, 3, 0):
+        fake.source.replaced += number  # type: ignore[attr-defined]
+        assert fake.replaced_images() == {"replaced": number}
+    assert [note[-3:] for note in fake.progress.notes] == [": 2", ": 3"]  # type: ignore[attr-defined]
+    fake.source = object()  # type: ignore[assignment]
+    assert fake.replaced_images() == {}
+
+
+def test_what_is_compiled_adds_up_and_what_runs_eagerly_is_told(tmp_path: Path) -> None:
+    fake = Fake(tmp_path)
+    fake.compiled("losses", seconds=2.0, reason=None)
+    assert not fake.progress.notes  # type: ignore[attr-defined]
+    fake.compiled("step", seconds=3.0, reason="a fault")
+    (note,) = fake.progress.notes  # type: ignore[attr-defined]
+    assert note.startswith("step: running eagerly")
+    assert note.endswith("because of a fault")
+    assert fake.compiling == 5
+    rows = RunFolder(tmp_path).metrics("compile")
+    assert [(row["what"], row["ok"], row["reason"]) for row in rows] == [
+        ("losses", True, None), ("step", False, "a fault"),
+    ]  # fmt: skip
+
+
+def test_a_restart_does_not_move_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(Ranks(), Signals(False), max_hours=1, clock=lambda: 5000.0, began=3000.0)
     assert watch.deadline == 6600
     assert Watch(Ranks(), Signals(False), max_hours=1, clock=lambda: 5000.0).deadline == 8600
     assert launch.began() is None
-    for name, value in ((launch.STARTED, "12.5"), ("RANK", "0"), ("WORLD_SIZE", "2")):
+    monkeypatch.setenv(launch.STARTED, "12.5")
+    assert launch.began() is None, "of another process's launcher"
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert launch.began() == 12.5
 
@@ -181,6 +241,8 @@ def test_a_run_on_processes_may_go_on_on_gpus() -> None:
     moved = config.with_(gpus=4, procs=0)
     assert launch.on_cpu(moved).run.device == "cpu"
     assert launch.on_cpu(moved, resumed=True).run.device == "auto"
+    for kept in (build_config("digits-lt", "ce", {}, {"device": "cpu"}), config.with_(procs=0)):
+        assert launch.on_cpu(kept, resumed=True).run.device == "cpu"
 
 
 def test_a_vanished_folder_is_not_made_anew_by_a_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -217,8 +279,10 @@ runpy.run_module("ltfast", run_name="__main__")
 def test_half_an_environment_of_a_launcher_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as some schedulers do for programs they do not start in ranks
+    assert start() == Ranks()
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="not MASTER_ADDR and MASTER_PORT: start with torchrun"):
         start()
     assert "RANK" in os.environ

@@ -161,6 +161,23 @@ def test_dropout_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_damaged_state_is_told_and_unfinished_files_are_removed(undisturbed: Path, tmp_path: Path) -> None:
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    out, notes = tmp_path / "run", []
+    train(config(out), progress=StopAt(23))
+    newest = max((out / "checkpoints").glob("state-*"))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    unfinished = out / "checkpoints" / f".last.safetensors.7{checkpoint.PART}"
+    unfinished.touch()
+    train(config(out), resume=str(out), progress=Notes())
+    assert [note for note in notes if newest.name in note and "falling back to the checkpoint before it" in note]
+    assert not unfinished.exists()
+    assert_same_run(undisturbed, out)
+
+
 def test_resume_of_a_run_without_a_checkpoint_starts_again(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(config(out), progress=StopAt(3))
@@ -188,11 +205,12 @@ def test_tensorboard_shows_every_epoch_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
-    for steps in (14, 0):
-        result = train(
-            config(out, "ce", epochs=4, tensorboard=True), resume=None if steps else str(out), progress=StopAt(steps)
-        )
+    for steps in (23, 0):
+        settings = config(out, "ce", epochs=4, tensorboard=True, keep_checkpoints=3)
+        result = train(settings, resume=None if steps else str(out), progress=StopAt(steps))
         assert ("stopped" in result) == bool(steps)
+        for state in sorted((out / "checkpoints").glob("state-*"))[1:]:
+            state.unlink()  # as if killed after the second epoch, which then comes again
     events = EventAccumulator(str(out / "events")).Reload()
     rows = [row for row in log(out) if row["kind"] == "epoch"]
     for tag, wanted in (("train/loss", [r["loss"] for r in rows]), ("val/top1", [r["val"]["top1"] for r in rows])):
@@ -200,6 +218,7 @@ def test_tensorboard_shows_every_epoch_once(tmp_path: Path) -> None:
         assert [event.step for event in found] == [9, 18, 27, 36]
         assert [event.value for event in found] == pytest.approx(wanted, rel=1e-5)
     assert {"train/lr", "val/few"} <= set(events.Tags()["scalars"])
+    assert "train/epoch" not in events.Tags()["scalars"]
 
 
 # -- kill -9 -----------------------------------------------------------------------------------------------------------

@@ -187,7 +187,10 @@ def test_sigint_on_the_command_line(
     assert f"continue with: ltfast train --resume {tmp_path / 'parts'}" in text.out
     assert "stopped by SIGINT in epoch 2 after 3 steps" in text.out
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    assert "continuing after 3 steps, in epoch 2" in capsys.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    assert "all 4 steps are done: evaluating" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "parts"), "--lr", "1"]) == 2
     assert "only these may be given anew: --checkpoint-minutes" in capsys.readouterr().err
 
@@ -204,6 +207,38 @@ def test_max_hours(tmp_path: Path) -> None:
     result = train(quick(tmp_path / "run", max_hours=1e-9))
     assert result["stopped"].startswith("stopped after --max-hours")
     assert Store(tmp_path / "run" / "checkpoints").load() is not None
+
+
+def test_max_hours_count_from_the_start_of_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltfast.durable.began", lambda: time.monotonic() - 7200)
+    assert train(quick(tmp_path / "run", max_hours=1))["stopped"] == "stopped after --max-hours 1"
+
+
+class Minutes(StopAt):
+    """A step takes a minute by the watch's clock, and nothing is being written when a checkpoint is due."""
+
+    def begin(self, trainer: Any) -> None:
+        self.trainer, self.now = trainer, 0.0
+
+    def step(self, *args: Any) -> None:
+        watch = self.trainer.watch
+        if not self.now:
+            watch.clock, watch.saved_at = lambda: self.now, 0.0
+        self.now += 60
+        self.trainer.flush()
+        super().step(*args)
+
+
+def test_checkpoints_by_the_clock_and_how_many_are_kept_also_after_a_resume(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = quick(out, epochs=1, limit_train=0, checkpoint_minutes=2, keep_checkpoints=3)  # nine steps
+    for resume, stop, kept in ((None, 7, (4, 6, 7)), (str(out), 0, (6, 7, 9))):
+        train(settings, resume=resume, progress=Minutes(stop))
+        states = sorted(path.name for path in (out / "checkpoints").glob("state-*"))
+        assert states == [f"state-{steps:09d}.safetensors" for steps in kept]
+        assert (out / "checkpoints" / "last.safetensors").exists() is not bool(stop), (
+            "weights are those of a whole epoch"
+        )
 
 
 # -- one folder, one run -------------------------------------------------------------------------------------------------

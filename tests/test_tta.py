@@ -15,6 +15,7 @@ from ltfast.cli import main
 from ltfast.dist import Ranks
 from ltfast.evaluate import augmented, evaluate
 from ltfast.predict import load_trained, predict
+from ltfast.recipes import build_config
 from ltfast.report import report
 from ltfast.runs import RunFolder
 
@@ -46,6 +47,22 @@ def test_flip_is_the_mean_of_both_sides() -> None:
     torch.testing.assert_close(augmented(logits, "flip")(x), (logits(x) + logits(mirror)) / 2)
     assert strides[0] == strides[1] == x.stride()  # one compiled graph
     assert augmented(logits, "none") is logits
+
+
+def test_a_model_is_evaluated_in_evaluation_mode_without_gradients_and_keeps_its_mode() -> None:
+    seen = set()
+
+    class Probe(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add((self.training, torch.is_grad_enabled()))
+            return torch.zeros(len(x), 10)
+
+    probe, source = Probe(), build.build_data(build_config("digits-lt", "ce", {}, {}), torch.device("cpu"), Ranks())
+    for training in (True, False):
+        probe.train(training)
+        evaluate(probe, source, "test", torch.device("cpu"))
+        assert probe.training is training
+    assert seen == {(False, False)}
 
 
 @pytest.fixture(scope="module")

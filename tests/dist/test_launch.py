@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -186,6 +188,7 @@ def config(**values: object) -> Config:
     [
         ({}, 0, 1), ({}, 8, 1), ({"dataset": "inat18"}, 8, 8), ({"dataset": "inat18"}, 0, 1),
         ({"dataset": "inat18", "device": "cpu"}, 8, 1),
+        ({"dataset": "inat18", "device": "cuda"}, 8, 8), ({"gpus": 8}, 8, 8),
         ({"gpus": 4}, 8, 4), ({"gpus": 0, "dataset": "inat18"}, 8, 1), ({"procs": 3}, 8, 3),
     ],
 )  # fmt: skip
@@ -196,7 +199,11 @@ def test_process_count(monkeypatch: pytest.MonkeyPatch, values: dict[str, object
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"gpus": 9}, "--gpus 9: 8 CUDA"), ({"gpus": 1, "procs": 2}, "exclude")],
+    [
+        ({"gpus": 9}, "--gpus 9: 8 CUDA"),
+        ({"gpus": 1, "procs": 2}, "exclude"),
+        ({"gpus": 0, "procs": 2}, "exclude"),
+    ],
 )
 def test_process_count_refuses(monkeypatch: pytest.MonkeyPatch, values: dict[str, object], message: str) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
@@ -210,6 +217,7 @@ def test_a_restarted_worker_finds_its_run(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(UserError, match="give --out RUN"):
         launch.restarted_run(config())
     assert launch.restarted_run(config(out=str(tmp_path))) is None, "it died before the folder was made"
+    assert launch.restarted_run(config(), "RUN") == "RUN"
     (tmp_path / "config.toml").write_text("")
     assert launch.restarted_run(config(out=str(tmp_path))) == str(tmp_path)
     (tmp_path / "message").write_text("no such file")
@@ -225,7 +233,99 @@ def test_a_mistake_that_one_rank_alone_meets_ends_the_others(monkeypatch: pytest
     for gpu in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
         assert launch.report(UserError("bad picture")) == int(gpu)
+        assert launch.report(UserError("what followed from it")) == int(gpu)
     assert (tmp_path / "message").read_text() == "bad picture"
+
+
+def test_alone_a_mistake_is_told_by_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (launch.MESSAGE, "TORCHELASTIC_ERROR_FILE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for rank, text in ((None, "ltfast: bad picture\n"), ("0", "ltfast: bad picture\n"), ("1", "")):
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        assert launch.report(UserError("bad picture")) == 2
+        assert capsys.readouterr().err == text
+
+
+class Elastic:
+    """Stands for torch's launcher: notes what it was given and ends as `work` does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+        self.work = work
+        monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", self.launch)
+        monkeypatch.setattr(launch, "_quiet", lambda message: None)
+        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.setenv(name, "")  # so that what `launch` sets does not outlive the test
+            monkeypatch.delenv(name)
+
+    def launch(self, config: Any, program: str) -> Callable[..., object]:
+        self.config, self.environment = config, dict(os.environ)
+
+        def run(*words: str) -> object:
+            self.words = words
+            return self.work()
+
+        return run
+
+
+@pytest.mark.parametrize(("count", "cores", "threads"), [(4, 64, "16"), (3, 8, "2"), (8, 2, "1")])
+def test_workers_share_the_cores_and_are_told_of_their_launcher(
+    monkeypatch: pytest.MonkeyPatch, count: int, cores: int, threads: str
+) -> None:
+    elastic = Elastic(monkeypatch, lambda: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert launch.launch(count, ["train"], out="run", max_restarts=5, cpu=True) == 0
+    assert elastic.words == ("-m", "ltfast", "train")
+    assert (elastic.config.nproc_per_node, elastic.config.max_restarts) == (count, 5)
+    assert elastic.environment["OMP_NUM_THREADS"] == threads
+    assert elastic.environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert elastic.environment[launch.LAUNCHER] == str(os.getpid())
+    assert not {launch.MESSAGE, launch.LAUNCHER, launch.STARTED} & set(os.environ)
+
+
+def test_a_launch_ends_as_its_workers_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def fails() -> None:
+        raise ChildFailedError("ltfast", {1: ProcessFailure(1, 77, -signal.SIGKILL, "no file")})
+
+    def meets_a_mistake() -> None:
+        Path(os.environ[launch.MESSAGE]).write_text("one bad picture")
+        fails()
+
+    Elastic(monkeypatch, fails)
+    assert launch.launch(2, [], out=str(tmp_path), max_restarts=3, cpu=False) == 1
+    assert (
+        capsys.readouterr().err == "ltfast: process 1 ended with SIGKILL after 3 restarts, before the run had begun\n"
+    )
+    (tmp_path / "config.toml").touch()
+    assert launch.launch(2, [], out=str(tmp_path), max_restarts=0, cpu=False) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("ltfast: process 1 ended with SIGKILL and --max-restarts is 0; continue with: ltfast train")
+    Elastic(monkeypatch, meets_a_mistake)
+    with pytest.raises(UserError, match=r"^one bad picture$"):
+        launch.launch(2, [], out=str(tmp_path), max_restarts=3, cpu=False)
+    assert capsys.readouterr().err == ""
+    assert launch.MESSAGE not in os.environ
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's end")
+def test_a_worker_whose_launcher_is_gone_before_it_could_ask_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(prctl=lambda *args: asked.append(args)))
+    monkeypatch.delenv(launch.LAUNCHER, raising=False)
+    launch.end_with_launcher()
+    assert not asked
+    monkeypatch.setenv(launch.LAUNCHER, str(os.getppid()))
+    launch.end_with_launcher()
+    assert asked == [(1, signal.SIGTERM)]
+    monkeypatch.setenv(launch.LAUNCHER, str(os.getpid()))
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        launch.end_with_launcher()
 
 
 def test_torchruns_summary_says_what_one_rank_alone_met(tmp_path: Path) -> None:
@@ -267,6 +367,14 @@ def test_a_rank_that_fails_beside_nccl_ends_without_waiting(
         assert message.read_text() == "one bad picture"
     else:
         assert "ValueError: a fault of ours" in capsys.readouterr().err
+
+
+def test_processes_of_other_machines_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert launch.processes_here() == 8
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert launch.processes_here() == 1
 
 
 def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_checksum_sees_every_bit_and_place() -> None:
 
 
 def primitives(ranks: Ranks) -> dict[str, Any]:
-    result: dict[str, Any] = {"rank": ranks.rank}
+    result: dict[str, Any] = {"rank": ranks.rank, "local": ranks.local_rank}
     result["mean"] = ranks.mean_(torch.tensor([float(ranks.rank), 4.0]))
     result["gather"] = ranks.gather(torch.tensor([ranks.rank]))
     result["broadcast"] = ranks.broadcast_(torch.tensor([5.0 + ranks.rank]))
@@ -75,18 +75,19 @@ def primitives(ranks: Ranks) -> dict[str, Any]:
         result["error"] = str(error)
     same = torch.randn(10, generator=torch.Generator().manual_seed(0))
     ranks.check_same(same, "numbers")
-    if ranks.rank == 1:
-        same.view(torch.int32)[7] ^= 1
-    try:
-        ranks.check_same(same, "numbers")
-    except UserError as error:
-        result["different"] = str(error)
+    for name, change in (("less", -1), ("more", 1)):
+        other = same.clone()
+        other.view(torch.int32)[7] += change * ranks.rank
+        try:
+            ranks.check_same(other, "numbers")
+        except UserError as error:
+            result[name] = str(error)
     return result
 
 
 def test_primitives(tmp_path: Path) -> None:
     for rank, result in enumerate(run_ranks(2, tmp_path, primitives)):
-        assert result["rank"] == rank
+        assert result["rank"] == result["local"] == rank
         assert result["mean"].tolist() == [0.5, 4.0]
         assert result["gather"].tolist() == [[0], [1]]
         assert result["broadcast"].tolist() == [5.0]
@@ -97,7 +98,8 @@ def test_primitives(tmp_path: Path) -> None:
         assert result["held"]["sent"].tolist() == columns.tolist()
         assert result["share"] == {"text": "e\u0301", "n": [1, 2]}
         assert result["error"] == "only rank 0 can see this"
-        assert result["different"].startswith("ranks [1] hold other numbers than rank 0")
+        for name in ("less", "more"):
+            assert result[name].startswith("ranks [1] hold other numbers than rank 0")
         tensors = result["tensors"]
         assert tensors["b"].tolist() == [True, False]
         assert tensors["e"].shape == (0, 3)
@@ -137,9 +139,29 @@ def reductions(ranks: Ranks) -> dict[str, Any]:
     }  # fmt: skip
     reducer.arm(flat.attach(0))
     net(x).square().mean().backward()
+    result["early again"] = len(reducer._work)
     reducer.finish(torch.tensor(float(ranks.rank == 1)))
     result["poisoned"] = bool(flat.grads[0].isnan().any())
+    used = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 2))
+    flat = FlatParameters(used.parameters(), rows=1)
+    reducer = GradientReducer(flat, ranks, bucket_bytes=256)
+    reducer.arm(flat.attach(0))
+    used(x).square().mean().backward()
+    result["held back"] = len(reducer.spans) - len(reducer._work)
+    reducer.finish(torch.tensor(float(ranks.rank == 1)))
+    result["all used, poisoned"] = bool(flat.grads[0].isnan().any())
     return result
+
+
+@pytest.mark.parametrize("least", [1, 256, 400, 1 << 30])
+def test_every_parameter_is_in_a_span_whatever_the_least_size(least: int) -> None:
+    flat = FlatParameters(Net().parameters(), rows=1)
+    reducer = GradientReducer(flat, Ranks(), bucket_bytes=least)
+    spans = [(s.start, s.stop) for s in reducer.spans]
+    assert [spans[0][1], spans[-1][0]] == [flat.size, 0]
+    assert all(later[1] == earlier[0] for earlier, later in pairwise(spans))
+    assert all(4 * (stop - start) >= least for start, stop in spans[:-1])
+    assert sum(reducer._members) == len(flat.params)
 
 
 def test_gradient_reduction(tmp_path: Path) -> None:
@@ -156,28 +178,31 @@ def test_gradient_reduction(tmp_path: Path) -> None:
         assert all(later[1] == earlier[0] for earlier, later in pairwise(spans))
         assert result["calls"] == len(spans), "one call a span, none for the ascent"
         assert result["untouched"]
-        assert result["early"] >= 1, "the last layer's span left before backward ended"
+        assert result["early"] == result["early again"] >= 1, "the last layer's span left before backward ended"
         assert result["poisoned"], "one rank's bad loss must reach the other's gradient"
+        assert result["held back"] == 1, "the span that carries the word of a bad loss waits for it"
+        assert result["all used, poisoned"]
         torch.testing.assert_close(result["mean"], flat.grads[0], rtol=1e-5, atol=1e-7)  # observed 3e-8
     assert torch.equal(results[0]["mean"], results[1]["mean"])
     assert not torch.allclose(results[0]["mean"], results[0]["local"], rtol=1e-3)
 
 
 def agreements(ranks: Ranks) -> dict[str, Any]:
-    shares = torch.tensor([[0.75, 0.25, 0.0], [0.25, 0.0, 0.75]])[ranks.rank]
-    losses = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 5.0]])[ranks.rank]
-    matrix = torch.full((3, 3), 1.0 + ranks.rank, dtype=torch.float64)
+    shares = torch.tensor([[0.75, 0.25, 0.0, 0.0], [0.25, 0.0, 0.75, 0.0]])[ranks.rank]
+    losses = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 0.0, 5.0, 0.0]])[ranks.rank]
+    matrix = torch.full((4, 4), 1.0 + ranks.rank, dtype=torch.float64)
     local, whole = Agreement(ranks), Agreement(ranks, True)
     agreed, gram = local.remembered(shares, matrix)
     assert torch.equal(local.remembered(shares)[0], agreed)
     scaled, w = whole.losses(losses, shares)
+    own_shares = shares.clone()
     z = torch.arange(8.0).view(4, 2) + 100 * ranks.rank
     z.requires_grad_()
     labels = torch.tensor([0, 1]) + 10 * ranks.rank
     everyone_z, everyone, own = whole.contrast(z, labels)
     (everyone_z * torch.arange(8.0)[:, None] * (1 + ranks.rank)).sum().backward()
     return {
-        "local": local.losses(losses, shares), "mean": ranks.mean_(scaled.clone()), "shares": w, "agreed": agreed,
+        "local": local.losses(losses, shares), "mean": ranks.mean_(scaled.clone()), "own shares": own_shares, "shares": w, "agreed": agreed,
         "gram": gram, "z": everyone_z.detach(), "labels": everyone, "own": everyone[own], "grad": z.grad,
         "rows": whole.rows(torch.full((2, 2), float(ranks.rank))), "local_rows": local.rows(torch.full((2, 2), float(ranks.rank))),
     }  # fmt: skip
@@ -185,12 +210,15 @@ def agreements(ranks: Ranks) -> dict[str, Any]:
 
 def test_agreement(tmp_path: Path) -> None:
     for rank, result in enumerate(run_ranks(2, tmp_path, agreements)):
-        assert result["local"][0].tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 5.0]][rank]
+        assert result["local"][0].tolist() == [[1.0, 2.0, 0.0, 0.0], [3.0, 0.0, 5.0, 0.0]][rank]
+        assert result["own shares"].tolist() == [[0.75, 0.25, 0.0, 0.0], [0.25, 0.0, 0.75, 0.0]][rank]
         # Both ranks have 4 samples: group 0 has 3 of loss 1 and 1 of loss 3, group 1 one of loss 2, group 2 three of loss 5.
-        assert result["mean"].tolist() == [1.5, 2.0, 5.0]
-        assert result["shares"].tolist() == result["agreed"].tolist() == [0.5, 0.125, 0.375]
-        nan = 0.0  # groups 1 and 2 never met
-        assert result["gram"].tolist() == [[1.5, 1.0, 2.0], [1.0, 1.0, nan], [2.0, nan, 2.0]]
+        assert result["mean"].tolist() == [1.5, 2.0, 5.0, 0.0]
+        assert result["shares"].tolist() == result["agreed"].tolist() == [0.5, 0.125, 0.375, 0.0]
+        never = 0.0  # groups 1 and 2 never met
+        assert result["gram"][:3, :3].tolist() == [[1.5, 1.0, 2.0], [1.0, 1.0, never], [2.0, never, 2.0]]
+        assert not result["gram"][3].any()
+        assert not result["gram"][:, 3].any()
         assert result["labels"].tolist() == [[0, 1, 10, 11], [10, 11, 0, 1]][rank], "a rank's own come first"
         assert result["own"].tolist() == [[0, 1], [10, 11]][rank]
         views = [[0, 2, 100, 102, 4, 6, 104, 106], [100, 102, 0, 2, 104, 106, 4, 6]]

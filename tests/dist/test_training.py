@@ -17,6 +17,7 @@ from ltfast.objective import Forward
 from ltfast.preserve import group_by_frequency
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
+from ltfast.runs import RunFolder
 from ltfast.train import Trainer, train
 from tests.procs import run_ranks
 
@@ -246,6 +247,24 @@ def test_stop_and_resume_with_two_ranks(tmp_path: Path) -> None:
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     again = run_folder(Ranks(), str(parts), 0, True)  # one process goes on where two have been
     assert again["last"]["n"] == 400
+
+
+def reloaded(ranks: Ranks, out: str) -> bool:
+    """Weights and statistics of a checkpoint that rank 0 alone can read; every rank had others of its own."""
+    trainer = make(ranks, "ce")
+    model, written = trainer.model, {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    if ranks.main:
+        trainer.folder = RunFolder(Path(out))
+        trainer.folder.checkpoints.mkdir(parents=True)
+        checkpoint.save(trainer.folder.checkpoints / "best.safetensors", written, {})
+    trainer.flat.data.add_(1 + ranks.rank)
+    trainer.buffers.data.add_(1 + ranks.rank)
+    trainer.load_weights("best")
+    return all(torch.equal(v, written[k]) for k, v in model.state_dict().items())
+
+
+def test_the_best_weights_are_tested_on_every_rank(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, reloaded, str(tmp_path / "run")) == [True] * 2
 
 
 def restarted(ranks: Ranks, out: str) -> list[int]:

@@ -57,6 +57,8 @@ def test_every_parameter_gets_a_gradient_from_the_base_loss() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert model.center_projection[3].weight.grad.abs().max() > 0
+    (through_centers,) = torch.autograd.grad(model.centers().sum(), model.classifier.weight)
+    assert through_centers.abs().max() > 0
 
 
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])

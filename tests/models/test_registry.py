@@ -1,5 +1,6 @@
 """Encoders by name; torchvision networks are built on the meta device, which costs no memory."""
 
+import re
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,7 +12,6 @@ from ltfast.build import build_model
 from ltfast.config import Config
 from ltfast.errors import UserError
 from ltfast.models import CifarResNet, create_encoder, encoder_names
-from ltfast.models.resnet import CIFAR_DEPTHS
 
 WIDTHS = {
     "resnet50": 2048,
@@ -39,7 +39,7 @@ def feature_width(name: str, in_channels: int, size: int, **options) -> tuple[in
     return width, out.shape[1]
 
 
-@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+@pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 56, 110])
 def test_cifar_names(depth: int) -> None:
     encoder, width = create_encoder(f"resnet{depth}")
     assert isinstance(encoder, CifarResNet)
@@ -91,6 +91,24 @@ def test_resnet50_has_the_fields_161_tensors() -> None:
 def test_picture_size_of_position_tables(name: str, size: int) -> None:
     stated, found = feature_width(name, 3, size, image_size=size)
     assert stated == found
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "vit_b_16"])
+def test_other_channels_change_nothing_else_of_the_first_convolution(name: str) -> None:
+    found = []
+    with torch.device("meta"):
+        for channels in (2, 3):
+            encoder, _ = create_encoder(name, channels)
+            conv = next(m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d))
+            assert conv.in_channels == channels
+            found.append((conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.bias is None))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_pictures_in_colour_are_brought_to_the_levels_that_published_weights_expect(name: str) -> None:
+    with torch.device("meta"):
+        assert [create_encoder(name, channels)[0].transform_input for channels in (1, 3)] == [False, True]
 
 
 def test_small_stem_keeps_the_resolution() -> None:
@@ -151,6 +169,15 @@ def test_published_weights_are_the_starting_point(tmp_path: Path, monkeypatch: p
     encoder = build_model(config, (3, 64, 64), 5).encoder
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, published.state_dict()[name]), name
+
+
+def test_published_weights_with_the_names_of_earlier_versions_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = torchvision.models.densenet121().state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in published.items()}
+    assert old.keys() != published.keys()
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *_, **__: old)
+    for name, value in create_encoder("densenet121", weights="DEFAULT")[0].state_dict().items():
+        assert torch.equal(value, published[name]), name
 
 
 def test_a_mistyped_file_of_weights_is_told_what_there_is() -> None:

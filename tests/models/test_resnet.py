@@ -44,6 +44,7 @@ def test_width_and_channels(in_channels: int, width: int) -> None:
         (32, (1, 2, 2), (32, 16, 8)),
         (8, SMALL_STRIDES, (8, 8, 4)),
         (8, (1, 2, 2), (8, 4, 2)),
+        (16, (2, 1, 2), (8, 8, 4)),
         (13, (1, 2, 2), (13, 7, 4)),
     ],
 )
@@ -68,21 +69,35 @@ def test_shortcut_subsamples_and_pads_with_zeros(inside: int, out: int, stride: 
 def test_block_is_its_equation() -> None:
     block = BasicBlock(4, 8, 2).double()
     x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    for layer in (block.bn1, block.bn2):
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.init.normal_(layer.bias)
 
-    def norm(y: Tensor) -> Tensor:
-        return (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    def norm(y: Tensor, layer: torch.nn.BatchNorm2d) -> Tensor:
+        unit = (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        return unit * layer.weight[:, None, None] + layer.bias[:, None, None]
 
-    inner = norm(F.conv2d(x, block.conv1.weight, stride=2, padding=1)).relu()
-    residual = norm(F.conv2d(inner, block.conv2.weight, padding=1))
+    inner = norm(F.conv2d(x, block.conv1.weight, stride=2, padding=1), block.bn1).relu()
+    residual = norm(F.conv2d(inner, block.conv2.weight, padding=1), block.bn2)
     truth = (residual + block.shortcut(x)).relu()
     torch.testing.assert_close(block(x), truth, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(block(x), residual.relu(), atol=1e-2)
 
 
+def test_features_are_the_mean_over_the_map_of_stem_and_stages() -> None:
+    network = CifarResNet(8, 2, 3).double()
+    x = torch.randn(4, 2, 9, 9, dtype=torch.float64)
+    stem = network.bn1(F.conv2d(x, network.conv1.weight, padding=1)).relu()
+    last = network.layer3(network.layer2(network.layer1(stem)))
+    torch.testing.assert_close(network(x), last.flatten(2).mean(2), rtol=1e-12, atol=1e-12)
+
+
 def test_start_is_kaiming_normal() -> None:
     torch.manual_seed(0)
     weight = CifarResNet(8).layer3[0].conv2.weight
-    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+    std = (2 / (64 * 9)) ** 0.5
+    assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert weight.abs().max() > 3 * std  # a uniform distribution of this deviation ends at 1.7
 
 
 def test_channels_last_stays_and_changes_nothing() -> None:
