@@ -39,7 +39,8 @@ class Data:
     data_dir: str | None = _opt(None, "folder, .npz pack, list root or shard pattern of the dataset")
     imbalance: float | None = _opt(
         None,
-        "largest over smallest class count of a thinned set, 1 = balanced; default 100 for digits and CIFAR",
+        "largest over smallest class count of a thinned set; 1 = balanced, or as they are of large folders, lists and shards; "
+        "default 100 for digits and CIFAR",
         paper="100",
         least=1,
     )

@@ -75,7 +75,7 @@ def select_subset(labels: IntArray, counts: IntArray, val_per_class: int = 0, se
         val.append(positions[available:])
     if scarce and speaks():
         log.warning(
-            "--val-per-class %d: %d classes have no more images than that; all but one of theirs are held out",
+            "--val-per-class %d: classes with no more images than that: %d; all but one of theirs are held out",
             val_per_class, scarce,
         )  # fmt: skip
     return Subset(np.concatenate(train), np.concatenate(val))

@@ -100,7 +100,7 @@ def test_scarce_classes_keep_a_picture_to_train_on(caplog) -> None:
     assert np.bincount(labels[drawn.train]).tolist() == [7, 1, 1, 1]
     assert np.bincount(labels[drawn.val], minlength=4).tolist() == [2, 2, 1, 0]
     assert sorted([*drawn.train, *drawn.val]) == list(range(15))
-    assert "--val-per-class 2: 2 classes have no more images than that" in caplog.text
+    assert "--val-per-class 2: classes with no more images than that: 2" in caplog.text
 
 
 def test_a_run_with_scarce_classes_chooses_a_best_checkpoint(tmp_path: Path, capsys) -> None:
