@@ -134,10 +134,13 @@ class Trainer(Durable):
                     return self.stop()
             return self.finish()
 
+    def scouting(self, epoch: int) -> bool:
+        """The first epochs, and as many more as leave the bank empty because all of their steps were skipped."""
+        return epoch < self.scouts or not len(self.bank)
+
     def grouping_due(self, epoch: int) -> bool:
-        """After scouting, then every `regroup` epochs; not in the middle of an epoch that is being resumed, nor while the bank is
-        empty, because all steps so far were skipped: scouting then goes on."""
-        if not self.needs_groups or epoch < self.scouts or self.batch or not len(self.bank):
+        """After scouting, then every `regroup` epochs; not in the middle of an epoch that is being resumed."""
+        if not self.needs_groups or self.scouting(epoch) or self.batch:
             return False
         every = self.config.preserve.regroup
         return self.groups is None or bool(every and epoch > self.scouts and (epoch - self.scouts) % every == 0)
@@ -254,7 +257,7 @@ class Trainer(Durable):
         """Give each class whose features were never better this epoch's encoder as its bank entry."""
         self.ranks.sum_(self.quality.flat)
         quality = self.quality.compute(self.config.preserve.lambda_q)
-        if self.needs_groups and (epoch < self.scouts or self.config.preserve.regroup or not len(self.bank)):
+        if self.needs_groups and (self.scouting(epoch) or self.config.preserve.regroup):
             self.bank.update(quality.quality, self.flat.data[self.encoder], epoch)
         self.log("quality", epoch=epoch, **quality_row(quality, self.source.train_counts))
         self.quality.reset()

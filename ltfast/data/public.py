@@ -14,6 +14,7 @@ from ltfast.data.base import SPLITS
 from ltfast.data.folders import scan_folder
 from ltfast.data.lists import ImageList, hold_out, hold_out_each, read_list
 from ltfast.data.longtail import SUBSET_SEED
+from ltfast.data.registry import LARGE
 from ltfast.errors import UserError
 
 HELD_OUT_SHARE = 0.1  # of each class, to test on when a set has training images only
@@ -103,13 +104,13 @@ def find_lists(
     """
     root = Path(data_dir)
     given = {"train": train_list, "val": val_list, "test": test_list}
-    if dataset != "webdataset" and not os.path.isdir(root):
-        raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
     if dataset == "webdataset":
         from ltfast.data.webdataset import read_shards
 
         patterns = {**given, "train": data_dir}
         lists: dict[str, ImageList] = {split: read_shards(str(p)) for split, p in patterns.items() if p is not None}
+    elif not os.path.isdir(root):
+        raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
     elif dataset == "folder":
         lists = scan_folder(root)
     elif dataset == "list":
@@ -119,9 +120,7 @@ def find_lists(
     elif dataset in PUBLIC:
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
-        raise UserError(
-            f"unknown data set {dataset!r}; choose one of {', '.join([*PUBLIC, 'folder', 'list', 'webdataset'])}"
-        )
+        raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(LARGE)}")
     return assign_splits(lists, val_per_class)
 
 
