@@ -95,10 +95,16 @@ def chosen(option: str, device: torch.device) -> bool:
 
 
 def build_forward(
-    config: Config, model: LongTailModel, objective: Objective | None, device: torch.device, report: Report = quiet
+    config: Config,
+    model: LongTailModel,
+    objective: Objective | None,
+    device: torch.device,
+    report: Report = quiet,
+    ranks: Ranks | None = None,
 ) -> Forward:
     """The functions that a step and an evaluation (which needs no objective) call, compiled if the config says so."""
-    compiler = Compiler(model, report) if chosen(config.run.compile, device) else None
+    wanted = chosen(config.run.compile, device)
+    compiler = Compiler(model, report, agree=(ranks or Ranks()).complaint) if wanted else None
     return Forward(model, objective, build_autocast(config, device), compiler)
 
 

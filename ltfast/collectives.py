@@ -6,18 +6,47 @@ decides it, so nothing here may put a rank's number into the graph: every rank t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltfast.dist import joined
+from ltfast.dist import Ranks, joined
+
+_muted = False
+
+
+class _Muted(Ranks):
+    """Ranks that send nothing: the others' tensors count as nothing in a sum, and look like one's own in a gathering."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack([tensor] * self.world)
+
+
+def _ranks() -> Ranks:
+    return _Muted(joined().rank, joined().world) if _muted else joined()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside, the ops here send nothing: for a trial whose results nobody reads."""
+    global _muted
+    kept, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = kept
 
 
 @torch.library.custom_op("ltfast::sum_over_ranks", mutates_args=())
 def sum_over_ranks(x: Tensor) -> Tensor:
     """y = sum_r x_r on every rank; every rank's loss depends on every x, so gradients add up as well."""
-    return joined().sum_(x.clone(memory_format=torch.contiguous_format))
+    return _ranks().sum_(x.clone(memory_format=torch.contiguous_format))
 
 
 @sum_over_ranks.register_fake
@@ -38,7 +67,7 @@ def gather_own_first(x: Tensor, world: int) -> Tensor:
 
     Backward adds up what all ranks' losses say of a rank's.
     """
-    return joined().gather(x.contiguous()).roll(-joined().rank, 0).flatten(0, 1)
+    return _ranks().gather(x.contiguous()).roll(-joined().rank, 0).flatten(0, 1)
 
 
 @gather_own_first.register_fake
@@ -49,7 +78,7 @@ def _(x: Tensor, world: int) -> Tensor:
 @torch.library.custom_op("ltfast::sum_of_own", mutates_args=())
 def sum_of_own(x: Tensor, world: int) -> Tensor:
     """The adjoint of `gather_own_first`: what the ranks hold for this one in [world * b, ...], added up, [b, ...]."""
-    ranks = joined()
+    ranks = _ranks()
     in_order = x.unflatten(0, (world, -1)).roll(ranks.rank, 0)
     return ranks.sum_(in_order.contiguous())[ranks.rank].clone()
 

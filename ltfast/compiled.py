@@ -2,6 +2,9 @@
 
 A kind of call is the shapes, dtypes and gradient needs of its arguments. All of a run's kinds are met in its first steps
 (and once more when groups appear), so after them nothing is compiled any more.
+
+Ranks train on the same kinds in the same order and turn to eager together: a compiled graph may order its collectives
+(ltfast/collectives.py) otherwise than eager calls do. Trials send nothing, so the one that fails leaves nobody waiting.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ltfast.collectives import silent
+
 P = ParamSpec("P")
 R = TypeVar("R")
+Agree = Callable[[str | None], str | None]  # every rank's complaint, or None -> one of them, the same on every rank
 REASON_CHARS = 500
 
 
@@ -30,20 +36,22 @@ def quiet(name: str, *, seconds: float, reason: str | None) -> None:
 
 
 class Compiler:
-    """Compiles the functions of one run; the first failure makes all of them eager, and is reported once.
+    """Compiles the functions of one run; the first failure in training makes all of training eager, one in evaluation all
+    of evaluation, and is reported once.
 
     Args:
         module: whose buffers and random draws a trial call must not change.
         report: see `Report`.
         backend: of torch.compile.
-
-    Attributes:
-        reason: why everything is eager now, or None.
+        agree: asked after every trial in training, so that all ranks go the same way. In evaluation ranks may meet
+            different kinds of calls, which hold no collectives.
     """
 
-    def __init__(self, module: nn.Module, report: Report = quiet, backend: str = "inductor") -> None:
-        self.module, self.report, self.backend = module, report, backend
-        self.reason: str | None = None
+    def __init__(
+        self, module: nn.Module, report: Report = quiet, backend: str = "inductor", agree: Agree = lambda reason: reason
+    ) -> None:
+        self.module, self.report, self.backend, self.agree = module, report, backend, agree
+        self.reasons: dict[bool, str] = {}  # training -> why it is eager now
         # Exact group gradients go back through one graph G times; donated buffers would let the first pass eat it.
         torch._functorch.config.donated_buffer = False
 
@@ -52,11 +60,20 @@ class Compiler:
         compiled: Any = Compiled(self, function, name)
         return compiled  # type: ignore[no-any-return]
 
-    def give_up(self, name: str, error: Exception, seconds: float) -> None:
-        """From now on everything is eager."""
+    @property
+    def reason(self) -> str | None:
+        """Why the mode that the module is in, training or evaluation, runs eagerly now, or None."""
+        return self.reasons.get(self.module.training)
+
+    def tried(self, name: str, error: Exception | None, seconds: float) -> None:
+        """Report a trial; from the first that fails, here or (in training) on another rank, this mode is eager."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        self.reason = f"{type(error).__name__}: {' '.join(lines)}"[:REASON_CHARS]
-        self.report(name, seconds=seconds, reason=self.reason)
+        reason = None if error is None else f"{type(error).__name__}: {' '.join(lines)}"[:REASON_CHARS]
+        if self.module.training:
+            reason = self.agree(reason)
+        if reason is not None:
+            self.reasons[self.module.training] = reason
+        self.report(name, seconds=seconds, reason=reason)
 
 
 def kind_of(args: Sequence[Tensor | None]) -> Hashable:
@@ -86,18 +103,18 @@ class Compiled:
         module, started = self.compiler.module, time.perf_counter()
         kept = [buffer.clone() for buffer in module.buffers()]
         devices = {p.device for p in module.parameters() if p.is_cuda}
+        failure = None
         try:
-            with torch.random.fork_rng(devices=list(devices)):
+            with torch.random.fork_rng(devices=list(devices)), silent():
                 self.rehearse(args)
         except torch.OutOfMemoryError:
             raise  # the batch does not fit: eager would not fit either
         except Exception as error:
-            self.compiler.give_up(self.name, error, time.perf_counter() - started)
-        else:
-            self.compiler.report(self.name, seconds=time.perf_counter() - started, reason=None)
+            failure = error
         finally:
             for buffer, old in zip(module.buffers(), kept, strict=True):
                 buffer.data.copy_(old)  # .data: graphs that wait for their backward must not see it as a change
+        self.compiler.tried(self.name, failure, time.perf_counter() - started)
 
     def rehearse(self, args: Sequence[Tensor | None]) -> None:
         """Forward, and backward to every argument and parameter; on copies of the arguments, whose graph must live on."""

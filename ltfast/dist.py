@@ -94,18 +94,28 @@ class Ranks:
 
     # -- decisions of the host -----------------------------------------------------------------------------------------
 
-    def share(self, value: T) -> T:
-        """Rank 0's `value` (anything JSON holds) on every rank."""
+    def share(self, value: T, source: int = 0) -> T:
+        """The `value` of rank `source` (anything JSON holds) on every rank."""
         if self.world == 1:
             return value
-        text = json.dumps(value).encode() if self.main else b""
+        text = json.dumps(value).encode() if self.rank == source else b""
         length = torch.tensor([len(text)])
-        dist.broadcast(length, 0, group=self.host)
+        dist.broadcast(length, source, group=self.host)
         data = torch.empty(int(length), dtype=torch.uint8)
-        if self.main:
+        if self.rank == source:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        dist.broadcast(data, 0, group=self.host)
+        dist.broadcast(data, source, group=self.host)
         return json.loads(bytes(data.numpy()))  # type: ignore[no-any-return]
+
+    def complaint(self, own: str | None) -> str | None:
+        """The complaint of the first rank that has one, with its number, on every rank; None if all are content."""
+        if self.world == 1:
+            return own
+        first = torch.tensor(self.world if own is None else self.rank)
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=self.host)
+        if int(first) == self.world:
+            return None
+        return f"{self.share(own, int(first))} (on rank {int(first)})"
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 only; its UserError is raised on every rank. Returns its result there, None elsewhere."""

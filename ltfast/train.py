@@ -68,7 +68,7 @@ class Trainer(Durable):
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.agreement = Agreement(ranks, config.run.ascent == "global")
         self.objective = build.build_objective(config, self.counts, self.agreement)
-        self.forward = build.build_forward(config, self.model, self.objective, self.device, self.compiled)
+        self.forward = build.build_forward(config, self.model, self.objective, self.device, self.compiled, ranks)
         self.capture = build.build_capture(config, self.source, self.device, ranks, self.compiled)
         self.flat = FlatParameters(self.model.parameters())
         self.reducer = GradientReducer(self.flat, ranks) if ranks.world > 1 else None

@@ -192,3 +192,27 @@ def test_an_evaluation_is_one_kind_of_call(layout: torch.memory_format) -> None:
     assert len(compiled.known) == 1
     assert found == evaluate(net, source, "test", torch.device("cpu"))
     assert found["n"] == 10
+
+
+def test_a_failure_in_evaluation_leaves_training_compiled() -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        if not module.training:
+            raise RuntimeError("no room")
+        return graph.forward
+
+    asked: list[str | None] = []
+
+    def agree(reason: str | None) -> str | None:
+        asked.append(reason)
+        return reason
+
+    module = torch.nn.Linear(2, 2)
+    told: list[str | None] = []
+    compiler = Compiler(module, lambda name, seconds, reason: told.append(reason), backend, agree)  # type: ignore[arg-type]
+    compiled = Compiled(compiler, lambda x: module(x), "net")
+    for training in (False, True, False):
+        module.train(training)
+        compiled(torch.ones(1, 2))
+        assert (compiler.reason is None) == training
+    assert [reason is None for reason in told] == [False, True]
+    assert asked == [None]  # ranks may meet different kinds of calls in evaluation

@@ -248,7 +248,9 @@ def test_the_losses_are_compiled_once_before_and_after_groups_appear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scouting has one loss for all classes, but in the shape of the groups to come."""
-    monkeypatch.setattr(build, "Compiler", lambda module, report: Compiler(module, report, backend="eager"))
+    monkeypatch.setattr(
+        build, "Compiler", lambda module, report, agree: Compiler(module, report, backend="eager", agree=agree)
+    )
     _, epochs, folder = run(tmp_path, "gkp-gsa", epochs=2, compile="on")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["phase"] for r in epochs] == ["scout", "train"]

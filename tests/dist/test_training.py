@@ -134,6 +134,48 @@ def test_a_forward_pass_with_collectives_in_it_is_one_graph(tmp_path: Path) -> N
         assert result["eager"].norm() > 0
 
 
+def compiler_missing_on_one(ranks: Ranks) -> dict[str, Any]:
+    """Two steps with collectives in the forward pass, where torch.compile fails on rank 1 alone."""
+    trainer = make(ranks, "bcl", **WHOLE)
+    told: list[str | None] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        if ranks.rank == 1:
+            raise RuntimeError("no space left")
+        return graph.forward
+
+    def report(name: str, *, seconds: float, reason: str | None) -> None:
+        told.append(reason)
+
+    compiler = Compiler(trainer.model, report, backend, ranks.complaint)  # type: ignore[arg-type]
+    trainer.forward = Forward(trainer.model, trainer.objective, compiler=compiler)
+    trainer.make_step()
+    return {"told": told, **two_steps(trainer)}
+
+
+def without_compiler(ranks: Ranks) -> dict[str, Any]:
+    return two_steps(make(ranks, "bcl", **WHOLE))
+
+
+def two_steps(trainer: Trainer) -> dict[str, Any]:
+    ranks = trainer.ranks
+    calls = ranks.traffic.calls
+    for _, batch in zip(range(2), trainer.source.train(0), strict=False):
+        trainer.update.lr.fill_(0.05)
+        trainer.step(batch)
+    return {"theta": trainer.flat.data.clone(), "calls": ranks.traffic.calls - calls}
+
+
+def test_ranks_turn_to_eager_together_and_trials_send_nothing(tmp_path: Path) -> None:
+    eager = run_ranks(2, tmp_path, without_compiler)
+    for result, expected in zip(run_ranks(2, tmp_path, compiler_missing_on_one), eager, strict=True):
+        assert len(result["told"]) == 1
+        assert "no space left" in result["told"][0]
+        assert result["told"][0].endswith("(on rank 1)")
+        assert torch.equal(result["theta"], expected["theta"])
+        assert result["calls"] == expected["calls"]
+
+
 def until_the_end(ranks: Ranks, method: str, values: dict[str, Any]) -> dict[str, Any]:
     trainer = make(ranks, method, **values)
     result = trainer.fit()
