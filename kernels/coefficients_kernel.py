@@ -97,35 +97,20 @@ def _rule(
 
 
 @jit
-def _coefficients_kernel(
-    gram_ptr, theta_sq_ptr, shares_ptr, counts_ptr, coef_ptr, stats_ptr, n_partials, root_d,
-    rho_ptr, rho, scale_ptr, scale, low_ptr, low, high_ptr, high, sigma_ptr, sigma, SIGMA_STRIDE: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
-    DIRECTION: tl.constexpr, RULE: tl.constexpr, UNIFORM: tl.constexpr, SHARED: tl.constexpr, FALLBACK: tl.constexpr,
+def _direction(
+    gram, cross, moments, w, present, sigma_ptr, sigma, k, inside,
+    SIGMA_STRIDE: tl.constexpr, G: tl.constexpr, DIRECTION: tl.constexpr, FALLBACK: tl.constexpr,
 ):  # fmt: skip
-    k = tl.arange(0, GROUPS)
-    inside = k < G
-    zero = tl.zeros([GROUPS], dtype=tl.float64)
+    """(alpha, beta, gamma, |uh|^2, which of them fell back to u_k, which point anywhere)."""
+    zero = tl.zeros([k.shape[0]], dtype=tl.float64)
     one = tl.where(inside, zero + 1.0, zero)
-    if shares_ptr is not None:
-        shares = tl.load(shares_ptr + k, mask=inside, other=0.0).to(tl.float64)
-    else:
-        shares = one / G
-    present = shares > 0.0
-    w = tl.where(present, shares, 0.0)
-    gram = _load_block(gram_ptr, n_partials, 0, 0, present, R, G, GROUPS, PARTS)
-    size = _size(gram) + tl.sum(tl.abs(shares), axis=0)
     plain_sq = _diagonal(gram, k)
     gram_w = tl.sum(gram * w[None, :], axis=1)
     global_sq = tl.sum(gram_w * w, axis=0)
-
     alpha, beta = _global_direction(gram_w, global_sq, k, one, DIRECTION)
     gamma = zero
     norm_sq = alpha * alpha * plain_sq + 2.0 * alpha * beta * gram_w + beta * beta * global_sq
     if DIRECTION == "friendly":
-        cross = _load_block(gram_ptr, n_partials, 0, G, present, R, G, GROUPS, PARTS)
-        moments = _load_block(gram_ptr, n_partials, G, G, present, R, G, GROUPS, PARTS)
-        size += _size(cross) + _size(moments)
         if sigma_ptr is not None:
             gamma = -tl.load(sigma_ptr + k * SIGMA_STRIDE, mask=inside, other=0.0).to(tl.float64)
         else:
@@ -143,7 +128,64 @@ def _coefficients_kernel(
         beta = tl.where(fallback, 0.0, beta)
         gamma = tl.where(fallback, 0.0, gamma)
         valid = present & (norm_sq > 0.0)
+    return alpha, beta, gamma, norm_sq, fallback, valid
 
+
+@jit
+def _shared_sum(
+    gram, cross, moments, alpha, beta, gamma, w, present, valid, r, intended,
+    DIRECTION: tl.constexpr, UNIFORM: tl.constexpr, FALLBACK: tl.constexpr,
+):  # fmt: skip
+    """(coefficients of u [G], of m [G], squared length) of the one perturbation sum_k a_k r_k uh_k."""
+    zero = tl.zeros([w.shape[0]], dtype=tl.float64)
+    a = r
+    if DIRECTION != "joint":
+        weight = zero + 1.0 if UNIFORM else w
+        weight = tl.where(present, weight, 0.0)
+        weight = weight / tl.sum(weight, axis=0)
+        a = tl.where(valid, r * weight, 0.0)
+    c = a * alpha + w * tl.sum(a * beta, axis=0)
+    c_moments = a * gamma
+    length_sq = zero + _bilinear(gram, c, c)
+    if DIRECTION == "friendly":
+        length_sq += 2.0 * _bilinear(cross, c, c_moments) + _bilinear(moments, c_moments, c_moments)
+    if DIRECTION != "joint":
+        reach = tl.sum(tl.where(valid, intended * weight, 0.0), axis=0)
+        vanishes = length_sq <= FALLBACK * reach * reach
+        c = tl.where(vanishes, 0.0, c)
+        c_moments = tl.where(vanishes, 0.0, c_moments)
+        length_sq = tl.where(vanishes, 0.0, length_sq)
+    return c.to(tl.float32), c_moments.to(tl.float32), length_sq
+
+
+@jit
+def _coefficients_kernel(
+    gram_ptr, theta_sq_ptr, shares_ptr, counts_ptr, coef_ptr, stats_ptr, n_partials, root_d,
+    rho_ptr, rho, scale_ptr, scale, low_ptr, low, high_ptr, high, sigma_ptr, sigma, SIGMA_STRIDE: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+    DIRECTION: tl.constexpr, RULE: tl.constexpr, UNIFORM: tl.constexpr, SHARED: tl.constexpr, FALLBACK: tl.constexpr,
+):  # fmt: skip
+    k = tl.arange(0, GROUPS)
+    inside = k < G
+    zero = tl.zeros([GROUPS], dtype=tl.float64)
+    if shares_ptr is not None:
+        shares = tl.load(shares_ptr + k, mask=inside, other=0.0).to(tl.float64)
+    else:
+        shares = tl.where(inside, zero + 1.0, zero) / G
+    present = shares > 0.0
+    w = tl.where(present, shares, 0.0)
+    gram = _load_block(gram_ptr, n_partials, 0, 0, present, R, G, GROUPS, PARTS)
+    cross = gram
+    moments = gram
+    size = _size(gram) + tl.sum(tl.abs(shares), axis=0)
+    if DIRECTION == "friendly":
+        cross = _load_block(gram_ptr, n_partials, 0, G, present, R, G, GROUPS, PARTS)
+        moments = _load_block(gram_ptr, n_partials, G, G, present, R, G, GROUPS, PARTS)
+        size += _size(cross) + _size(moments)
+
+    alpha, beta, gamma, norm_sq, fallback, valid = _direction(
+        gram, cross, moments, w, present, sigma_ptr, sigma, k, inside, SIGMA_STRIDE, G, DIRECTION, FALLBACK
+    )
     safe_sq = tl.where(valid, norm_sq, 1.0)
     if RULE:
         theta_norm_sq = _theta_sq(theta_sq_ptr, n_partials, PARTS)
@@ -158,25 +200,9 @@ def _coefficients_kernel(
 
     some = tl.sum(tl.where(valid, 1, 0), axis=0) > 0
     if SHARED:
-        a = r
-        if DIRECTION != "joint":
-            weight = one if UNIFORM else w
-            weight = tl.where(present, weight, 0.0)
-            weight = weight / tl.sum(weight, axis=0)
-            a = tl.where(valid, r * weight, 0.0)
-        c = a * alpha + w * tl.sum(a * beta, axis=0)
-        c_moments = a * gamma
-        length_sq = zero + _bilinear(gram, c, c)
-        if DIRECTION == "friendly":
-            length_sq += 2.0 * _bilinear(cross, c, c_moments) + _bilinear(moments, c_moments, c_moments)
-        if DIRECTION != "joint":
-            reach = tl.sum(tl.where(valid, intended * weight, 0.0), axis=0)
-            vanishes = length_sq <= FALLBACK * reach * reach
-            c = tl.where(vanishes, 0.0, c)
-            c_moments = tl.where(vanishes, 0.0, c_moments)
-            length_sq = tl.where(vanishes, 0.0, length_sq)
-        c = c.to(tl.float32)
-        c_moments = c_moments.to(tl.float32)
+        c, c_moments, length_sq = _shared_sum(
+            gram, cross, moments, alpha, beta, gamma, w, present, valid, r, intended, DIRECTION, UNIFORM, FALLBACK
+        )
         finite = size + tl.sum(tl.abs(c) + tl.abs(c_moments), axis=0) < float("inf")
         ok = some & finite
         tl.store(coef_ptr + k, tl.where(ok, c, 0.0), mask=inside)
