@@ -124,13 +124,16 @@ def mechanics(run: Any) -> dict[str, float]:
 
     gkp_over_grad: norm of the GKP force over that of the loss gradient; clipped_below, clipped_above: shares of radii on a
     bound; length: |s^-1 eps| of a group; refresh_cos: remembered against exact direction at Gram refreshes;
-    eps_sq: squared length of the perturbation that was applied.
+    eps_sq: squared length of the perturbation that was applied; anchor_away: distance of theta from GKP's anchor when it was
+    made, over theta's norm.
     """
     epochs = {row["epoch"]: row for row in run.metrics("epoch") if row["phase"] == "train"}
     found: dict[str, list[float]] = defaultdict(list)
     for row in run.metrics("forces"):
         if row.get("gkp") is not None and row["epoch"] in epochs:
             found["gkp_over_grad"].append(row["gkp"] / max(epochs[row["epoch"]]["grad_norm"], 1e-12))
+    for row in run.metrics("anchor"):
+        found["anchor_away"].append(row["away"])
     for row in run.metrics("ascent"):
         if row["epoch"] not in epochs:
             continue
@@ -211,7 +214,7 @@ def paired(cell: str, runs: seeded.Runs, figure: str) -> str:
 def mechanics_text(runs: Iterable[Mapping[str, float]]) -> str:
     """What the rows say about the mechanics of a cell, for instance `GKP/grad .03`."""
     names = {
-        "gkp_over_grad": "GKP/gradient", "length": "length", "clipped_above": "on upper bound",
+        "gkp_over_grad": "GKP/gradient", "anchor_away": "anchor away", "length": "length", "clipped_above": "on upper bound",
         "clipped_below": "on lower bound", "refresh_cos": "refresh cosine",
     }  # fmt: skip
     runs, parts = list(runs), []

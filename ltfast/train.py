@@ -153,6 +153,10 @@ class Trainer(Durable):
         seed = self.config.run.seed
         groups = self.ranks.on_main(lambda: group_classes(self.bank, counts, cfg.groups, center=cfg.center, seed=seed))
         self.groups = self.ranks.broadcast_(torch.zeros_like(counts) if groups is None else groups)
+        members = [(self.groups == k).sum().item() for k in range(cfg.groups)]
+        self.progress.note(
+            f"grouped {counted(len(self.bank), 'snapshot')} into {cfg.groups} groups of {members} classes"
+        )
         if cfg.gkp:
             sizes = group_sizes(self.groups, counts, cfg.groups, cfg.gkp_normalise)
             anchor = collapse_knowledge(
@@ -162,10 +166,6 @@ class Trainer(Durable):
             )  # fmt: skip
             self.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
         self.make_step()
-        members = [(self.groups == k).sum().item() for k in range(cfg.groups)]
-        self.progress.note(
-            f"grouped {counted(len(self.bank), 'snapshot')} into {cfg.groups} groups of {members} classes"
-        )
         self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
 
     def stable(self, anchor: Anchor) -> Anchor:
@@ -181,7 +181,10 @@ class Trainer(Durable):
             self.progress.note(
                 f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, so that they do not overshoot"
             )
-        self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()))
+        theta = self.flat.data.to(anchor.target.device)
+        away = float((theta - anchor.target).mul(anchor.weight > 0).norm() / theta[self.encoder].norm())
+        self.progress.note(f"GKP's anchor lies {away:.2g} of the encoder's norm away")
+        self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()), away=away)
         return anchor._replace(weight=anchor.weight.clamp_max(limit))
 
     def make_step(self) -> None:
