@@ -131,6 +131,19 @@ def test_one_autocast_block_around_both_passes_sees_the_perturbed_weights(kind: 
     assert not torch.equal(update(1.0), update(0.0))
 
 
+def test_restoring_inside_an_autocast_block_brings_back_what_the_model_computes() -> None:
+    model = net()
+    optimizer = SAM(model.parameters(), SGD, rho=1.0, lr=0.1)
+    x, _ = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        plain_closure(model)()
+        optimizer.first_step()
+        assert not torch.equal(model(x), before)
+        optimizer.restore()
+        assert torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize(("base", "options"), [(SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
 @pytest.mark.parametrize("order", ["bss", "sbs", "bbsb"])
 def test_plain_steps_of_the_base_optimizer_share_its_state(base: Any, options: dict[str, Any], order: str) -> None:
@@ -206,6 +219,9 @@ def test_scaler_step_without_a_first_pass_says_what_is_missing() -> None:
     optimizer.zero_grad()
     with pytest.raises(ValueError, match=r"optimizer.step\(closure, scaler=scaler\)"):
         scaler.step(optimizer, closure)
+    before = weights(model)
+    optimizer.step(plain_closure(model))  # as if nobody had asked
+    assert not torch.equal(weights(model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
