@@ -66,7 +66,7 @@ def test_safetensors(run: Path, truth: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, of its own archive
 def test_torch_export(run: Path, truth: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    path = export(run, "torch-export", out=tmp_path / "model.pt2")
+    path = export(run, "torch-export", out=tmp_path / "new" / "folder" / "model.pt2")
     extra = {INFO: ""}
     program = torch.export.load(path, extra_files=extra)
     assert json.loads(extra[INFO])["classes"] == list("0123456789")
@@ -100,8 +100,9 @@ def test_weights_too_large_for_one_onnx_file_lie_beside_it(run: Path, truth, tmp
     torch.testing.assert_close(torch.from_numpy(logits), truth["logits"], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif("onnx" not in MISSING, reason="onnx is installed")
-def test_onnx_without_the_package(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_without_the_package(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else known(name))
     assert main(["export", str(run), "--format", "onnx"]) == 2
     assert "pip install onnx onnxscript" in capsys.readouterr().err
 
