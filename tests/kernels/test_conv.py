@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltfast.errors import UserError
@@ -151,6 +152,29 @@ def test_its_operations_are_counted_like_the_librarys():
             passed(model, model, x)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of the kernel's op inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.ltfast.conv3x3.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("own", "dtype", "autocast", "calls"), [
+    (True, torch.float32, True, 2), (True, torch.bfloat16, False, 2), (True, torch.float32, False, 0),
+    (False, torch.float32, True, 0),
+])  # fmt: skip
+def test_16_bit_pictures_go_through_the_kernel_if_it_is_asked_for(own, dtype, autocast, calls):
+    model, x = block("cpu", own).to(dtype), normal(2, 16, 6, 6, seed=7).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), Calls() as seen:
+        model(x)
+    assert seen.count == calls
 
 
 def test_only_what_the_kernel_can_do_goes_through_it():
