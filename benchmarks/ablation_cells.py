@@ -95,14 +95,22 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "ce": Cell("ce", {}),
     },
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
-        f"{method},epochs=200{share}": Cell(method, {"epochs": 200} | ({"scout": 0.8} if share else {}))
-        for method, share in (
-            ("balanced-softmax", ""),
-            ("balanced-softmax+gkp", ",scout=0.8"),
-            ("balanced-softmax+gkp-gsa", ",scout=0.8"),
-            ("balanced-softmax+sam", ""),
-            ("balanced-softmax+gkp", ""),
-        )
+        **{
+            f"{method},epochs=200{share}": Cell(method, {"epochs": 200} | ({"scout": 0.8} if share else {}))
+            for method, share in (
+                ("balanced-softmax", ""),
+                ("balanced-softmax+gkp", ",scout=0.8"),
+                ("balanced-softmax+gkp-gsa", ",scout=0.8"),
+                ("balanced-softmax+sam", ""),
+                ("balanced-softmax+gkp", ""),
+            )
+        },
+        **{
+            f"balanced-softmax+gkp,epochs=200,scout=0.8,{name}={value}": Cell(
+                "balanced-softmax+gkp", {"epochs": 200, "scout": 0.8, name: value}
+            )
+            for name, value in (("gkp_lambda", 1.0), ("gkp_lambda", 0.1), ("gkp_normalise", "samples"))
+        },
     },
     "long-three-views": {
         "bcl,epochs=200": Cell("bcl", {"epochs": 200}),

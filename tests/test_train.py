@@ -176,13 +176,15 @@ def test_the_bank_takes_the_quality_of_each_epoch_as_long_as_groups_are_to_come(
         torch.testing.assert_close(trainer.bank.best, held[regroup])
 
 
-def test_the_anchor_is_that_of_its_groups_and_capped() -> None:
+def test_the_anchor_is_that_of_its_groups_and_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = made("gkp-gsa", epochs=4, groups=3, gkp_normalise="samples", lr=5.0)
     torch.manual_seed(0)
     encoder, best = trainer.flat.data[trainer.encoder], torch.full((10,), -torch.inf)
     for epoch in range(4):
         best[epoch::4] = 1.0
         trainer.bank.update(best, encoder + 0.1 * torch.randn_like(encoder), epoch)
+    told: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(trainer, "log", lambda kind, **values: told.update({kind: values}))
     trainer.group()
     assert trainer.groups is not None
     assert trainer.anchor is not None
@@ -200,6 +202,9 @@ def test_the_anchor_is_that_of_its_groups_and_capped() -> None:
     assert torch.equal(trainer.anchor.target[trainer.encoder], twin.target)
     assert trainer.anchor.weight.sum() == trainer.anchor.weight[trainer.encoder].sum()
     assert torch.equal(trainer.update.anchor[0], trainer.anchor.weight)
+    held = twin.weight > 0
+    assert 0 < held.sum() < len(encoder)
+    assert told["anchor"]["away"] == pytest.approx(float((encoder - twin.target)[held].norm() / encoder.norm()))
 
 
 def test_the_test_split_sees_the_best_weights_too_and_the_last_ones_stay() -> None:
