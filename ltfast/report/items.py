@@ -138,17 +138,15 @@ def groups(views: Sequence[RunView]) -> Item:
 def forces(views: Sequence[RunView]) -> Item:
     caption = (
         "Norms at the end of each epoch of what moves the weights: the loss gradient as the update uses it (mean over the "
-        "epoch, times alpha), the pull of GKP, and weight decay. GKP that lies far below weight decay does nothing."
+        "epoch, times alpha), the pull of GKP, and weight decay. GKP that lies far below weight decay does nothing. An anchor "
+        "far from the weights, over their norm, can undo what was learnt since (docs/findings.md)."
     )
-    return simple(
-        views,
-        "forces",
-        "Knowledge",
-        "Strength of GKP against loss and weight decay",
-        caption,
-        numbers.forces,
-        draw_training.draw_forces,
-    )
+    title = "Strength of GKP against loss and weight decay"
+    item = simple(views, "forces", "Knowledge", title, caption, numbers.forces, draw_training.draw_forces)
+    rows = [(name, *anchor) for name, run in item.data.items() for anchor in run["anchors"]]
+    if rows:
+        item.table = Table(("run", "anchor made before epoch", "away / norm of weights", "share capped"), rows)
+    return item
 
 
 def similarity(views: Sequence[RunView]) -> Item:

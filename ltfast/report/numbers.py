@@ -225,13 +225,15 @@ def radius_bounds(view: RunView) -> tuple[float, float] | None:
 
 
 def forces(view: RunView) -> dict[str, Any]:
-    """Norms by epoch [E] of what moves the weights: loss gradient (as used, times alpha), GKP, weight decay."""
+    """Norms by epoch [E] of what moves the weights: loss gradient (as used, times alpha), GKP, weight decay; anchors as rows
+    (epoch, how far away over the norm of the encoder's weights, capped share)."""
     rows = view.kind("forces")
     gradient = {row["epoch"]: row.get("grad_norm") for row in view.rows.get("epoch", [])}
     alpha = np.nan_to_num(column(rows, "alpha"), nan=1.0)
     loss = array([gradient.get(row["epoch"]) for row in rows]) * alpha
     result = {"epoch": epochs_of(rows), "gradient": loss, "decay": column(rows, "decay"), "gkp": column(rows, "gkp")}
     result["gkp_loss"] = column(rows, "gkp_loss")
+    result["anchors"] = [(row["epoch"] + 1, row.get("away"), row["capped"]) for row in view.rows.get("anchor", [])]
     return result
 
 

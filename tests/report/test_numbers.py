@@ -201,12 +201,15 @@ def test_forces_scale_the_gradient_by_alpha(tmp_path):
         {"kind": "epoch", "epoch": 1, "grad_norm": 2.0, "seconds": 2.0, "phase": "train"},
         {"kind": "forces", "epoch": 0, "decay": 0.1},
         {"kind": "forces", "epoch": 1, "decay": 0.1, "gkp": 0.5, "gkp_loss": 3.0, "alpha": 0.8},
+        {"kind": "anchor", "epoch": 1, "capped": 0.25, "away": 0.4},
+        {"kind": "anchor", "epoch": 3, "capped": 0.5},
     ]
     view = view_of(tmp_path, [DATA, *rows])
     found = numbers.forces(view)
     np.testing.assert_allclose(found["gradient"], [4.0, 1.6])
     np.testing.assert_array_equal(found["gkp"], [np.nan, 0.5])
     np.testing.assert_array_equal(found["gkp_loss"], [np.nan, 3.0])
+    assert found["anchors"] == [(2, 0.4, 0.25), (4, None, 0.5)]
     assert numbers.times(view) == {"scouting": 1.5, "training": 2.0}
 
 
