@@ -231,6 +231,7 @@ def test_mechanics_are_of_the_epochs_after_scouting():
     rows = {
         "epoch": [{"epoch": e, "phase": phase, "grad_norm": 4.0} for e, phase in ((0, "scout"), (1, "train"), (2, "train"))],
         "forces": [{"epoch": e, "gkp": gkp} for e, gkp in ((0, 400.0), (1, 1.0), (2, None))],
+        "anchor": [{"epoch": 1, "away": 0.2}, {"epoch": 2, "away": 0.4}],
         "ascent": [
             {"epoch": 0, "above": [9.0], "below": [9.0], "length": [9.0]},
             {"epoch": 1, "above": [0.5, None], "below": [0.25, None], "length": [0.1, 0.3], "refresh_cos": 0.9},
@@ -239,7 +240,7 @@ def test_mechanics_are_of_the_epochs_after_scouting():
     }  # fmt: skip
     found = ablation.mechanics(SimpleNamespace(metrics=rows.__getitem__))
     expected = {"gkp_over_grad": 0.25, "clipped_above": 0.6, "clipped_below": 0.15, "length": 0.3, "refresh_cos": 0.9}
-    assert found == pytest.approx(expected)
+    assert found == pytest.approx(expected | {"anchor_away": 0.3})
 
 
 def test_fields_of_a_row_replace_the_facts_of_the_process(results: Path):
