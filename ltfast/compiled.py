@@ -35,6 +35,11 @@ def quiet(name: str, *, seconds: float, reason: str | None) -> None:
     """The `Report` that says nothing."""
 
 
+def reason_of(error: Exception) -> str:
+    """What to tell of an error: its kind and the beginning of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
+
+
 class Compiler:
     """Compiles the functions of one run; the first failure in training makes all of training eager, one in evaluation all
     of evaluation, and is reported once.
@@ -67,8 +72,7 @@ class Compiler:
 
     def tried(self, name: str, error: Exception | None, seconds: float) -> None:
         """Report a trial; from the first that fails, here or (in training) on another rank, this mode is eager."""
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = None if error is None else f"{type(error).__name__}: {' '.join(lines)}"[:REASON_CHARS]
+        reason = None if error is None else reason_of(error)
         if self.module.training:
             reason = self.agree(reason)
         if reason is not None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ltfast.compiled import REASON_CHARS, Report, quiet
+from ltfast.compiled import Report, quiet, reason_of
 
 # Two, as PyTorch's recipe for whole-network capture does more than one: cuDNN and Triton tune in the first, and the second
 # allocates as all later ones will.
@@ -165,7 +165,7 @@ class Captured:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self.reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
+            self.reason = reason_of(error)
             self.branches.clear()
         self.report(f"{self.name}, {branch}", seconds=time.perf_counter() - started, reason=self.reason)
         return self.reason is None

@@ -181,7 +181,7 @@ class Trainer(Durable):
             self.progress.note(
                 f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, so that they do not overshoot"
             )
-        theta = self.flat.data.to(anchor.target.device)
+        theta = self.flat.data
         away = float((theta - anchor.target).mul(anchor.weight > 0).norm() / theta[self.encoder].norm())
         self.progress.note(f"GKP's anchor lies {away:.2g} of the encoder's norm away")
         self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()), away=away)

@@ -33,18 +33,21 @@ def make(ranks: Ranks, method: str, **values: Any) -> Trainer:
     return Trainer(build_config("digits-lt", method, {}, {**SMALL, **values}), None, ranks, Progress())
 
 
+def walk(trainer: Trainer, steps: int) -> None:
+    """The first steps of epoch 0; `trainer.wire` counts what they send."""
+    for _, batch in zip(range(steps), trainer.source.train(0), strict=False):
+        trainer.update.lr.fill_(0.05)
+        with trainer.ranks.traffic.noted_in(trainer.wire):
+            trainer.step(batch)
+
+
 def some_steps(ranks: Ranks, method: str, steps: int, values: dict[str, Any]) -> dict[str, Any]:
     """A few steps with groups by frequency in place of the bank's."""
     trainer = make(ranks, method, **values)
     trainer.groups = group_by_frequency(trainer.source.train_counts, 3)
     trainer.make_step()
     start = trainer.flat.data.clone()
-    for i, batch in enumerate(trainer.source.train(0)):
-        if i == steps:
-            break
-        trainer.update.lr.fill_(0.05)
-        with ranks.traffic.noted_in(trainer.wire):
-            trainer.step(batch)
+    walk(trainer, steps)
     spans = len(trainer.reducer.spans) if trainer.reducer else 0
     return {
         "moved": trainer.flat.data - start, "wire": (trainer.wire.calls / steps, trainer.wire.bytes / steps), "spans": spans,
@@ -150,20 +153,14 @@ def compiler_missing_on_one(ranks: Ranks) -> dict[str, Any]:
     compiler = Compiler(trainer.model, report, backend, ranks.complaint)  # type: ignore[arg-type]
     trainer.forward = Forward(trainer.model, trainer.objective, compiler=compiler)
     trainer.make_step()
-    return {"told": told, **two_steps(trainer)}
+    walk(trainer, 2)
+    return {"told": told, "theta": trainer.flat.data, "calls": trainer.wire.calls}
 
 
 def without_compiler(ranks: Ranks) -> dict[str, Any]:
-    return two_steps(make(ranks, "bcl", **WHOLE))
-
-
-def two_steps(trainer: Trainer) -> dict[str, Any]:
-    ranks = trainer.ranks
-    calls = ranks.traffic.calls
-    for _, batch in zip(range(2), trainer.source.train(0), strict=False):
-        trainer.update.lr.fill_(0.05)
-        trainer.step(batch)
-    return {"theta": trainer.flat.data.clone(), "calls": ranks.traffic.calls - calls}
+    trainer = make(ranks, "bcl", **WHOLE)
+    walk(trainer, 2)
+    return {"theta": trainer.flat.data, "calls": trainer.wire.calls}
 
 
 def test_ranks_turn_to_eager_together_and_trials_send_nothing(tmp_path: Path) -> None:
