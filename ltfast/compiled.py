@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from ltfast.collectives import silent
 
@@ -58,7 +59,7 @@ class Compiler:
         self.module, self.report, self.backend, self.agree = module, report, backend, agree
         self.reasons: dict[bool, str] = {}  # training -> why it is eager now
         # Exact group gradients go back through one graph G times; donated buffers would let the first pass eat it.
-        torch._functorch.config.donated_buffer = False
+        functorch.donated_buffer = False
 
     def __call__(self, function: Callable[P, R], name: str) -> Callable[P, R]:
         """`function` of tensors (and None), one graph: shapes are static, a graph break is a failure."""

@@ -66,6 +66,8 @@ class FlatParameters:
         for p in self.params:
             if isinstance(p, UninitializedParameter):
                 raise ValueError("params holds a lazy parameter without a shape: run the model once before")
+            if p.is_meta:
+                raise ValueError("params holds a parameter on the meta device: give the model memory before (to_empty)")
             if p.dtype != torch.float32:
                 raise ValueError(
                     f"params holds a {p.dtype} parameter: keep parameters float32 and use autocast instead"
@@ -124,6 +126,12 @@ class FlatParameters:
                 view = self._views[i] = torch.from_dlpack(self.views(self.data)[i])
             view.copy_(p.detach())
             p.data = view
+
+    def point(self) -> None:
+        """Let parameters whose `.data` somebody replaced since show the buffer again; what they held is given up."""
+        for p, view, address in zip(self.params, self._views, self._addresses, strict=True):
+            if p.data_ptr() != address and (p.device, p.dtype, p.shape) == (view.device, view.dtype, view.shape):
+                p.data = view
 
     def changed(self) -> None:
         """The buffer was written: autograd must notice parameters that a graph has saved, as after any write in place."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from ltfast.optim.inner import (
 )
 from ltfast.optim.passes import several
 from ltfast.optim.skips import SkipCounter
-from ltfast.optim.state import StoredOptimizer, export_extra
+from ltfast.optim.state import StoredOptimizer, export_extra, own_counts
 
 
 class FlatOptimizer(StoredOptimizer):
@@ -69,7 +68,7 @@ class FlatOptimizer(StoredOptimizer):
             raise ValueError(f"base_optimizer must be a class like torch.optim.SGD, not {base_optimizer!r}")
         check_options({**defaults, **base_kwargs})
         # No defaults on the class: wrappers that derive from it (Lightning's) would find those instead of these.
-        self._ready, self._base_hook = False, None
+        self._ready, self._base_handles = False, []
         super().__init__(params, {**defaults, **base_kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self._check_base(defaults)
@@ -79,6 +78,8 @@ class FlatOptimizer(StoredOptimizer):
     def _check_base(self, defaults: dict[str, Any]) -> None:
         """ValueError if no step can be made of the base optimizer's."""
         name = type(self.base_optimizer).__name__
+        if not hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
+            raise ValueError(f"base_optimizer {name} does not call Optimizer.__init__: use another")
         closure = inspect.signature(type(self.base_optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(f"base_optimizer {name} evaluates the loss itself (its step needs a closure): use another")
@@ -106,10 +107,11 @@ class FlatOptimizer(StoredOptimizer):
         self._ready = True
 
     def _watch_base(self) -> None:
-        """`base_optimizer.step()` is torch's own step (plain steps of a warm-up): give it state of torch's kind first."""
-        if self._base_hook is not None:
-            self._base_hook.remove()
-        owner = weakref.ref(self)
+        """What users do with `base_optimizer` itself: step() is torch's own step (plain steps of a warm-up), which wants state
+        of torch's kind; state_dict() may go to another optimizer; what load_state_dict() has loaded is the state."""
+        for handle in self._base_handles:
+            handle.remove()
+        owner, base = weakref.ref(self), self.base_optimizer
 
         def before(*_: Any) -> None:
             if (optimizer := owner()) is None:
@@ -120,7 +122,15 @@ class FlatOptimizer(StoredOptimizer):
             for block in optimizer.blocks:
                 block.flat.rows.consume()
 
-        self._base_hook = self.base_optimizer.register_step_pre_hook(before)
+        def loaded(_: Optimizer) -> None:
+            if (optimizer := owner()) is not None:
+                optimizer._follow_base()
+
+        self._base_handles = [
+            base.register_step_pre_hook(before),
+            base.register_state_dict_post_hook(lambda _, packed: own_counts(packed)),
+            base.register_load_state_dict_post_hook(loaded),
+        ]
 
     def _make_blocks(self) -> list[Block]:
         return [self._block(range(len(self.param_groups)))]
@@ -162,6 +172,8 @@ class FlatOptimizer(StoredOptimizer):
         read twice, write) and one launch a parameter. `set_to_none=False` keeps views of the buffer attached, for
         gradient accumulation over many micro-batches; as in torch, who had a gradient has a zero one then.
         """
+        if self._layout != self._groups_now():
+            super().zero_grad(set_to_none)  # parameters put into a group by hand are in no block before the next step
         for block in self.blocks:
             if set_to_none:
                 for p in block.flat.params:
@@ -194,9 +206,23 @@ class FlatOptimizer(StoredOptimizer):
             if self.climbed or any(block.anchor is not None for block in self.blocks):
                 what = "the model moved to another device" if moved else "the parameters of param_groups were changed"
                 raise RuntimeError(f"{what} in mid-step or with an anchor set")
+            for group in self.param_groups:  # a new one may have come by base_optimizer.add_param_group
+                group |= {name: value for name, value in self.defaults.items() if name not in group}
             self._renew(self._settings(), export_extra(self))
         for block in self.blocks:
             block.flat.adopt()
+
+    def _follow_base(self) -> None:
+        """`base_optimizer` has other groups and another state now, which are ours: somebody has loaded a state dict."""
+        for ours, theirs in zip(self.param_groups, self.base_optimizer.param_groups, strict=True):
+            theirs |= {name: value for name, value in ours.items() if name not in theirs}  # rho and the like
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+        for block in self.blocks:
+            block.keep_written()
+        self.restore()
+        self._fused = fused(self.base_optimizer)
+        if self._fused:
+            adopt_state(self.base_optimizer, self.blocks)
 
     def _fresh(self) -> bool:
         return any(block.flat.rows.fresh() for block in self.blocks)
@@ -206,7 +232,6 @@ class FlatOptimizer(StoredOptimizer):
     @torch.no_grad()
     def _descend(self, row: int = 0, *, check: bool = False) -> None:
         """Update theta (restoring it first) by gradient row `row`; a non-finite gradient skips the update."""
-        presents = self._collect(row)
         loss_scale, found_inf = self._of_scaler("grad_scale"), self._of_scaler("found_inf")
         scale: float | Tensor | None = None if loss_scale is None else 1.0 / loss_scale
         if self.alpha is not None:
@@ -217,13 +242,16 @@ class FlatOptimizer(StoredOptimizer):
             covered = fused(self.base_optimizer)
             if covered:
                 check_fused(self.base_optimizer)
+                self._before_step()
+            presents = self._collect(row)
             skip = self._skip(row, found_inf, check)
             self._switch(covered)
             if self._fused:
                 self._follow_state()
-                with self._base_hooks():
-                    for block, present in zip(self.blocks, presents, strict=True):
-                        fused_step(self.base_optimizer, block, row, present, scale, skip)
+                for block, present in zip(self.blocks, presents, strict=True):
+                    fused_step(self.base_optimizer, block, row, present, scale, skip)
+                for hook in list(self.base_optimizer._optimizer_step_post_hooks.values()):
+                    hook(self.base_optimizer, (), {})
             else:
                 self.restore()
                 foreign_step(self.base_optimizer, self.blocks, row, presents, scale, skip)
@@ -250,16 +278,16 @@ class FlatOptimizer(StoredOptimizer):
         if any(replaced(self.base_optimizer, block) for block in self.blocks):
             adopt_state(self.base_optimizer, self.blocks)
 
-    @contextmanager
-    def _base_hooks(self) -> Iterator[None]:
-        """Around the fused step: the hooks of the base optimizer, whose own step it stands for."""
-        base = self.base_optimizer
-        for key, before in list(base._optimizer_step_pre_hooks.items()):
-            if key != self._base_hook.id:
-                before(base, (), {})
-        yield
-        for after in list(base._optimizer_step_post_hooks.values()):
-            after(base, (), {})
+    def _before_step(self) -> None:
+        """The hooks that come before a step of the base optimizer, for which the fused step stands; they find theta."""
+        base, own = self.base_optimizer, self._base_handles[0].id
+        hooks = [hook for key, hook in base._optimizer_step_pre_hooks.items() if key != own]
+        if hooks:
+            bad = self._first_bad
+            self.restore()
+            self._first_bad = bad  # this step still goes on
+        for hook in hooks:
+            hook(base, (), {})
 
     def _skip(self, row: int, found_inf: Tensor | None, check: bool) -> Tensor | None:
         """0-dim flag, nonzero if this update must not happen; None if nothing speaks for or against.

@@ -79,6 +79,7 @@ class GroupAscent(FlatOptimizer):
 
     def _setup(self) -> None:
         super()._setup()
+        self._looked = False
         self._last: list[FreshGradients | None] = []
         self._last_layers()
         self.ascent = Ascent(self.rule, self._counts, 1, self.blocks[0].flat.device)
@@ -279,6 +280,9 @@ class GroupAscent(FlatOptimizer):
         found: dict[Tensor, Tensor] = {}
         if params:  # else they are frozen
             grads = torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True)
+            if not self._looked and any(grad is None for grad in grads):
+                refuse_reentrant(loss)
+                self._looked = True
             found = dict(zip(params, grads, strict=True))
         for holder in holders:
             holder.put(row, [found.get(p) for p in holder.params], add=add)
@@ -326,10 +330,13 @@ class GroupAscent(FlatOptimizer):
             for block, r in zip(self._climbing, rows, strict=True):
                 theta = block.flat.data
                 if block.climbed:
+                    block.flat.point()
                     perturb(block.kept, r, coef, self.rule.adaptive, out=theta)
                 else:
+                    block.flat.adopt()  # a forward pass that replaces .data (max-norm layers) has come in between
                     perturb(theta, r, coef, self.rule.adaptive, out=theta, keep=block.kept)
                     block.climbed = True
+                block.note()
         self._moved()
 
     def _maximizes(self) -> bool:
@@ -350,6 +357,9 @@ class GroupAscent(FlatOptimizer):
             return
         self._first_pass.params = [_holding(r) for r in rows]
         scaler.unscale_(self._first_pass)  # type: ignore[arg-type]
+
+    def _leaves_unreduced(self, ascent: str) -> bool:
+        return True  # the rows of a global ascent are added up here
 
     def _world(self) -> int:
         """Processes whose gradients a global ascent adds up; 1 for a local one."""
@@ -386,6 +396,21 @@ class GroupAscent(FlatOptimizer):
         if self.rule.direction == "friendly":
             g = self._counts.numel()
             load_averages(self, extra.get("averages", {}), self._first_row + g, g, self._climbing)
+
+
+def refuse_reentrant(loss: Tensor) -> None:
+    """ValueError if a part of the network is behind reentrant checkpointing, whose parameters autograd.grad does not see."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            raise ValueError(
+                "closure: reentrant checkpointing hides parameters; call checkpoint(..., use_reentrant=False)"
+            )
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions]
 
 
 def _holding(rows: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ class GroupedOptimizer(GroupAscent):
             raise ValueError("closure is an empty list: pass at least one micro-batch")
         self.restore()
         self._sync_rule()
+        if scaler is not None:
+            self._take_unscaled(scaler)  # of gradients that have no part in this step
         with torch.enable_grad(), self._whole_step(scaler):
             loss = self._passes(closures, scaler) if head is None else self._head_passes(closures, head, scaler)
             if on_gradient is not None:
@@ -131,7 +133,8 @@ class GroupedOptimizer(GroupAscent):
             self.zero_grad()
             return
         for block in self.blocks:
-            block.flat.rows.attach(0, zero=False)
+            rows = block.flat.rows
+            rows.attach(0, zero=False, only=rows.filled([0]))  # DDP takes whatever p.grad holds for a gradient
 
     @staticmethod
     def _backward(loss: Tensor, scaler: GradScaler | None) -> None:
@@ -298,6 +301,7 @@ class CCSAM(GroupedOptimizer):
     def _passes(self, closures: list[Closure], scaler: GradScaler | None) -> Tensor:
         if len(closures) != 1:
             raise ValueError("closure: CC-SAM takes one closure; classes are not averaged over micro-batches")
+        self._adopt()
         with self._unreduced():
             losses, shares = self._evaluate(closures[0])
         present = [k for k, share in enumerate(shares.tolist()) if share > 0]

@@ -47,6 +47,7 @@ class Block:
     Attributes:
         flat: the parameters.
         kept: [N] theta as it was before the ascent, bit for bit; meaningful while `climbed`.
+        versions: of the parameters when they had climbed: whoever writes to one in place raises its own.
         group_of: index of each parameter's group.
         slots: flat optimizer state by torch's name.
         counters: each parameter's number of updates (SGD: of its momentum buffer), 0-dim; parameters always updated
@@ -61,6 +62,7 @@ class Block:
         index = {p: k for k, params in groups for p in params}
         self.group_of = [index[p] for p in self.flat.params]
         self.climbed = False
+        self.versions: list[int] = []
         self._kept: Tensor | None = None
         self.slots: dict[str, Tensor] = {}
         self.views: dict[str, list[Tensor]] = {}
@@ -82,7 +84,21 @@ class Block:
         """Bring theta back, bit for bit, if the parameters hold theta + eps."""
         if self.climbed:
             self.flat.data.copy_(self.kept)
+            self.flat.point()
             self.climbed = False
+
+    def note(self) -> None:
+        """The parameters hold theta + eps now."""
+        self.versions = [p._version for p in self.flat.params]
+
+    def keep_written(self) -> None:
+        """What somebody has written into the parameters since they climbed is theta from now on."""
+        if not self.climbed:
+            return
+        views = zip(self.flat.params, self.flat.views(self.kept), self.versions, strict=True)
+        for p, kept, version in views:
+            if p._version != version:
+                kept.copy_(p.detach())
 
     def bounds(self, first: int, end: int) -> slice:
         """The span of parameters first .. end - 1."""
@@ -319,10 +335,13 @@ def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
 
 
 def release_state(base: Optimizer) -> None:
-    """Give every parameter a step count of its own before torch's step, which counts each one up."""
-    for state in base.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].detach().cpu().clone()
+    """Give every parameter a step count of its own, where torch's step wants it, before that counts each one up."""
+    for group in base.param_groups:
+        beside = bool(group.get("capturable") or group.get("fused"))
+        for p in group["params"]:
+            state = base.state.get(p, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].detach().to(p.device if beside else "cpu", copy=True)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from ltfast.optim.inner import Block
@@ -54,6 +55,8 @@ class TwoPasses(Optimizer):
         """
         if ascent not in ASCENTS:
             raise ValueError(f"ascent is {ascent!r}; it must be one of {', '.join(ASCENTS)}")
+        if getattr(model, "static_graph", False) and self._leaves_unreduced(ascent):
+            raise ValueError("model: DistributedDataParallel(static_graph=True) reduces every pass: make it without")
         self._model, self._ascent = model, ascent
         return self
 
@@ -107,8 +110,14 @@ class TwoPasses(Optimizer):
         """A step was broken off: what GradScaler.step has set here, and that the first pass was unscaled."""
         for name in ("grad_scale", "found_inf"):
             self.__dict__.pop(name, None)
-        if scaler is not None:
+        if scaler is not None and scaler.is_enabled():
             scaler._per_optimizer_states.pop(id(self._first_pass), None)
+
+    def _take_unscaled(self, scaler: GradScaler) -> dict[str, Any] | None:
+        """What `scaler.unscale_(optimizer)` has noted since the last step, or None; the second pass is unscaled afresh."""
+        states = scaler._per_optimizer_states if scaler.is_enabled() else {}
+        unscaled = id(self) in states and states[id(self)]["stage"] is OptState.UNSCALED
+        return states.pop(id(self)) if unscaled else None
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -131,6 +140,10 @@ class TwoPasses(Optimizer):
         backward pass alone comes too late.
         """
         return self._unreduced() if self._ascent == "local" else nullcontext()
+
+    def _leaves_unreduced(self, ascent: str) -> bool:
+        """Whether the first pass runs under `no_sync`."""
+        return ascent == "local"
 
     def _unreduced(self) -> AbstractContextManager[None]:
         no_sync = getattr(self._model, "no_sync", None)

@@ -84,6 +84,7 @@ class SAM(FlatOptimizer):
         self._climb()
         for block in self.blocks:
             block.flat.changed()
+            block.note()
         self._scaler = scaler
         if zero_grad:
             self.zero_grad()
@@ -149,11 +150,15 @@ class SAM(FlatOptimizer):
         return loss
 
     def _unscale(self, scaler: GradScaler) -> None:
-        """Unscale the first pass's gradients.
+        """Unscale the first pass's gradients, unless `scaler.unscale_(optimizer)` has done so, for clipping.
 
         With several processes overflow is not told to the scaler: it may differ between them, and so would the scale.
         """
-        if several():
+        unscaled = self._take_unscaled(scaler)
+        if unscaled is not None:
+            if not several():
+                scaler._per_optimizer_states[id(self._first_pass)] = unscaled
+        elif several():
             self._divide(scaler.scale(self._one.reshape(())))
         else:
             scaler.unscale_(self._first_pass)  # type: ignore[arg-type]

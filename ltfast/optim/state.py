@@ -13,13 +13,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ltfast.optim.anchors import attach_anchor, export_anchor
-from ltfast.optim.inner import SLOTS, Block, adopt_state, check_options, fused
+from ltfast.optim.inner import SLOTS, Block, adopt_state, check_options
 from ltfast.optim.passes import TwoPasses
 from ltfast.optim.skips import SkipCounter
 
 # Per-parameter state of davda54's SAM (its base optimizer's momentum is not in its state dict) and of F-SAM.
 OLD_P, AVERAGE = "old_p", "momentum"
 RADIUS = ("rho", "adaptive")  # options of SAM's groups: an optimizer with another rule stays what it is
+# State of torch's optimizers: what else a dict of ours holds of a parameter, its user has put there.
+TORCHS = frozenset((
+    "acc_delta", "ax", "eta", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "momentum_buffer", "mu", "mu_product", "prev",
+    "square_avg", "step_size", "sum",
+))  # fmt: skip
 
 
 class StoredOptimizer(TwoPasses):
@@ -31,10 +36,16 @@ class StoredOptimizer(TwoPasses):
     _fused: bool
     _skips: SkipCounter
     _ready: bool
-    _base_hook: Any
+    _base_handles: list[Any]
 
     def _setup(self) -> None:
         """Everything that is made anew after unpickling, too."""
+        raise NotImplementedError
+
+    def _adopt(self) -> None:
+        raise NotImplementedError
+
+    def _follow_base(self) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,6 +62,8 @@ class StoredOptimizer(TwoPasses):
         Raises:
             ValueError: groups or parameters do not match; then nothing has changed.
         """
+        if not self.climbed:
+            self._adopt()  # parameters that were put into a group by hand
         extra: dict[str, Any] = {}
 
         def fit(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -65,11 +78,7 @@ class StoredOptimizer(TwoPasses):
         finally:
             handle.remove()
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
-        self.restore()
-        self._fused = fused(self.base_optimizer)
-        if self._fused:
-            adopt_state(self.base_optimizer, self.blocks)
+        self._follow_base()
         import_extra(self, extra)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +101,7 @@ class StoredOptimizer(TwoPasses):
         if "base" not in state:  # Optimizer.load_state_dict
             super().__setstate__(state)
             return
-        self._ready, self._base_hook = False, None
+        self._ready, self._base_handles = False, []
         own, extra, self.base_optimizer = state.pop("own"), state.pop("extra"), state.pop("base")
         settings, anchor = state.pop("settings"), state.pop("anchor")
         super().__setstate__(state)
@@ -124,11 +133,18 @@ class StoredOptimizer(TwoPasses):
         """Take over what `_export` gave."""
 
 
+def own_counts(packed: dict[str, Any]) -> None:
+    """Give every parameter a step count of its own in a state dict, in place: here one may be for many parameters."""
+    for index, values in packed["state"].items():
+        if isinstance(values, dict) and isinstance(
+            values.get("step"), Tensor
+        ):  # else state of the optimizer as a whole
+            packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
+
+
 def _add_extra(optimizer: Any, packed: dict[str, Any]) -> None:
     """Make torch's state dict ours, in place."""
-    for index, values in packed["state"].items():
-        if isinstance(values.get("step"), Tensor):  # one count for many parameters here, one each in torch
-            packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
+    own_counts(packed)
     packed["ltfast"] = export_extra(optimizer)
 
 
@@ -172,6 +188,8 @@ def merge_groups(optimizer: StoredOptimizer, state_dict: dict[str, Any]) -> tupl
         if AVERAGE in values and (names is not None or ascended):  # else it may be state of an unknown base
             averages[index] = values.pop(AVERAGE)[None]
         strange = set() if names is None else set(values) - {*names, "step", "max_exp_avg_sq"}
+        if "ltfast" in state_dict:
+            strange &= TORCHS
         if strange:
             kind = type(optimizer.base_optimizer).__name__
             raise ValueError(f"state_dict holds {', '.join(sorted(strange))}, which is not state of {kind}")
@@ -195,13 +213,19 @@ def _check_shapes(optimizer: StoredOptimizer, state: dict[Any, Any]) -> None:
 
 
 def export_extra(optimizer: StoredOptimizer) -> dict[str, Any]:
-    """State beyond the base optimizer's: skipped steps, moving averages, Gram memory."""
-    return {"skipped": optimizer._skips.total().clone(), **optimizer._export()}
+    """State beyond the base optimizer's: skipped steps, moving averages, Gram memory; what a base with a state_dict of its
+    own keeps outside of `state`."""
+    base = optimizer.base_optimizer
+    whole = {} if type(base).state_dict is Optimizer.state_dict else {"base": base.state_dict()}
+    return {"skipped": optimizer._skips.total().clone(), **optimizer._export(), **whole}
 
 
 @torch.no_grad()
 def import_extra(optimizer: StoredOptimizer, extra: dict[str, Any]) -> None:
     """Take over what `export_extra` gave (or part of it: an empty dict starts afresh)."""
+    if "base" in extra:
+        optimizer.base_optimizer.load_state_dict(extra["base"])
+        optimizer._follow_base()
     optimizer._skips.set(extra.get("skipped", 0.0))
     optimizer._import(extra)
 

@@ -213,9 +213,49 @@ def odd_ones(ranks: Ranks) -> dict[str, Any]:
     return {"end": state(ddp), "unused": unused, "untouched": untouched, "skipped": float(optimizer.skipped)}
 
 
+class Sometimes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.between, self.last = nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, support.CLASSES)
+
+    def forward(self, x: Tensor, whole: bool) -> Tensor:
+        h = torch.tanh(self.first(x.flatten(1)))
+        return self.last(h + self.between(h) if whole else h)
+
+
+def idle_layer(ranks: Ranks, bucket_view: bool) -> bool:
+    """Whether a layer that a step does not use stays where it is, for all its momentum."""
+    ddp = DistributedDataParallel(Sometimes(), find_unused_parameters=True, gradient_as_bucket_view=bucket_view)
+    optimizer, groups = build("imbsam", ddp, 1)
+    optimizer.bind(ddp, "global")
+    for i in range(2):
+        before = ddp.module.between.weight.detach().clone()
+        x, y = part(i, ranks.rank)
+        optimizer.step(closure_of(lambda x, i=i: ddp(x, i == 0), x, y, groups))
+    return torch.equal(ddp.module.between.weight, before)
+
+
+def refusal(optimizer: Any, model: nn.Module, ascent: str) -> str:
+    try:
+        optimizer.bind(model, ascent)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def static(ranks: Ranks) -> list[str]:
+    """What is said to DDP's static graph: by a local SAM, a global one, a global GSA."""
+    ddp = DistributedDataParallel(support.make(), static_graph=True)
+    gsa, _ = build("shared", ddp, 1)
+    sam = SAM(support.make().parameters(), SGD[0], **SGD[1])
+    return [refusal(sam, ddp, "local"), refusal(sam, ddp, "global"), refusal(gsa, ddp, "global")]
+
+
 def everything(ranks: Ranks) -> dict[str, Any]:
     """All of this file in one pair of processes: starting them costs more than the steps."""
-    result = {"recipes": recipes(ranks), "odd": odd_ones(ranks)}
+    result = {"recipes": recipes(ranks), "odd": odd_ones(ranks), "static": static(ranks)}
+    result["idle"] = [idle_layer(ranks, bucket_view) for bucket_view in (False, True)]
     for ascent in ASCENTS:
         result |= {f"sam {ascent} {how}": sam(ranks, ascent, how) for how in HOW}
         result |= {f"{kind} {every} {ascent}": grouped(ranks, kind, ascent, every) for kind, every in GROUPED}
@@ -235,3 +275,17 @@ def test_a_process_alone_neither_skips_nor_decides_what_is_used(runs: Runs) -> N
         assert result["untouched"]
         assert result["skipped"] == 1
         assert all(torch.isfinite(p).all() for p in result["end"])
+
+
+def test_a_layer_that_a_step_does_not_use_stays(runs: Runs) -> None:
+    """Where gradients are views of DDP's buckets, it takes whatever p.grad holds for one."""
+    for run in runs:
+        assert run["idle"] == [True, True]
+
+
+def test_a_static_graph_is_refused_where_a_pass_is_not_reduced(runs: Runs) -> None:
+    for run in runs:
+        local, reduced, grouped = run["static"]
+        assert "static_graph=True" in local
+        assert not reduced
+        assert grouped == local

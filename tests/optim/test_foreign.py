@@ -1,0 +1,399 @@
+"""What users and other libraries do between, around and under the passes: `.data` replaced, checkpoints, the base optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ltfast.losses import cross_entropy, group_losses
+from ltfast.optim import CCSAM, GSA, SAM, FocalSAM, FriendlySAM, ImbSAM
+from tests.optim import support
+from tests.optim.support import BASES, COUNTS, GROUP_COUNTS, SGD
+
+RADIUS = {"C": 3.0, "rho_min": 5e-2, "rho_max": 4e-1}
+GROUPED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
+    "imbsam": ("head-tail", lambda m: ImbSAM(m.parameters(), SGD[0], rho=0.5, **SGD[1])),
+    "focal-sam": ("focal", lambda m: FocalSAM(m.parameters(), SGD[0], rho=0.5, **SGD[1])),
+    "gsa": ("groups", lambda m: GSA(m.parameters(), SGD[0], GROUP_COUNTS, **RADIUS, **SGD[1])),
+    "gsa, remembered": ("groups", lambda m: GSA(m.parameters(), SGD[0], GROUP_COUNTS, gram_every=4, **RADIUS, **SGD[1])),
+    "gsa, per group": (
+        "groups",
+        lambda m: GSA(m.parameters(), SGD[0], GROUP_COUNTS, objective="per_group", **RADIUS, **SGD[1]),
+    ),
+    "cc-sam": ("classes", lambda m: CCSAM(support.classifier_groups(m), SGD[0], COUNTS, **RADIUS, **SGD[1])),
+}  # fmt: skip
+
+
+def passes(model: nn.Module, optimizer: Any, steps: int = 1) -> None:
+    for i in range(steps):
+        support.two_passes(model, optimizer, i)
+
+
+def replaced(layer: nn.Module, *_: Any) -> None:
+    """As max-norm layers do it in their forward pass."""
+    layer.weight.data = torch.renorm(layer.weight.data, 2, 0, 1e9)
+
+
+@pytest.mark.parametrize("kind", ["sam", "friendly-sam", *GROUPED])
+def test_a_forward_pass_may_replace_data(kind: str) -> None:
+    models = [support.make(), support.make()]
+    models[0][1].register_forward_pre_hook(replaced)
+    for model in models:
+        if kind in GROUPED:
+            table, make = GROUPED[kind]
+            optimizer = make(model)
+            for i in range(3):
+                optimizer.step(support.group_closure(model, i, table))
+        else:
+            passes(model, (SAM if kind == "sam" else FriendlySAM)(model.parameters(), SGD[0], rho=0.5, **SGD[1]), 3)
+    assert support.distance(*models) == 0
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_weights_that_were_set_through_data_count(kind: str) -> None:
+    table, make = GROUPED[kind]
+    models = [support.make(), support.make()]
+    for how, model in enumerate(models):
+        optimizer = make(model)
+        optimizer.step(support.group_closure(model, 0, table))
+        for p in model.parameters():
+            if how:
+                p.data = p.data * 0.5
+            else:
+                p.data.mul_(0.5)
+        optimizer.step(support.group_closure(model, 1, table))
+    assert support.distance(*models) == 0
+
+
+def test_theta_comes_back_where_the_second_pass_replaced_data() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), SGD[0], rho=0.5, **SGD[1])
+    before = copy.deepcopy(model)
+    support.loss_of(model, 0).backward()
+    optimizer.first_step(zero_grad=True)
+
+    def second_pass() -> None:
+        with optimizer.perturbed():
+            for p in model.parameters():
+                p.data = p.data.clone()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        second_pass()
+    assert support.equal(model, before)
+    twin = SAM(before.parameters(), SGD[0], rho=0.5, **SGD[1])
+    passes(model, optimizer, 2)
+    passes(before, twin, 2)
+    assert support.equal(model, before)
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_reentrant_checkpointing_of_what_climbs_is_refused(kind: str) -> None:
+    """autograd.grad does not see what it hides: those layers would never climb. (CC-SAM climbs with the classifier only.)"""
+    table, make = GROUPED[kind]
+    x, y = support.batch(0)
+    ends = []
+    for reentrant in (None, False, True):
+        model = support.make()
+        optimizer = make(model)
+
+        def closure(model: nn.Module = model, reentrant: bool | None = reentrant) -> tuple[Tensor, Tensor]:
+            h = x.clone().requires_grad_()
+            h = model[:3](h) if reentrant is None else checkpoint(model[:3], h, use_reentrant=reentrant)
+            return group_losses(cross_entropy(model[3](h), y), support.table(table)[y])
+
+        if reentrant and kind != "cc-sam":
+            before = copy.deepcopy(model)
+            with pytest.raises(ValueError, match="use_reentrant=False"):
+                optimizer.step(closure)
+            assert support.equal(model, before)
+        else:
+            optimizer.step(closure)
+            ends.append(model)
+    assert all(support.equal(ends[0], end) for end in ends[1:])
+
+
+# -- the base optimizer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_state_dict_may_be_loaded_into_the_base_optimizer(base: str) -> None:
+    """davda54's users checkpoint that one: its own state dict lacks the momentum."""
+    kind, options = BASES[base]
+    model = support.make()
+    optimizer = SAM(model.parameters(), kind, rho=0.1, **options)
+    passes(model, optimizer, 3)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.base_optimizer.state_dict()), file)
+    file.seek(0)
+    weights, state = torch.load(file)
+    twin = support.make(seed=1)
+    theirs = SAM(twin.parameters(), kind, rho=0.1, **{**options, "lr": 7.0})
+    twin.load_state_dict(weights)
+    theirs.base_optimizer.load_state_dict(state)
+    assert theirs.param_groups is theirs.base_optimizer.param_groups
+    assert theirs.param_groups[0]["lr"] == options["lr"]
+    assert theirs.param_groups[0]["rho"] == 0.1
+    for i in range(3, 6):
+        support.two_passes(model, optimizer, i)
+        support.two_passes(twin, theirs, i)
+    assert support.equal(model, twin)
+
+
+def test_torchs_adamw_counts_on_from_the_state_dict_of_the_base_optimizer() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
+    passes(model, optimizer, 5)
+    torchs = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torchs.load_state_dict(optimizer.base_optimizer.state_dict())
+    support.loss_of(model, 5).backward()
+    torchs.step()
+    assert [int(state["step"]) for state in torchs.state.values()] == [6] * 4
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, type("Unfused", (torch.optim.SGD,), {})])
+def test_hooks_before_a_step_of_the_base_optimizer_act(base: Any) -> None:
+    """They find theta and the final gradient, and what they do to either counts."""
+    model = support.make()
+    optimizer = SAM(model.parameters(), base, rho=0.5, lr=1.0)
+    before, seen = copy.deepcopy(model), []
+
+    def hook(*_: Any) -> None:
+        seen.append(support.distance(model, before))
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        with torch.no_grad():
+            model[3].bias.add_(1.0)
+
+    optimizer.base_optimizer.register_step_pre_hook(hook)
+    passes(model, optimizer)
+    assert seen == [0]
+    with torch.no_grad():
+        model[3].bias.sub_(1.0)
+    assert 0 < support.distance(model, before) < 1.1e-3
+
+
+def test_a_bad_first_gradient_is_skipped_with_hooks_too() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
+    before = copy.deepcopy(model)
+    (support.loss_of(model, 0) * float("inf")).backward()
+    optimizer.first_step(zero_grad=True)
+    support.loss_of(model, 0).backward()
+    optimizer.second_step()
+    assert support.equal(model, before)
+    assert int(optimizer.skipped) == 1
+
+
+def test_a_group_that_the_base_optimizer_was_given_has_our_options() -> None:
+    model = support.make()
+    optimizer = SAM(model[1].parameters(), SGD[0], rho=0.2, **SGD[1])
+    optimizer.base_optimizer.add_param_group({"params": list(model[3].parameters())})
+    before = copy.deepcopy(model)
+    passes(model, optimizer)
+    assert optimizer.param_groups[1]["rho"] == 0.2
+    assert not torch.equal(model[3].weight, before[3].weight)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps something outside of `state`, and says so in its state dict."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.taken = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.taken += 1
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "taken": self.taken}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.taken = state_dict["taken"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "taken"})
+
+
+@pytest.mark.parametrize("how", ["state dict", "deepcopy"])
+def test_a_base_optimizer_may_have_a_state_dict_of_its_own(how: str) -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), Counting, lr=0.1, momentum=0.9)
+    passes(model, optimizer, 3)
+    if how == "deepcopy":
+        twin, theirs = copy.deepcopy((model, optimizer))
+    else:
+        twin = copy.deepcopy(model)
+        theirs = SAM(twin.parameters(), Counting, lr=0.5, momentum=0.9)
+        theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert theirs.base_optimizer.taken == 3
+    support.two_passes(model, optimizer, 3)
+    support.two_passes(twin, theirs, 3)
+    assert support.equal(model, twin)
+
+
+def test_a_base_optimizer_that_is_none_of_torchs_is_refused() -> None:
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, params: Any, **options: Any) -> None:
+            self.param_groups, self.state, self.defaults = list(params), {}, options
+
+        def step(self, closure: Any = None) -> None: ...
+
+    with pytest.raises(ValueError, match=r"Bare does not call Optimizer.__init__"):
+        SAM(support.make().parameters(), Bare, lr=0.1)
+
+
+# -- state, gradients, scaling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_a_checkpoint_may_be_loaded_between_the_passes(order: str) -> None:
+    """After a NaN in the second pass one goes back to the last checkpoint."""
+    model = support.make()
+    optimizer = SAM(model.parameters(), SGD[0], rho=0.5, **SGD[1])
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    passes(model, optimizer, 3)
+    support.loss_of(model, 3).backward()
+    optimizer.first_step(zero_grad=True)
+    if order == "model first":
+        model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    if order != "model first":
+        model.load_state_dict(saved[0])
+    twin = support.make()
+    passes(model, optimizer, 2)
+    passes(twin, SAM(twin.parameters(), SGD[0], rho=0.5, **SGD[1]), 2)
+    assert support.equal(model, twin)
+
+
+def test_a_state_dict_between_the_passes_takes_the_ascent_back_where_nothing_was_written() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), SGD[0], rho=0.5, **SGD[1])
+    saved, before = optimizer.state_dict(), copy.deepcopy(model)
+    support.loss_of(model, 0).backward()
+    optimizer.first_step(zero_grad=True)
+    with torch.no_grad():
+        model[3].bias.fill_(3.0)
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        before[3].bias.fill_(3.0)
+    assert support.equal(model, before)
+
+
+def test_state_of_the_optimizer_as_a_whole_is_kept() -> None:
+    """As MADGRAD keeps its step count: torch's state dicts allow keys that are no parameters."""
+    model = support.make()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
+    optimizer.state["epoch"] = 3
+    passes(model, optimizer)
+    optimizer.base_optimizer.step()  # torch's own
+    twin = SAM(support.make().parameters(), torch.optim.AdamW, lr=1e-3)
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.state["epoch"] == 3
+
+
+def test_what_users_keep_beside_a_parameter_is_loaded_again() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
+    optimizer.state[model[1].weight]["ema"] = model[1].weight.detach().clone()
+    passes(model, optimizer)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert "ema" in optimizer.state[model[1].weight]
+    with pytest.raises(ValueError, match="exp_avg"):
+        SAM(model.parameters(), torch.optim.SGD, lr=1e-3).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_of_parameters_put_in_by_hand_are_cleared(to_none: bool) -> None:
+    model, twin = support.make(), support.make()
+    optimizer = SAM(model[3].parameters(), SGD[0], rho=0.0, **SGD[1])
+    theirs = SGD[0](twin[3].parameters(), **SGD[1])
+    for net, each in ((model, optimizer), (twin, theirs)):
+        support.loss_of(net, 0).backward()
+        each.param_groups[0]["params"] += list(net[1].parameters())
+        each.zero_grad(set_to_none=to_none)
+        assert (net[1].weight.grad is None) == to_none
+        support.loss_of(net, 1).backward()
+        each.second_step() if net is model else each.step()
+    assert support.distance(model, twin) < 1e-7  # observed 4e-9
+
+
+def test_averages_of_parameters_put_in_by_hand_are_loaded() -> None:
+    model = support.make()
+    optimizer = FriendlySAM(model.parameters(), SGD[0], rho=0.5, **SGD[1])
+    passes(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    theirs = FriendlySAM(list(twin[1].parameters()), SGD[0], rho=0.5, **SGD[1])
+    theirs.param_groups[0]["params"] += list(twin[3].parameters())
+    theirs.load_state_dict(optimizer.state_dict())
+    support.two_passes(model, optimizer, 3)
+    support.two_passes(twin, theirs, 3)
+    assert support.equal(model, twin)
+
+
+@pytest.mark.parametrize("how", ["calls", "closure"])
+@pytest.mark.parametrize("kind", [SAM, FriendlySAM])
+def test_the_first_gradient_may_be_unscaled_for_clipping(kind: Any, how: str) -> None:
+    ends = []
+    for scaled in (False, True):
+        model = support.make()
+        optimizer = kind(model.parameters(), SGD[0], rho=0.5, **SGD[1])
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
+
+        def closure(model: nn.Module = model, scaler: torch.amp.GradScaler = scaler, step: int = 0) -> None:
+            scaler.scale(support.loss_of(model, step)).backward()
+
+        for step in range(3):
+            closure(step=step)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if how == "closure":
+                optimizer.step(lambda step=step, closure=closure: closure(step=step), scaler=scaler)
+            else:
+                optimizer.first_step(zero_grad=True, scaler=scaler)
+                closure(step=step)
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        ends.append(model)
+    assert support.distance(*ends) < 1e-6  # observed 3e-8
+
+
+def test_an_overflow_that_unscaling_before_the_first_step_found_skips_the_step() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), SGD[0], rho=0.5, **SGD[1])
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=256.0), copy.deepcopy(model)
+    scaler.scale(support.loss_of(model, 0) * float("inf")).backward()
+    scaler.unscale_(optimizer)
+    optimizer.first_step(zero_grad=True, scaler=scaler)
+    scaler.scale(support.loss_of(model, 0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert support.equal(model, before)
+    assert scaler.get_scale() == 128
+
+
+def test_unscaled_gradients_of_before_have_no_part_in_a_grouped_step() -> None:
+    table, make = GROUPED["gsa"]
+    models = [support.make(), support.make()]
+    for stale, model in enumerate(models):
+        optimizer = make(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        if stale:
+            scaler.scale(support.loss_of(model, 5)).backward()
+            scaler.unscale_(optimizer)
+        optimizer.step(support.group_closure(model, 0, table), scaler=scaler)
+        scaler.update()
+    assert support.equal(*models)
+
+
+def test_parameters_without_memory_are_named() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        SAM(nn.Linear(3, 2, device="meta").parameters(), SGD[0], **SGD[1])
