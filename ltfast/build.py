@@ -16,7 +16,7 @@ from ltfast.config import FIELDS, Config, check
 from ltfast.data.base import Batch, Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
-from ltfast.graph import Captured, CudaRecorder, Recorder
+from ltfast.graph import Captured, CudaRecorder, Failure, Recorder
 from ltfast.kernels.common import MAX_ROWS
 from ltfast.launch import processes_here
 from ltfast.losses import membership_for
@@ -124,10 +124,10 @@ def build_capture(
     small = hasattr(source, "make_batch")
     if ranks.world > 1 or not (config.run.capture == "on" or (small and chosen(config.run.capture, device))):
         return None
-    recorder = CudaRecorder(device)
-    if small:
-        record_batches(source, recorder, report)
-    return lambda take: Captured(take, "step", recorder, report)
+    recorder, failure = CudaRecorder(device), Failure()
+    if small:  # recorded apart: steps are replaced when groups appear, views never are
+        record_batches(source, CudaRecorder(device), report, failure)
+    return lambda take: Captured(take, "step", recorder, report, failure=failure)
 
 
 def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
@@ -217,10 +217,12 @@ def build_objective(config: Config, counts: Tensor, agreement: Agreement | None 
     return Objective(loss.loss, counts, loss.a_ce, loss.a_scl, loss.temperature, loss.tau, agreement or Agreement())
 
 
-def record_batches(source: Any, recorder: Recorder, report: Report = quiet) -> None:
+def record_batches(source: Any, recorder: Recorder, report: Report = quiet, failure: Failure | None = None) -> None:
     """Make the views of a `SmallSource` by replaying one recorded graph: some hundred small launches otherwise."""
     make = source.make_batch
-    recorded = Captured(lambda branch, draw, key: tuple(make(draw, key)[:2]), "views", recorder, report)
+    recorded = Captured(
+        lambda branch, draw, key: tuple(make(draw, key)[:2]), "views", recorder, report, failure=failure
+    )
 
     def make_batch(draw: Tensor, key: Tensor) -> Batch:
         views, labels = recorded("train", draw, key)
