@@ -232,6 +232,22 @@ def test_a_recorded_refresh_is_remembered_after_a_warm_up_was_undone() -> None:
 
 
 @pytest.mark.parametrize("recorded", [False, True])
+def test_the_first_refresh_after_a_warm_up_was_undone_compares_nothing(recorded: bool) -> None:
+    """There is no remembered direction, though the recording was made where there was one."""
+    step = recorded_run("gsa-full", TapeRecorder() if recorded else None, 16)[2]
+    batch, engine = make("bcl")[2], step.engine
+    assert engine is not None
+    assert engine.refresh[1] > 0
+    engine.load_state({"steps": torch.tensor(0), "seen": torch.zeros_like(engine.seen)})
+    step(batch)
+    assert engine.refresh.tolist() == [0, 0, 1]
+    engine.steps = 0
+    step(batch)
+    assert engine.refresh[1] == 1
+    assert engine.refresh[0] == engine.refresh[2] > 0.9  # the same batch again
+
+
+@pytest.mark.parametrize("recorded", [False, True])
 def test_a_step_that_is_replaced_is_gone_at_once(recorded: bool) -> None:
     """With its rows and recordings, not when Python next collects garbage: that may be while the new one is recorded."""
     step = recorded_run("gsa-full", TapeRecorder() if recorded else None, WARMUP + 2)[2]
