@@ -41,15 +41,15 @@ def cases(n: int, device: str) -> Iterator[op_bench.Case]:
         half = weight.bfloat16()
         passes: dict[str, dict[str, Callable[[], Any]]] = {
             "forward": {
-                "ltfast": partial(ops.conv3x3, x, weight, False),
+                "ltfast": partial(ops.conv3x3_nhwc, x, weight, False),
                 "eager": partial(torch.nn.functional.conv2d, x, half, padding=1),
             },
             "input": {
-                "ltfast": partial(ops.conv3x3, up, weight, True),
+                "ltfast": partial(ops.conv3x3_nhwc, up, weight, True),
                 "eager": partial(library, x, up, half, (True, False, False)),
             },
             "weight": {
-                "ltfast": lambda x=x, up=up: ops.conv3x3_weight(x, up).sum(0),
+                "ltfast": lambda x=x, up=up: ops.conv3x3_nhwc_weight(x, up).sum(0),
                 "eager": partial(library, x, up, half, (False, True, False)),
             },
         }

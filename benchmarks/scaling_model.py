@@ -4,9 +4,10 @@
     python benchmarks/scaling_model.py --append           # and appends rows to benchmarks/results/scale.jsonl
 
     step(P)   = passes * max(b / rate, floor) + update + exposed(P)           b = images a GPU
-    exposed   = latency-bound part + max(0, transfer - overlap) + last bucket
-    transfer  = ring all-reduce, 2 (P - 1) / P * bytes / link; across machines: inside, between, inside
-    overlap   = the final backward but for its first bucket: 2/3 of one pass
+    exposed   = transfer of the last bucket + max(0, transfer of the others - overlap)
+    transfer  = ring all-reduce, 2 (P - 1) / P * bytes / link, and latency; across machines: inside, between, inside
+    overlap   = 0: torch.compile (on for CUDA) makes the loss one node of autograd, whose gradients all come at its end
+                and leave then; --compile off: 2/3 of one pass, the final backward, while which buckets leave one by one
 Single-GPU pieces come from benchmarks/results/throughput.jsonl where a GPU row is there, else from ASSUMED (and the row says
 so: device "simulated"). Nothing here was timed on several GPUs. The plan's own experiments are in scaling_plan.py.
 """
@@ -32,12 +33,13 @@ from ltfast.plan import flops_ratio, gradient_rows  # noqa: E402
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 GROUPS = 4
 GIB = 1 << 30
+EAGER_OVERLAP = 2 / 3  # the final backward
 FLOAT64_FLOPS = 50e12  # of the distances between class centres; an H200's tensor cores promise 67e12
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model assumes of the hardware; bandwidths are what collectives reach, not what a data sheet says."""
+    """What the model assumes of the hardware and its use; bandwidths are what collectives reach, not what a data sheet says."""
 
     rate: float = 1500.0  # images/s of BCL (three 224 x 224 views, ResNet-50, bf16) on one GPU, where no row has it
     floor: float = 0.008  # s: a pass is not faster than its launches, however small the batch
@@ -48,6 +50,7 @@ class Machine:
     latency_between: float = 12e-6
     memory: float = 3.8e12  # bytes/s of device memory, 80 % of an H200's 4.8e12
     jitter: float = 0.01  # the slowest of P ranks is slower by jitter * log2 P
+    overlap: float = 0.0  # of a pass, behind which communication hides; EAGER_OVERLAP without torch.compile
 
 
 ASSUMED = Machine()
@@ -106,9 +109,7 @@ def step_seconds(
     compute = flops_ratio(rule, GROUPS) * one_pass * (1 + m.jitter * max(world - 1, 0).bit_length())
     update = (5 + 3 * gradient_rows(rule, GROUPS)) * size / m.memory
     bucket = min(25 * 2**20, size)
-    transfer = all_reduce(size, world, m)
-    exposed = max(0.0, transfer - 2 / 3 * one_pass) if world > 1 else 0.0
-    exposed += all_reduce(bucket, world, m)
+    exposed = all_reduce(bucket, world, m) + max(0.0, all_reduce(size - bucket, world, m) - m.overlap * one_pass)
     if ascent == "global" and rule is not None and rule.scope == "all":
         every = rule.gram_every
         exposed += ((GROUPS + every - 1) / every) * all_reduce(size, world, m)  # rows: nothing left to hide behind

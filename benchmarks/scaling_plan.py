@@ -58,7 +58,7 @@ def sharded_step(classes: int, world: int, m: Machine, batch: int = 128) -> dict
     """The model's step with the classifier's rows shared out: features travel instead of its gradient.
 
     gather = features of the global batch to all, its gradient back (reduce-scatter): each half of an all-reduce; two
-    all-reduces of P b numbers for the softmax. None of it is hidden. The encoder's gradient hides as ever.
+    all-reduces of P b numbers for the softmax. None of it is hidden.
     """
     whole = step_seconds("bcl", world, batch, 0, m)  # everything but the classifier
     features = 4.0 * world * batch * RESNET50.features

@@ -77,8 +77,8 @@ def _conv_weight_kernel(
         up_at = up_ptr + tl.cast(start, tl.int64) * OUT + own[:, None] * OUT + o[None, :]
         up = tl.load(up_at, mask=known[:, None], other=0.0)
         acc = tl.dot(tl.trans(x), up, acc, input_precision=PRECISION)
-    out = partials_ptr + tl.cast(tl.program_id(0), tl.int64) * (9 * IN * OUT) + (tap * IN + i)[:, None] * OUT
-    tl.store(out + o[None, :], acc, mask=used[:, None])
+    out = partials_ptr + tl.cast(tl.program_id(0), tl.int64) * (9 * IN * OUT) + tl.program_id(1) * (3 * ROWS * IN)
+    tl.store(out + k[:, None] + o[None, :] * (9 * IN), acc, mask=used[:, None])
 
 
 def conv3x3_reference(x_NCHW: Tensor, weight_OIKK: Tensor) -> Tensor:
@@ -104,12 +104,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @op()
-def _conv3x3(x_NCHW: Tensor, weight_OIKK: Tensor, mirror: bool) -> Tensor:
+def _conv3x3_nhwc(x_NCHW: Tensor, weight_OIKK: Tensor, mirror: bool) -> Tensor:
     """mirror: from O channels to I through the mirrored filter, as the gradient of the input goes."""
     weight = weight_OIKK.transpose(0, 1) if mirror else weight_OIKK
     out, inner = weight.shape[:2]
     x, y = x_NCHW.contiguous(memory_format=NHWC), _empty(x_NCHW, out)
-    count("conv3x3", 1, [_flat(x)], [_flat(y)])
+    count("conv3x3_nhwc", 1, [_flat(x)], [_flat(y)])
     if not use_kernel(x_NCHW):
         weight = (weight.flip(2, 3) if mirror else weight).to(x.dtype)
         return F.conv2d(x, weight, padding=1).contiguous(memory_format=NHWC)
@@ -119,28 +119,28 @@ def _conv3x3(x_NCHW: Tensor, weight_OIKK: Tensor, mirror: bool) -> Tensor:
     return y
 
 
-@torch.library.register_fake("ltfast::conv3x3")
+@torch.library.register_fake("ltfast::conv3x3_nhwc")
 def _(x_NCHW: Tensor, weight_OIKK: Tensor, mirror: bool) -> Tensor:
     return _empty(x_NCHW, weight_OIKK.shape[1 if mirror else 0])
 
 
 def _partials(x: Tensor, up: Tensor) -> tuple[int, Tensor]:
-    """Programs, and where each leaves its [3, 3, I, O] sums."""
+    """Programs, and where each leaves its [O, 3, 3, I] sums, the order of a channels_last filter."""
     inner, out = x.shape[1], up.shape[1]
     programs = min(WEIGHT_PROGRAMS // max(inner, out), cdiv(x.numel() // inner, WEIGHT_BLOCK)) if use_kernel(x) else 1
-    return programs, x.new_empty((programs, 3, 3, inner, out), dtype=torch.float32)
+    return programs, x.new_empty((programs, out, 3, 3, inner), dtype=torch.float32)
 
 
 @op()
-def _conv3x3_weight(x_NCHW: Tensor, up_NCHW: Tensor) -> Tensor:
-    """Partial sums [P, 3, 3, I, O] of the weight's gradient, float32; the compiler fuses their sum with what follows."""
+def _conv3x3_nhwc_weight(x_NCHW: Tensor, up_NCHW: Tensor) -> Tensor:
+    """Partial sums [P, O, 3, 3, I] of the weight's gradient, float32; the compiler fuses their sum with what follows."""
     programs, partials = _partials(x_NCHW, up_NCHW)
-    inner, out = partials.shape[3:]
+    inner, out = x_NCHW.shape[1], up_NCHW.shape[1]
     x, up = x_NCHW.contiguous(memory_format=NHWC), up_NCHW.contiguous(memory_format=NHWC)
-    count("conv3x3_weight", 1, [_flat(x), _flat(up)])
+    count("conv3x3_nhwc_weight", 1, [_flat(x), _flat(up)])
     if not use_kernel(x_NCHW):
         found = torch.nn.grad.conv2d_weight(x.float(), (out, inner, 3, 3), up.float(), padding=1)
-        partials[0].copy_(found.permute(2, 3, 1, 0))
+        partials[0].copy_(found.permute(0, 2, 3, 1))
         return partials
     pixels, (h, w) = x.numel() // inner, x.shape[2:]
     rows = 3 if inner == 16 else 1  # of the filter at once: 144 of 256 sums used, 96 of 128
@@ -150,7 +150,7 @@ def _conv3x3_weight(x_NCHW: Tensor, up_NCHW: Tensor) -> Tensor:
     return partials
 
 
-@torch.library.register_fake("ltfast::conv3x3_weight")
+@torch.library.register_fake("ltfast::conv3x3_nhwc_weight")
 def _(x_NCHW: Tensor, up_NCHW: Tensor) -> Tensor:
     return _partials(x_NCHW, up_NCHW)[1]
 
@@ -161,16 +161,18 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, up: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    down = _conv3x3(up, weight, True) if ctx.needs_input_grad[0] else None
+    down = _conv3x3_nhwc(up, weight, True) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return down, None, None
-    return down, _conv3x3_weight(x, up).sum(0).permute(3, 2, 0, 1).to(weight.dtype), None
+    # In channels_last memory, as the library's: torch's foreach functions, which gather all gradients into the flat buffer,
+    # launch one kernel for each of them if a single one lies otherwise than its target.
+    return down, _conv3x3_nhwc_weight(x, up).sum(0).permute(0, 3, 1, 2).to(weight.dtype), None
 
 
-torch.library.register_autograd("ltfast::conv3x3", _backward, setup_context=_setup_context)
+torch.library.register_autograd("ltfast::conv3x3_nhwc", _backward, setup_context=_setup_context)
 
 
-@register_flop_formula([torch.ops.ltfast.conv3x3, torch.ops.ltfast.conv3x3_weight])
+@register_flop_formula([torch.ops.ltfast.conv3x3_nhwc, torch.ops.ltfast.conv3x3_nhwc_weight])
 def _flops(x_shape: torch.Size, other_shape: torch.Size, *_: object, **__: object) -> int:
     """Of either op, for torch's counter: the other shape is the filter's or the upstream gradient's."""
     n, inner, h, w = x_shape
@@ -206,4 +208,4 @@ def conv3x3(x_NCHW: Tensor, weight_OIKK: Tensor) -> Tensor:
         raise ValueError(f"x_NCHW of {tuple(x_NCHW.shape)} has 2^31 pixels or more; use smaller batches")
     if weight_OIKK.device != x_NCHW.device:
         raise ValueError(f"weight_OIKK lies on {weight_OIKK.device}, x_NCHW on {x_NCHW.device}")
-    return _conv3x3(x_NCHW, weight_OIKK, False)
+    return _conv3x3_nhwc(x_NCHW, weight_OIKK, False)

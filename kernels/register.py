@@ -12,6 +12,9 @@ _library = torch.library.Library("ltfast", "DEF")  # its ops live as long as it 
 def op(*writes: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: `_name(...)` becomes torch.ops.ltfast.name, one body for all devices; the schema comes from annotations.
 
+    torch.compile finds graphs on disk by the names of their ops alone: one whose result changes in shape, strides or meaning,
+    or that of an op in its backward, needs another name.
+
     Args:
         writes: arguments that are written; the op then returns None, and autograd notices if it had saved one of them.
             One without needs `torch.library.register_fake` too, and its result must not share memory with an argument.

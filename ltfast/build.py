@@ -16,7 +16,7 @@ from ltfast.config import FIELDS, Config, check
 from ltfast.data.base import Batch, Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
-from ltfast.graph import Captured, CudaRecorder, Recorder
+from ltfast.graph import Captured, CudaRecorder, Failure, Recorder
 from ltfast.kernels.common import MAX_ROWS
 from ltfast.launch import processes_here
 from ltfast.losses import membership_for
@@ -32,6 +32,7 @@ from ltfast.step import Taken
 MEMBERSHIP_KIND = {"one": "single", "class": "classes", "head-tail": "head-tail", "focal": "focal", "bank": "groups"}
 # CC-SAM evaluates one perturbed classifier a class; above this many classes that is more work than the encoder.
 CLASS_GROUPS_MAX = 128
+AMPERE = (8, 0)  # compute capability, the first with bf16
 TORCHVISION_SIDE = 224  # what its models are made for; each takes pictures of this size
 
 
@@ -74,11 +75,33 @@ def build_device(config: Config, ranks: Ranks) -> torch.device:
     return device
 
 
+def lacks_bf16(device: torch.device) -> bool:
+    """True on GPUs older than Ampere: torch emulates bf16 there, slower than float32, and Inductor refuses it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE
+
+
+def pick_precision(config: Config, device: torch.device) -> str:
+    """The run's precision, auto resolved."""
+    if config.run.precision != "auto":
+        return config.run.precision
+    if device.type != "cuda":
+        return "fp32"
+    return "fp16" if lacks_bf16(device) else "bf16"
+
+
+def check_convolutions(config: Config, device: torch.device) -> None:
+    """UserError where training was to go through kernels that the device cannot run well."""
+    if config.run.convolutions == "kernel" and lacks_bf16(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"--convolutions kernel: {device} has compute capability {major}.{minor}, the kernels need 8.0 (Ampere); "
+            "use --convolutions library"
+        )
+
+
 def build_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """A factory of autocast contexts for the run's precision."""
-    precision = config.run.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+    precision = pick_precision(config, device)
     if precision in ("fp32", "tf32"):
         return nullcontext
     return partial(torch.autocast, device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
@@ -86,7 +109,7 @@ def build_autocast(config: Config, device: torch.device) -> Callable[[], Abstrac
 
 def build_scaler(config: Config, device: torch.device) -> LossScale | None:
     """The loss scale that fp16 needs; bf16 has float32's range and needs none."""
-    return LossScale(device) if config.run.precision == "fp16" else None
+    return LossScale(device) if pick_precision(config, device) == "fp16" else None
 
 
 def chosen(option: str, device: torch.device) -> bool:
@@ -124,10 +147,10 @@ def build_capture(
     small = hasattr(source, "make_batch")
     if ranks.world > 1 or not (config.run.capture == "on" or (small and chosen(config.run.capture, device))):
         return None
-    recorder = CudaRecorder(device)
-    if small:
-        record_batches(source, recorder, report)
-    return lambda take: Captured(take, "step", recorder, report)
+    recorder, failure = CudaRecorder(device), Failure()
+    if small:  # recorded apart: steps are replaced when groups appear, views never are
+        record_batches(source, CudaRecorder(device), report, failure)
+    return lambda take: Captured(take, "step", recorder, report, failure=failure)
 
 
 def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
@@ -217,10 +240,12 @@ def build_objective(config: Config, counts: Tensor, agreement: Agreement | None 
     return Objective(loss.loss, counts, loss.a_ce, loss.a_scl, loss.temperature, loss.tau, agreement or Agreement())
 
 
-def record_batches(source: Any, recorder: Recorder, report: Report = quiet) -> None:
+def record_batches(source: Any, recorder: Recorder, report: Report = quiet, failure: Failure | None = None) -> None:
     """Make the views of a `SmallSource` by replaying one recorded graph: some hundred small launches otherwise."""
     make = source.make_batch
-    recorded = Captured(lambda branch, draw, key: tuple(make(draw, key)[:2]), "views", recorder, report)
+    recorded = Captured(
+        lambda branch, draw, key: tuple(make(draw, key)[:2]), "views", recorder, report, failure=failure
+    )
 
     def make_batch(draw: Tensor, key: Tensor) -> Batch:
         views, labels = recorded("train", draw, key)

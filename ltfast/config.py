@@ -212,7 +212,9 @@ class Run:
     seed: int = _opt(0, "seed of weights, order and augmentation", paper="0", least=0, most=SEED_MAX)
     device: str = _opt("auto", "auto, cpu, cuda or cuda:N")
     precision: str = _opt(
-        "auto", "auto = bf16 autocast on GPU, fp32 on CPU", choices=("auto", "fp32", "tf32", "bf16", "fp16")
+        "auto",
+        "auto = bf16 autocast on GPU (fp16 on those older than Ampere), fp32 on CPU",
+        choices=("auto", "fp32", "tf32", "bf16", "fp16"),
     )
     compile: str = _opt("auto", "torch.compile forward and backward; auto = on GPU", choices=("auto", "on", "off"))
     capture: str = _opt(
@@ -220,7 +222,7 @@ class Run:
     )
     convolutions: str = _opt(
         "library",
-        "3x3 convolutions of 16 and 32 channels in bf16 or fp16; kernel = ltfast's own",
+        "3x3 convolutions of 16 and 32 channels in bf16 or fp16; kernel = ltfast's own (on a GPU: Ampere or newer)",
         choices=("library", "kernel"),
     )
     deterministic: bool = _opt(False, "bit-reproducible kernels")

@@ -106,7 +106,7 @@ def gpus() -> Iterator[Finding]:
         if free < 0.9 * total:
             yield Finding(f"GPU {i}", f"{text}, {free / 2**30:.0f} GiB free", "note", "another program uses it")
         elif properties.major < 8:
-            yield Finding(f"GPU {i}", text, "note", "older than Ampere: no bf16; use --precision fp16 or fp32")
+            yield Finding(f"GPU {i}", text, "note", "older than Ampere: no bf16; --precision auto is fp16")
         else:
             yield Finding(f"GPU {i}", text)
     if torch.distributed.is_nccl_available():

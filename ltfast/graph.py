@@ -41,7 +41,12 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """`Recorder` on CUDA graphs that share one memory pool and one side stream."""
+    """`Recorder` on CUDA graphs that share one memory pool and one side stream.
+
+    Graphs that share them must go together: torch 2.14 and 2.15 clear a stream's cuBLAS workspace when any graph recorded on it
+    is destroyed, though others still write there (pytorch issue 193402). What lives longer needs a recorder of its own, at
+    the price of memory that the graphs would have shared: what each holds only while it runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -97,6 +102,17 @@ class _Aside(AbstractContextManager[None]):
 
 
 @dataclass
+class Failure:
+    """Why a recording failed, known to all that record in this process: after one, nothing else is tried.
+
+    The allocator of torch 2.11 may believe for ever that a recording is under way, and the next one would end in an
+    assertion that says nothing of the cause.
+    """
+
+    reason: str | None = None
+
+
+@dataclass
 class Recording:
     """One branch: calls so far, and once recorded how to replay it and where its outputs are."""
 
@@ -113,15 +129,23 @@ class Captured:
         name: for the report.
         recorder: `CudaRecorder`.
         report: told once for each recorded branch, or once why everything runs unrecorded.
+        failure: shared by all that record on one device.
 
     Attributes:
         reason: why nothing is recorded any more, or None.
     """
 
     def __init__(
-        self, function: Callable[..., Any], name: str, recorder: Recorder, report: Report = quiet, warmup: int = WARMUP
+        self,
+        function: Callable[..., Any],
+        name: str,
+        recorder: Recorder,
+        report: Report = quiet,
+        warmup: int = WARMUP,
+        failure: Failure | None = None,
     ) -> None:
         self.function, self.name, self.recorder, self.report = function, name, recorder, report
+        self.failure = failure or Failure()
         self.warmup = max(1, warmup)
         self.inputs: list[Tensor] = []
         self.branches: dict[Hashable, Recording] = {}
@@ -158,14 +182,18 @@ class Captured:
             own.copy_(given)
 
     def record(self, branch: Hashable, recording: Recording) -> bool:
-        """Record one branch; False if that failed: nothing has run then, and nothing will be recorded any more."""
+        """Record one branch; False if that or an earlier recording failed: nothing has run then, and nothing will be recorded
+        any more."""
         started = time.perf_counter()
-        try:
-            recording.replay, recording.outputs = self.recorder.record(lambda: self.function(branch, *self.inputs))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self.reason = reason_of(error)
+        if self.failure.reason is None:
+            try:
+                recording.replay, recording.outputs = self.recorder.record(lambda: self.function(branch, *self.inputs))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self.failure.reason = reason_of(error)
+        self.reason = self.failure.reason
+        if self.reason is not None:
             self.branches.clear()
         self.report(f"{self.name}, {branch}", seconds=time.perf_counter() - started, reason=self.reason)
         return self.reason is None

@@ -21,15 +21,16 @@ from ltfast.collectives import gather_own_first
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 
-# DistributedDataParallel's sizes: large enough for full bandwidth, small enough that most of them leave during backward.
+# DistributedDataParallel's sizes: large enough for full bandwidth, small enough that most of them leave during an eager backward.
 BUCKET_BYTES = 25 << 20
 
 
 class GradientReducer:
-    """Averages the final gradient over the ranks while backward is still computing earlier layers.
+    """Averages the final gradient over the ranks, in an uncompiled run while backward is still computing earlier layers.
 
     The flat gradient row is cut into contiguous spans from its end, the order in which backward fills it. When autograd
     has added the last gradient of a span, the span itself is all-reduced asynchronously: no copy into buckets, none back.
+    A compiled loss is one node of autograd, which hands over all gradients at its end: then every span leaves there.
     Unlike DistributedDataParallel, which reduces after every backward of its forward, this reduces the one that `arm`
     announces, so the G + 1 backwards of a sharpness-aware step cost one reduction.
 

@@ -116,8 +116,11 @@ def check_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
 def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     """What all ranks have in common."""
     trainer.flat.data.copy_(tensors["theta"])
+    scaler = trainer.update.scaler
     for name, value in trainer.update.state().items():
-        value.copy_(tensors[f"update.{name}"])
+        # --precision auto may have meant no fp16 where the run began: then there is no scale yet.
+        if scaler is None or name not in scaler.state() or f"update.{name}" in tensors:
+            value.copy_(tensors[f"update.{name}"])
     trainer.bank.load_state_dict(part(tensors, "bank."))
     if "groups" in tensors:
         trainer.groups = tensors["groups"]

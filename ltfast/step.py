@@ -207,7 +207,7 @@ class TrainStep:
             self.buffers.restore()
 
     def _descend(self, loss: Tensor, *, add: bool = False) -> None:
-        """Gradient of the final loss, or of its last part (add); leaves for the other ranks while still being computed."""
+        """Gradient of the final loss, or of its last part (add); leaves for the other ranks as autograd hands it over."""
         row = self._final_row
         overlapped = self.reducer is not None and self.update.scaler is None
         if not overlapped:

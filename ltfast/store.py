@@ -162,7 +162,7 @@ class Store:
 
     def _to_host(self, kind: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Copies on the host, and the event after which those that come from a GPU are there."""
-        host, cuda = {}, False
+        host, device = {}, None
         for name, tensor in tensors.items():
             tensor = tensor.detach()
             if not tensor.is_cuda:
@@ -173,11 +173,11 @@ class Store:
                 buffer = self._pinned[kind, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             # Stream order: later updates of the tensor run after this copy, and the host does not wait for it.
             buffer.copy_(tensor, non_blocking=True)
-            host[name], cuda = buffer, True
-        if not cuda:
+            host[name], device = buffer, tensor.device
+        if device is None:
             return host, None
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(device))  # the copies', whatever device is the current one
         return host, event
 
     def _known(self, name: str, tensor: Tensor) -> bool:

@@ -222,7 +222,7 @@ class BadSteps:
             old = float(self._value)
         self._value.copy_(self.counter.reshape(1), non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(self.counter.device))
         return old
 
     def _stop(self) -> None:

@@ -29,8 +29,9 @@ class SyncedBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.new_full((1,), x.numel() / x.shape[1])
-        sums = sum_over_ranks(torch.cat([x.float().sum(dims), count.float()]))
+        # Never in the dtype of x, which autocast makes a 16-bit one: fp16 ends at 65,504, bf16 counts to 256 exactly.
+        count = x.new_full((1,), x.numel() / x.shape[1], dtype=torch.float32)
+        sums = sum_over_ranks(torch.cat([x.float().sum(dims), count]))
         n = sums[-1].detach()
         mean = sums[:-1] / n
         centred = x.float() - mean.view(shape)

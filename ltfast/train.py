@@ -57,6 +57,7 @@ class Trainer(Durable):
         self.config, self.folder, self.ranks, self.progress = config, folder, ranks, progress
         self.rule = rule_of(config)
         self.device = build.build_device(config, ranks)
+        build.check_convolutions(config, self.device)
         self.source = build.build_data(config, self.device, ranks)
         self.config = config = build.fitting(config, self.source.num_classes)
         self.counts = self.source.train_counts.to(self.device)

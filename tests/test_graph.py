@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltfast import build
 from ltfast.data.base import Batch
+from ltfast.dist import Ranks
 from ltfast.flat import FlatBuffers, FlatParameters
-from ltfast.graph import WARMUP, Captured, CudaRecorder
+from ltfast.graph import WARMUP, Captured, CudaRecorder, Failure
 from ltfast.losses import membership_for
 from ltfast.optim.rules import RULES, Rule
+from ltfast.recipes import build_config
 from ltfast.scaler import LossScale
 from ltfast.step import TrainStep
 from ltfast.update import Update
@@ -69,14 +72,17 @@ def test_the_tape_notices_state_that_moves() -> None:
     assert results != [1, 2, 3, 4, 5, 6]
 
 
+class Broken:
+    """A recorder that cannot record."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        raise RuntimeError("operation not permitted\n when stream is capturing")
+
+
 def test_a_failed_recording_runs_everything_as_it_is_and_says_so_once() -> None:
-    class Broken:
-        def aside(self) -> AbstractContextManager[None]:
-            return nullcontext()
-
-        def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-            raise RuntimeError("operation not permitted\n when stream is capturing")
-
     function, told = Counter(), []
     captured = Captured(function, "count", Broken(), lambda name, **values: told.append(values["reason"]))
     for _ in range(8):
@@ -84,6 +90,42 @@ def test_a_failed_recording_runs_everything_as_it_is_and_says_so_once() -> None:
     assert out["total"].tolist() == [8, 8, 8]
     assert told == ["RuntimeError: operation not permitted when stream is capturing"]
     assert captured.reason == told[0]
+
+
+def test_after_a_failed_recording_nothing_else_is_recorded() -> None:
+    """Each says why it is eager when its turn to record comes; what was recorded before goes on."""
+    told, failure, tape = [], Failure(), TapeRecorder()
+
+    def captured(name: str, recorder: Any) -> Captured:
+        return Captured(Counter(), name, recorder, lambda *a, **values: told.append((*a, values["reason"])), 1, failure)
+
+    before, broken, after = captured("views", tape), captured("step", Broken()), captured("next step", tape)
+    for turn in (before, broken, after):
+        for _ in range(4):
+            out = turn("add", torch.ones(3))
+        assert out["total"].tolist() == [4, 4, 4]
+    assert before("add", torch.ones(3))["total"].tolist() == [5, 5, 5]
+    assert before.function.python_calls == 2
+    assert len(tape.tapes) == 1
+    reason = "RuntimeError: operation not permitted when stream is capturing"
+    assert told == [("views, add", None), ("step, add", reason), ("next step, add", reason)]
+
+
+def test_views_are_recorded_apart_from_steps_and_share_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's graphs are destroyed when groups appear; that of the views must not lose anything with them."""
+    made: list[Captured] = []
+    monkeypatch.setattr(build, "CudaRecorder", lambda device: TapeRecorder())
+    monkeypatch.setattr(build, "Captured", lambda *args, **named: made.append(Captured(*args, **named)) or made[-1])
+    source: Any = SimpleNamespace(make_batch=lambda draw, key: None)
+    capture = build.build_capture(
+        build_config("digits-lt", "bcl", {}, {"capture": "on"}), source, torch.device("cuda"), Ranks()
+    )
+    assert capture is not None
+    step, regrouped = capture(Counter()), capture(Counter())
+    assert made[0].name == "views"
+    assert made[0].recorder is not step.recorder
+    assert step.recorder is regrouped.recorder
+    assert made[0].failure is step.failure is regrouped.failure
 
 
 def test_other_shapes_are_refused() -> None:
@@ -187,6 +229,22 @@ def test_a_recorded_refresh_is_remembered_after_a_warm_up_was_undone() -> None:
         branches.append(engine.next_branch())
         engine.steps -= 1
     assert branches == ["stale", "stale", "stale", "exact", "stale"]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_first_refresh_after_a_warm_up_was_undone_compares_nothing(recorded: bool) -> None:
+    """There is no remembered direction, though the recording was made where there was one."""
+    step = recorded_run("gsa-full", TapeRecorder() if recorded else None, 16)[2]
+    batch, engine = make("bcl")[2], step.engine
+    assert engine is not None
+    assert engine.refresh[1] > 0
+    engine.load_state({"steps": torch.tensor(0), "seen": torch.zeros_like(engine.seen)})
+    step(batch)
+    assert engine.refresh.tolist() == [0, 0, 1]
+    engine.steps = 0
+    step(batch)
+    assert engine.refresh[1] == 1
+    assert engine.refresh[0] == engine.refresh[2] > 0.9  # the same batch again
 
 
 @pytest.mark.parametrize("recorded", [False, True])

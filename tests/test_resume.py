@@ -22,6 +22,7 @@ from torch import Tensor
 from ltfast import build, checkpoint
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
+from ltfast.scaler import INITIAL, LossScale
 from ltfast.train import train
 from tests import procs
 
@@ -119,6 +120,17 @@ def test_every_method_resumes_in_the_middle_of_an_epoch(tmp_path: Path, method: 
         if "stopped" in result:
             train(config(out), resume=str(out))
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_run_goes_on_where_auto_means_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun without a loss scale, taken up by a GPU without bf16: the scale begins there."""
+    out, scales = tmp_path / "run", []
+    for _ in range(2):
+        train(config(out, "bcl", epochs=1), resume=str(out) if scales else None, progress=StopAt(0 if scales else 5))
+        newest = max((out / "checkpoints").glob("state-*"))
+        scales.append(checkpoint.load(newest)[0].get("update.scale"))
+        monkeypatch.setattr(build, "build_scaler", lambda config, device: LossScale(device))
+    assert scales == [None, INITIAL]
 
 
 def test_unreadable_images_before_a_stop_are_counted(tmp_path: Path) -> None:

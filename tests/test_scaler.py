@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltfast import build
+from ltfast.errors import UserError
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
 from ltfast.objective import Forward
 from ltfast.optim.engine import Engine
+from ltfast.recipes import build_config
 from ltfast.scaler import LARGEST, LossScale
 from ltfast.step import TrainStep
 from ltfast.update import Update
@@ -142,3 +145,32 @@ def test_half_precision_stays_near_float32(name: str) -> None:
     assert float(step.update.skipped) == 0
     a, b, c = (flat_of([p.detach() for p in net.parameters()]) for net in (start, end, half))
     assert (c - b).norm() < 0.15 * (b - a).norm()
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "dtype"),
+    [("auto", (7, 5), torch.float16), ("auto", (8, 0), torch.bfloat16), ("bf16", (7, 0), torch.bfloat16),
+     ("fp16", (9, 0), torch.float16), ("tf32", (7, 5), None)],
+)  # fmt: skip
+def test_auto_is_fp16_with_its_scale_where_a_gpu_has_no_bf16(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int], dtype: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(build, "LossScale", lambda device: "scale")
+    config, device = build_config("digits-lt", "bcl", {}, {"precision": precision}), torch.device("cuda:0")
+    made = build.build_autocast(config, device)
+    assert (None if made is nullcontext else made.args) == (None if dtype is None else ("cuda", dtype))
+    assert build.build_scaler(config, device) == ("scale" if dtype == torch.float16 else None)
+
+
+def test_own_convolutions_need_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, device = build_config("digits-lt", "bcl", {}, {"convolutions": "kernel"}), torch.device("cuda:0")
+    build.check_convolutions(config, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    build.check_convolutions(config, device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    build.check_convolutions(build_config("digits-lt", "bcl", {}, {}), device)
+    with pytest.raises(
+        UserError, match=r"--convolutions kernel: cuda:0 has .* 7\.5, .* 8\.0 .*--convolutions library$"
+    ):
+        build.check_convolutions(config, device)

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -26,6 +29,44 @@ def test_free_communication_scales_perfectly_and_slow_does_not() -> None:
     slow = dataclasses.replace(FREE, between=1e8)
     assert model.step_seconds("gsa-full", 8, 128, 8142, slow)["seconds"] == pytest.approx(alone)
     assert model.step_seconds("gsa-full", 16, 128, 8142, slow)["seconds"] > 1.5 * alone
+
+
+def test_what_hides_and_what_does_not() -> None:
+    slow = dataclasses.replace(FREE, inside=20e9)
+    for method in ("bcl", "gsa-full"):
+        alone = model.step_seconds(method, 1, 128, 8142, slow)["seconds"]
+        compiled = model.step_seconds(method, 8, 128, 8142, slow)
+        eager = model.step_seconds(method, 8, 128, 8142, dataclasses.replace(slow, overlap=model.EAGER_OVERLAP))
+        assert compiled["seconds"] == pytest.approx(alone + model.all_reduce(compiled["bytes"], 8, slow))
+        assert eager["seconds"] == pytest.approx(alone + model.all_reduce(25 * 2**20, 8, slow))
+
+
+class Products(TorchDispatchMode):
+    """Notes every matrix product inside."""
+
+    def __init__(self, noted: list[str]) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.noted.append("product")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_backward_hands_over_every_gradient_at_its_end(compiled: bool) -> None:
+    """Why the model hides nothing: `GradientReducer` can send a gradient when autograd calls its hook, not before."""
+    net, noted = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4))), []
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: noted.append("gradient"))
+    function = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else net
+    loss = function(torch.ones(2, 8)).sum()
+    with Products(noted):
+        loss.backward()
+    assert noted.count("gradient") == 4
+    last = len(noted) - noted[::-1].index("product")
+    assert noted[:last].count("gradient") == (0 if compiled else 3)
 
 
 def test_all_reduce_by_hand() -> None:

@@ -9,6 +9,7 @@ which takes about 0.3 s.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -24,6 +25,11 @@ from ltfast.data.dali_schedule import EvaluationSchedule, Schedule, TrainSchedul
 from ltfast.data.decode import BadImage, decode, look
 from ltfast.data.large_source import LargeSource
 from ltfast.data.lists import ImageList
+
+# DALI's own words (dali/core/cuda_error.h) for what no file is to blame for; of files it says "Failed to decode sample" or
+# "nvImageCodec failure".
+DEVICE_MEMORY = r"CUDA allocation failed|Can't allocate \d+ bytes on device|out of memory"
+CUDA_ERROR = r"CUDA (runtime|driver) API error|Can't allocate \d+ bytes on host"
 
 
 class Running(NamedTuple):
@@ -152,6 +158,8 @@ class DaliSource(LargeSource):
                 outputs = pipeline.run(torch.cuda.current_stream(self.device))
             return [torch.from_dlpack(output.as_tensor()) for output in outputs]
         except RuntimeError as error:
+            if self.device_id is not None and (fault := _fault_of_the_device(error)):
+                raise fault from None
             self._failure = error
             return []
 
@@ -173,6 +181,19 @@ class DaliSource(LargeSource):
         raise self._failure
 
 
+def _fault_of_the_device(error: RuntimeError) -> RuntimeError | None:
+    """What to raise instead of looking for a bad file, or None."""
+    said = _reason(error)
+    if re.search(DEVICE_MEMORY, said):
+        return torch.OutOfMemoryError(f"DALI: {said}")
+    return error if re.search(CUDA_ERROR, said) else None
+
+
+def _reason(error: RuntimeError) -> str:
+    """DALI's message without the lines of code that it quotes before."""
+    return str(error).partition("encountered:")[2].strip() or str(error).strip()
+
+
 def _by_header(images: ImageList, index: int) -> str:
     try:
         return look(images.read(index))
@@ -192,6 +213,5 @@ def _by_dali(images: ImageList, index: int) -> str:
     try:
         decode_pipeline(images.read(index)).run()
     except RuntimeError as error:
-        after = str(error).partition("encountered:")[2].strip() or str(error).strip()
-        return "DALI cannot decode it: " + after.splitlines()[0]
+        return "DALI cannot decode it: " + _reason(error).splitlines()[0]
     return ""

@@ -114,11 +114,13 @@ class Ascent:
             self.memory.zero_()
             self.remembers = False
         self.holds_rest = fresh is not None
+        # A recorded step has `remembers` frozen as true: where its memory was emptied, this says so on the device.
+        held = self.memory.any()
         stale = self.stale_coefficients(shares, fresh) if self.remembers else None
         self._remember(matrix if fresh is None else matrix - fresh, shares)
         coef = self.coefficients(matrix, self.theta_sq, shares)
         if stale is not None:
-            self._log(self.cosine(stale, coef.double(), matrix, fresh))
+            self._log(torch.where(held, self.cosine(stale, coef.double(), matrix, fresh), torch.nan))
         return coef
 
     def _remember(self, matrix: Tensor, shares: Tensor) -> None:

@@ -207,7 +207,7 @@ class MemoryBank:
         # On the current stream: the next update of theta runs after the copy, the host does not wait.
         self._pinned.copy_(theta, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(theta.device))
         self._pending = (key, event)
         self._snapshots[key] = torch.empty(self.dimension)
 

@@ -270,6 +270,68 @@ def test_a_failure_without_a_culprit_is_dalis_own(tmp_path, monkeypatch):
         next(source.train(0))
 
 
+OPERATOR = """Critical error in pipeline:
+Error in {} operator `nvidia.dali.fn.decoders.image`,
+which was used in the pipeline definition with the following traceback:
+
+  File "/home/out of memory/CUDA runtime API error.py", line 126, in decode_pipeline
+    pipeline.set_outputs(fn.decoders.image(raw, **_decoder(None)))
+
+encountered:
+
+{}
+Current pipeline object is no longer valid."""
+
+
+@pytest.mark.parametrize(("said", "kind"), [
+    (OPERATOR.format("MIXED", "CUDA allocation failed"), torch.OutOfMemoryError),
+    (OPERATOR.format("GPU", "Can't allocate 1073741824 bytes on device 0."), torch.OutOfMemoryError),
+    ("Critical error in pipeline: CUDA allocation failed", torch.OutOfMemoryError),
+    (OPERATOR.format("MIXED", "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"), torch.OutOfMemoryError),
+    (OPERATOR.format("MIXED", "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access"), RuntimeError),
+    (OPERATOR.format("MIXED", "CUDA driver API error CUDA_ERROR_ECC_UNCORRECTABLE (214)"), RuntimeError),
+    (OPERATOR.format("MIXED", "Can't allocate 4096 bytes on host."), RuntimeError),
+])  # fmt: skip
+def test_a_fault_of_the_device_is_raised_before_any_file_is_looked_at(tmp_path, monkeypatch, said, kind):
+    """A decode of all files under way by PIL takes minutes, and would end in the same error."""
+    monkeypatch.setattr(DaliSource, "_find_bad", lambda *_: pytest.fail("looked for a bad file"))
+    with pytest.raises(kind) as caught:
+        next(failing_source(tmp_path, monkeypatch, said).train(0))
+    assert caught.type is kind
+    assert (
+        "operator" not in str(caught.value) or kind is RuntimeError
+    )  # the message without DALI's traceback, or as it was
+
+
+@pytest.mark.parametrize(
+    "said", ["Failed to decode sample #0 :", "nvImageCodec failure: '#3'", "nvjpeg (CUDA decoder): bad code stream"]
+)
+def test_a_bad_picture_on_the_device_is_looked_for(tmp_path, monkeypatch, said):
+    def find(*_):
+        raise LookupError
+
+    monkeypatch.setattr(DaliSource, "_find_bad", find)
+    with pytest.raises(LookupError):
+        next(failing_source(tmp_path, monkeypatch, OPERATOR.format("MIXED", said)).train(0))
+
+
+def failing_source(folder: Path, monkeypatch, said: str) -> DaliSource:
+    """A source on a device whose pipeline fails with these words."""
+    source = open_source("dali", make_set(folder, (9, 7)))
+
+    class Broken:
+        def build(self):
+            pass
+
+        def run(self, stream):
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(dali_source, "train_pipeline", lambda *a, **k: Broken())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    source.device_id = 0
+    return source
+
+
 def test_a_file_that_only_dali_refuses_is_found(tmp_path, monkeypatch, caplog):
     root = make_set(tmp_path, (9, 7))
     lists = read_lists(root)

@@ -15,7 +15,7 @@ from ltfast.errors import UserError
 from ltfast.flat import FlatParameters
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.survive import Action, BadSteps, Signals, Watch
-from ltfast.syncbn import synchronise
+from ltfast.syncbn import SyncedBatchNorm, synchronise
 from tests.procs import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -257,6 +257,19 @@ def test_synced_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path: Path, moment
     for result in results:
         torch.testing.assert_close(result["state"], alone["state"], **close)
         torch.testing.assert_close(result["grads"], alone["grads"], **close)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side"), [(torch.float16, 257), (torch.bfloat16, 257), (torch.bfloat16, 17), (torch.float32, 17)]
+)
+def test_synced_batchnorm_counts_16_bit_pictures_exactly(dtype: torch.dtype, side: int) -> None:
+    """257 x 257 positions are more than fp16 can hold, and neither they nor 17 x 17 are numbers that bf16 has."""
+    x = (3 + 2 * torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(1))).to(dtype)
+    expected, synced = nn.BatchNorm2d(2), SyncedBatchNorm(2)
+    exact, found = expected(x.float()), synced(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, exact.to(dtype), rtol=8e-3, atol=1e-5)  # one rounding of bf16 at the most
+    torch.testing.assert_close(synced.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-5)  # observed 2e-6
 
 
 def votes(ranks: Ranks) -> list[tuple[Any, int]]:

@@ -58,8 +58,8 @@ def convolution(channels: int) -> None:
     x = torch.zeros(2, channels, 16, 16, dtype=NARROW).to(memory_format=torch.channels_last)
     weight = torch.zeros(channels, channels, 3, 3)
     for mirror in (False, True):
-        torch.ops.ltfast.conv3x3(x, weight, mirror)
-    torch.ops.ltfast.conv3x3_weight(x, x)
+        torch.ops.ltfast.conv3x3_nhwc(x, weight, mirror)
+    torch.ops.ltfast.conv3x3_nhwc_weight(x, x)
 
 
 one = torch.ones(())

@@ -133,6 +133,22 @@ def test_a_block_under_autocast_computes_what_the_library_computes(place):
         assert same_bits(block(place, True)(x), block(place, False)(x))
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format])
+@pytest.mark.parametrize(("inner", "outer"), [(16, 16), (16, 32), (32, 16)])
+def test_the_weights_gradient_lies_as_the_librarys_does(inner, outer, layout, place):
+    """torch's foreach functions take all gradients one by one if a single one lies otherwise than its weight."""
+    x, layer = normal(2, inner, 8, 8, seed=8).half().to(place, memory_format=NHWC), Conv3x3(inner, outer)
+    layer = layer.to(place, memory_format=layout)
+    found = []
+    for own in (False, True):
+        layer.own_kernel = own
+        with torch.autocast(place, torch.float16):
+            found.append(torch.autograd.grad(layer(x).sum(), layer.weight)[0].stride())
+    assert found[0] == found[1]
+    assert layout != NHWC or found[1] == layer.weight.stride()
+
+
 @skip_if_interpreting()
 @pytest.mark.parametrize("place", PLACES)
 def test_a_block_compiles_to_one_graph_with_the_same_result(place):
@@ -162,7 +178,7 @@ class Calls(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.ltfast.conv3x3.default
+        self.count += function is torch.ops.ltfast.conv3x3_nhwc.default
         return function(*args, **(kwargs or {}))
 
 

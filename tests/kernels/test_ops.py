@@ -51,11 +51,11 @@ def op_samples() -> dict[str, list[tuple]]:
         "anchor_penalty": [(theta.clone().requires_grad_(), rows, rows**2, coef)],
         "anchor_grad": [(theta, rows, rows**2, coef, one)],
         "collapse_anchors": [(rows, rows**2, coef.abs())],
-        "conv3x3": [
+        "conv3x3_nhwc": [
             (pictures.clone().requires_grad_(), filters.clone().requires_grad_(), False),
             (pictures, filters, True),
         ],
-        "conv3x3_weight": [(pictures, pictures)],
+        "conv3x3_nhwc_weight": [(pictures, pictures)],
     }
 
 

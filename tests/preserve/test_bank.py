@@ -161,12 +161,12 @@ class FakeCuda(torch.Tensor):
 
 
 class FakeEvent:
-    """A copy that lands only when its event is waited for."""
+    """A copy that lands only when its event is waited for; it is on the stream of its tensor's device."""
 
     landed = 0
 
-    def record(self):
-        pass
+    def record(self, stream=None):
+        assert stream == "stream of cpu"
 
     def synchronize(self):
         FakeEvent.landed += 1
@@ -174,6 +174,7 @@ class FakeEvent:
 
 def test_asynchronous_copies_are_waited_for_before_any_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     bank = MemoryBank(3, 4)
     bank._pinned = torch.empty(4)  # real pinned memory needs a driver
     theta = torch.zeros(4).as_subclass(FakeCuda)
