@@ -10,7 +10,7 @@ from ltfast.config import Optim, Preserve
 def lr_at(optim: Optim, epoch: float) -> float:
     """Learning rate after `epoch` epochs: linear warm-up, then multistep (x0.1 at 80 % and 90 %), cosine or constant."""
     if epoch < optim.warmup:
-        # Starts at one part of the first epoch, as the released recipe's (epoch + 1) / warmup does.
+        # Never 0, as the release's (epoch + 1) / warmup; but in every step, and at the peak when the warm-up ends.
         return optim.lr * ((epoch + 1) / (optim.warmup + 1))
     if optim.schedule == "multistep":
         return float(optim.lr * 0.1 ** sum(epoch >= optim.epochs * m for m in (0.8, 0.9)))

@@ -153,7 +153,7 @@ class TrainStep:
         self.buffers.undo(self.update.in_a_row)
         if self.engine is not None:
             self.engine.climbed = False
-        figures = {"loss": loss, "grad_norm": norm, **{name: value.mean() for name, value in stats.items()}}
+        figures = {"loss": loss, "grad_norm": norm, **means(stats)}
         good = self.update.in_a_row == 0
         values = torch.where(
             good, torch.stack([value.float() for value in figures.values()]), 0.0
@@ -324,6 +324,16 @@ class TrainStep:
         losses, shares = self.agreement.losses(*evaluated)
         (rows,) = torch.autograd.grad(self.backward.scaled(losses.sum()), copies)
         return rows if self.update.scaler is None else rows * self.update.scaler.inverse, losses, shares
+
+
+def means(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """0-dim figures of an ascent for the log: means over the groups in the batch; of `clipped` the share that is."""
+    each = {name: value for name, value in stats.items() if value.dim()}
+    if not each:
+        return stats
+    present = (stats["radius"] > 0).float()
+    found = (torch.stack(list(each.values())).abs() * present).sum(1) / present.sum().clamp_min(1)
+    return {**stats, **dict(zip(each, found.unbind(), strict=True))}
 
 
 def joined(parts: list[AscentStats]) -> dict[str, Tensor]:

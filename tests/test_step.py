@@ -19,7 +19,7 @@ from ltfast.objective import Forward, Objective
 from ltfast.optim.engine import EXACT, STALE
 from ltfast.optim.rules import RULES, Rule
 from ltfast.plan import flops_ratio
-from ltfast.step import TrainStep
+from ltfast.step import TrainStep, means
 from ltfast.update import Update
 
 COUNTS = torch.tensor([200, 90, 40, 12, 5])
@@ -271,6 +271,17 @@ def test_a_step_reports_what_is_at_theta_and_the_norm_of_its_gradient(rule: Rule
         if i == 0:  # without momentum yet
             gradient = ((theta - step.flat.data.double()) / LR - 1e-3 * theta) / ALPHA
             assert float(result["grad_norm"]) == pytest.approx(float(gradient.norm()), rel=1e-4)
+
+
+def test_an_ascent_is_logged_as_means_over_the_groups_that_are_there() -> None:
+    stats = {
+        "radius": torch.tensor([0.2, 0.4, 0.0, 0.6]), "clipped": torch.tensor([1.0, -1.0, 0.0, 0.0]),
+        "fallback": torch.tensor([0.0, 0.0, 0.0, 1.0]), "length_sq": torch.tensor(0.25), "ok": torch.tensor(1.0),
+    }  # fmt: skip
+    found = {name: round(float(value), 6) for name, value in means(stats).items()}
+    assert found == {"radius": 0.4, "clipped": 0.666667, "fallback": 0.333333, "length_sq": 0.25, "ok": 1.0}
+    assert float(means({name: torch.zeros_like(value) for name, value in stats.items()})["clipped"]) == 0
+    assert means({}) == {}
 
 
 def test_classes_in_parts_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
