@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ltfast.data.copies import HEAD, UNKNOWN, Copies, find_copies, signature
-from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look
+from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look, tiff_fault, tiff_tags
 from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList, unknown_label
 from ltfast.data.paths import duplicate_indices
@@ -92,8 +92,7 @@ def inspect(path: str, full: bool = False) -> Finding:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read() if full or size <= 2 * HEAD else file.read(HEAD)
-            ends_well = len(data) == size or b"\xff\xd9" in _tail(file, size)
-            if len(data) < size and (not ends_well or isinstance(jpeg_header(data), str)):
+            if len(data) < size and not _settled(data, file.fileno(), size):
                 file.seek(0)
                 data = file.read()
     except OSError as error:
@@ -114,8 +113,12 @@ def judge(data: bytes, name: str, full: bool = False) -> Finding:
     return Finding(why) if why else Finding("", tuple(_notes(data, name)), signature(len(data), data))
 
 
-def _tail(file: object, size: int) -> bytes:
-    return os.pread(file.fileno(), TAIL, size - TAIL)  # type: ignore[attr-defined]
+def _settled(head: bytes, file: int, size: int) -> bool:
+    """Whether a large file is seen to be whole without the rest of it."""
+    if file_format(head[:16]) == "TIFF":
+        tags = tiff_tags(lambda start, count: os.pread(file, count, start) if start < size else b"")
+        return not tiff_fault(tags)
+    return b"\xff\xd9" in os.pread(file, TAIL, size - TAIL) and isinstance(jpeg_header(head), JpegHeader)
 
 
 def _notes(data: bytes, path: str) -> Iterator[str]:

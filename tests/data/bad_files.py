@@ -89,6 +89,13 @@ def odd_files() -> dict[str, bytes]:
     }
 
 
+def tiff(mode: str, **options: object) -> bytes:
+    """A TIFF in one of PIL's modes: "F" holds floats, "1" has no BitsPerSample."""
+    stream = io.BytesIO()
+    picture(80, 320, 240).convert(mode).save(stream, "TIFF", **options)
+    return stream.getvalue()
+
+
 def write(folder: Path, files: dict[str, bytes | None]) -> dict[str, Path]:
     """Writes each as <kind>.jpg; a missing one only gets its name."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -156,6 +156,9 @@ def test_large_files_are_judged_by_head_and_tail(tmp_path):
     load_picture(tmp_path / "junk.jpg")
     (tmp_path / "noise.jpg").write_bytes(rng.bytes(300_000))
     assert inspect(str(tmp_path / "noise.jpg")).bad == "not a picture"
+    for mode, bad in (("F", "floating-point pixels, whose range nobody knows"), ("RGB", "")):
+        (tmp_path / "large.tif").write_bytes(bad_files.tiff(mode))
+        assert inspect(str(tmp_path / "large.tif")).bad == bad
     picture(1, 900, 700).save(tmp_path / "large.png")
     assert inspect(str(tmp_path / "large.png")).bad == ""
 
