@@ -19,7 +19,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ltfast.data.copies import HEAD, UNKNOWN, Copies, find_copies, signature
-from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look, tiff_fault, tiff_tags
+from ltfast.data.dali_pipeline import dali_available
+from ltfast.data.decode import (
+    BITS_PER_SAMPLE,
+    BadImage,
+    JpegHeader,
+    dali_fault,
+    decode,
+    file_format,
+    jpeg_header,
+    look,
+    tiff_fault,
+    tiff_tags,
+)
 from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList, unknown_label
 from ltfast.data.paths import duplicate_indices
@@ -103,8 +115,10 @@ def inspect(path: str, full: bool = False) -> Finding:
 
 
 def judge(data: bytes, name: str, full: bool = False) -> Finding:
-    """`inspect` for bytes at hand."""
+    """`inspect` for bytes at hand. What only DALI cannot read is bad where it is installed: there training uses it."""
     why = look(data)
+    if not why and (fault := dali_fault(data)) and dali_available():
+        why = fault
     if not why and full:
         try:
             decode(data)
@@ -117,7 +131,7 @@ def _settled(head: bytes, file: int, size: int) -> bool:
     """Whether a large file is seen to be whole without the rest of it."""
     if file_format(head[:16]) == "TIFF":
         tags = tiff_tags(lambda start, count: os.pread(file, count, start) if start < size else b"")
-        return not tiff_fault(tags)
+        return not tiff_fault(tags) and BITS_PER_SAMPLE in tags
     return b"\xff\xd9" in os.pread(file, TAIL, size - TAIL) and isinstance(jpeg_header(head), JpegHeader)
 
 

@@ -21,7 +21,7 @@ from ltfast.data.base import Batch
 from ltfast.data.check import examine
 from ltfast.data.dali_pipeline import PREFETCH, decode_pipeline, decodes_regions, evaluation_pipeline, train_pipeline
 from ltfast.data.dali_schedule import EvaluationSchedule, Schedule, TrainSchedule, part_size
-from ltfast.data.decode import BadImage, decode, look
+from ltfast.data.decode import BadImage, dali_fault, decode, look
 from ltfast.data.large_source import LargeSource
 from ltfast.data.lists import ImageList
 
@@ -186,7 +186,8 @@ class DaliSource(LargeSource):
 
 def _by_header(images: ImageList, index: int) -> str:
     try:
-        return look(images.read(index))
+        data = images.read(index)
+        return look(data) or dali_fault(data)
     except BadImage as error:
         return str(error)
 
@@ -204,5 +205,5 @@ def _by_dali(images: ImageList, index: int) -> str:
         decode_pipeline(images.read(index)).run()
     except RuntimeError as error:
         after = str(error).partition("encountered:")[2].strip() or str(error).strip()
-        return "DALI cannot decode it: " + after.splitlines()[0]
+        return f"DALI cannot decode it, --loader torch can: {after.splitlines()[0]}"
     return ""

@@ -29,6 +29,7 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "GIF": (b"GIF87a", b"GIF89a"),
 }
 ORIENTATION = 0x0112  # EXIF
+BITS_PER_SAMPLE = 258  # TIFF; one bit where it is absent
 SAMPLE_FORMAT = 339  # TIFF; 3: floating point
 FLOATS = "floating-point pixels, whose range nobody knows"
 _SHORT = 3  # type of TIFF values: 16 bits
@@ -140,7 +141,16 @@ def tiff_tags(read: Reader) -> dict[int, int]:
 
 def tiff_fault(tags: dict[int, int]) -> str:
     """Why a TIFF with these tags is no picture for the loaders, or ''. DALI would show floats as white."""
+    if not tags:
+        return "truncated: no directory"
     return FLOATS if tags.get(SAMPLE_FORMAT) == 3 else ""
+
+
+def dali_fault(data: bytes) -> str:
+    """Why DALI alone cannot read a picture, or ''."""
+    if file_format(data[:16]) != "TIFF" or BITS_PER_SAMPLE in tiff_tags(reader(data)):
+        return ""
+    return "no BitsPerSample, which DALI does not read; --loader torch does"
 
 
 def to_rgb(image: Image) -> Image:

@@ -91,6 +91,7 @@ def test_tags_of_tiffs(options):
     assert look(data) == ""
     assert look(bad_files.tiff("F", **options)).startswith("floating-point")
     assert tiff_tags(reader(data[:9])) == {}
+    assert look(data[:9]).startswith("truncated")
     assert tiff_tags(reader(data[:4] + b"\xff" * 12)) == {}
 
 
