@@ -6,8 +6,10 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
+from ltfast.cli import main
 from ltfast.data.check import check_dataset, inspect, print_check, read_bad_list, write_bad_list, write_findings
 from ltfast.data.decode import load_picture
 from ltfast.data.lists import ImageList, read_list
@@ -184,6 +186,27 @@ def test_statistics_and_plot(tmp_path):
     assert "150 .. 5" in console.export_text()
     plot_counts({"train": train}, tmp_path / "counts.png")
     assert (tmp_path / "counts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_statistics_of_labels_with_gaps(tmp_path, monkeypatch, capsys):
+    """Classes without training images are named, and neither counted nor drawn."""
+    labels = np.repeat([1, 2, 4], [150, 50, 5])
+    (tmp_path / "train.txt").write_text("".join(f"{i}.jpg {label}\n" for i, label in enumerate(labels)))
+    (tmp_path / "test.txt").write_text("test.jpg 1\n")
+    drawn, stairs = [], Axes.stairs
+
+    def watched(axes, values, *args, **options):
+        drawn.append(values.tolist())
+        return stairs(axes, values, *args, **options)
+
+    monkeypatch.setattr(Axes, "stairs", watched)
+    words = ["data", "stats", str(tmp_path), "--plot", str(tmp_path / "counts.png")]
+    assert main([*words, "--train-list", f"{tmp_path}/train.txt", "--test-list", f"{tmp_path}/test.txt"]) == 0
+    assert "train.txt: 2 of 5 classes have no image (class 0, 3); labels must be 0..C-1" in capsys.readouterr().out
+    assert drawn == [[150, 50, 5]] * 2
+    stats = dataset_stats({"train": read_list(tmp_path / "train.txt", tmp_path)})[0]
+    assert stats.classes == 3
+    assert stats.groups == {"many": (1, 150), "medium": (1, 50), "few": (1, 5)}
 
 
 def test_published_statistics_of_places_lt():
