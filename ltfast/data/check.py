@@ -31,6 +31,7 @@ from ltfast.data.decode import (
     look,
     tiff_fault,
     tiff_tags,
+    webp_size,
 )
 from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList, unknown_label
@@ -129,10 +130,15 @@ def judge(data: bytes, name: str, full: bool = False) -> Finding:
 
 def _settled(head: bytes, file: int, size: int) -> bool:
     """Whether a large file is seen to be whole without the rest of it."""
-    if file_format(head[:16]) == "TIFF":
+    kind, tail = file_format(head[:16]), os.pread(file, TAIL, size - TAIL)
+    if kind == "TIFF":
         tags = tiff_tags(lambda start, count: os.pread(file, count, start) if start < size else b"")
         return not tiff_fault(tags) and BITS_PER_SAMPLE in tags
-    return b"\xff\xd9" in os.pread(file, TAIL, size - TAIL) and isinstance(jpeg_header(head), JpegHeader)
+    if kind == "PNG":
+        return b"IEND" in tail
+    if kind == "WEBP":
+        return webp_size(head) <= size
+    return b"\xff\xd9" in tail and isinstance(jpeg_header(head), JpegHeader)
 
 
 def _notes(data: bytes, path: str) -> Iterator[str]:

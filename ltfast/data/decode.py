@@ -62,6 +62,10 @@ def look(data: bytes) -> str:
         return "not a picture" if not kind else "a GIF, which the loaders do not read"
     if kind == "TIFF":
         return tiff_fault(tiff_tags(reader(data)))
+    if kind == "PNG":
+        return "" if data.rfind(b"IEND") > 0 else "truncated: no end marker"
+    if kind == "WEBP":
+        return "truncated" if webp_size(data) > len(data) else ""
     if kind != "JPEG":
         return ""
     header = jpeg_header(data)
@@ -69,6 +73,11 @@ def look(data: bytes) -> str:
         return header
     # Trailing junk after the last FF D9 is common and harmless.
     return "" if data.rfind(b"\xff\xd9") > 0 else "truncated: no end marker"
+
+
+def webp_size(head: bytes) -> int:
+    """Bytes that a WebP file has by its own account, which may be less than there are."""
+    return 8 + int.from_bytes(head[4:8], "little")
 
 
 @dataclass(frozen=True, slots=True)
