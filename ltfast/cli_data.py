@@ -88,10 +88,13 @@ def command_check(args: argparse.Namespace) -> int:
 
 
 def command_stats(args: argparse.Namespace) -> int:
+    from ltfast.data.lists import empty_classes
     from ltfast.data.stats import dataset_stats, plot_counts, print_stats
 
     lists = _lists(args)
     print_stats(dataset_stats(lists))
+    if empty := empty_classes(lists["train"]):
+        print(empty)
     _print_note(lists)
     if args.plot:
         plot_counts(lists, args.plot)

@@ -79,6 +79,7 @@ def evaluate_run(
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
+    weights = run.weights(which)
     given = {
         name: value for name, value in (("data_dir", data_dir), ("device", device), ("tta", tta)) if value is not None
     }
@@ -92,6 +93,6 @@ def evaluate_run(
     if not source.sizes.get(split, 0):
         raise UserError(f"--split {split}: this run held out no such images; use --split test")
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)
-    checkpoint.load_into(model, run.checkpoints / f"{which}.safetensors")
+    checkpoint.load_into(model, weights)
     forward = build.build_forward(config.with_(compile="off"), model.to(place), None, place)
     return evaluate(model, source, split, place, ranks, logits=forward.logits, tta=config.run.tta), source

@@ -118,7 +118,7 @@ def load_trained(where: str | Path, which: str = "last") -> Trained:
     else:
         raise UserError(f"{where}: its metrics.jsonl does not say how pictures were prepared; was it cut or edited?")
     trained = _build(config, classes, preprocess)
-    checkpoint.load_into(trained.model, run.checkpoints / f"{which}.safetensors")
+    checkpoint.load_into(trained.model, run.weights(which))
     return trained
 
 

@@ -290,6 +290,15 @@ class RunFolder:
                 rows.append(row)
         return rows
 
+    def weights(self, which: str) -> Path:
+        """The file of `which` weights: last or best. UserError for the best of a run that had nothing to choose it by."""
+        path = self.checkpoints / f"{which}.safetensors"
+        if which == "best" and not path.exists() and any(not row["sizes"]["val"] for row in self.metrics("data")[-1:]):
+            raise UserError(
+                f"{path}: no such checkpoint; this run had no validation split, so none was chosen best; use --checkpoint last"
+            )
+        return path
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write TensorBoard scalars. OSError if the folder is gone or cannot be written."""
         self.path.stat()  # a folder that has vanished is not made anew

@@ -184,7 +184,8 @@ class Trainer(Durable):
             )
         theta = self.flat.data
         away = float((theta - anchor.target).mul(anchor.weight > 0).norm() / theta[self.encoder].norm())
-        self.progress.note(f"GKP's anchor lies {away:.2g} of the encoder's norm away")
+        where = f"{away:.2g} of the encoder's norm away" if away else "where the encoder is now"
+        self.progress.note(f"GKP's anchor lies {where}")
         self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()), away=away)
         return anchor._replace(weight=anchor.weight.clamp_max(limit))
 

@@ -89,6 +89,15 @@ def test_evaluation_names_classes_and_refuses_what_it_does_not_read(
     assert "folder-small does not read it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_a_run_without_validation_says_why_it_has_no_best(
+    trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    run, _ = trained
+    assert main([command, str(run), "--checkpoint", "best"]) == 2
+    assert "no validation split, so none was chosen best; use --checkpoint last" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "Valid")])
 def test_split_folders_by_other_names(tmp_path: Path, train: str, test: str) -> None:
     lists = scan_folder(pictures(tmp_path, COLOURS, train=train, test=test))

@@ -207,6 +207,20 @@ def test_the_anchor_is_that_of_its_groups_and_capped(monkeypatch: pytest.MonkeyP
     assert told["anchor"]["away"] == pytest.approx(float((encoder - twin.target)[held].norm() / encoder.norm()))
 
 
+@pytest.mark.parametrize(
+    ("distance", "note"), [(0, "where the encoder is now"), (1e-5, "1e-05 of the encoder's norm away")]
+)
+def test_the_anchors_distance_is_told_at_any_size(distance: float, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = made("gkp-gsa")
+    told: list[str] = []
+    monkeypatch.setattr(trainer.progress, "note", told.append)
+    monkeypatch.setattr(trainer, "log", lambda kind, **values: None)
+    held = torch.zeros_like(trainer.flat.data)
+    held[trainer.encoder] = 1e-6
+    trainer.stable(Anchor(held, trainer.flat.data * (1 - distance), torch.zeros(()), 1.0))
+    assert told == [f"GKP's anchor lies {note}"]
+
+
 def test_the_test_split_sees_the_best_weights_too_and_the_last_ones_stay() -> None:
     trainer = made("ce", epochs=2)
     trainer.best = {"score": 50.0, "epoch": 7}

@@ -19,7 +19,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ltfast.data.copies import HEAD, UNKNOWN, Copies, find_copies, signature
-from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, look
+from ltfast.data.dali_pipeline import dali_available
+from ltfast.data.decode import (
+    BITS_PER_SAMPLE,
+    BadImage,
+    JpegHeader,
+    dali_fault,
+    decode,
+    file_format,
+    jpeg_header,
+    look,
+    tiff_fault,
+    tiff_tags,
+    webp_size,
+)
 from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList, unknown_label
 from ltfast.data.paths import duplicate_indices
@@ -92,8 +105,7 @@ def inspect(path: str, full: bool = False) -> Finding:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read() if full or size <= 2 * HEAD else file.read(HEAD)
-            ends_well = len(data) == size or b"\xff\xd9" in _tail(file, size)
-            if len(data) < size and (not ends_well or isinstance(jpeg_header(data), str)):
+            if len(data) < size and not _settled(data, file.fileno(), size):
                 file.seek(0)
                 data = file.read()
     except OSError as error:
@@ -104,8 +116,10 @@ def inspect(path: str, full: bool = False) -> Finding:
 
 
 def judge(data: bytes, name: str, full: bool = False) -> Finding:
-    """`inspect` for bytes at hand."""
+    """`inspect` for bytes at hand. What only DALI cannot read is bad where it is installed: there training uses it."""
     why = look(data)
+    if not why and (fault := dali_fault(data)) and dali_available():
+        why = fault
     if not why and full:
         try:
             decode(data)
@@ -114,8 +128,17 @@ def judge(data: bytes, name: str, full: bool = False) -> Finding:
     return Finding(why) if why else Finding("", tuple(_notes(data, name)), signature(len(data), data))
 
 
-def _tail(file: object, size: int) -> bytes:
-    return os.pread(file.fileno(), TAIL, size - TAIL)  # type: ignore[attr-defined]
+def _settled(head: bytes, file: int, size: int) -> bool:
+    """Whether a large file is seen to be whole without the rest of it."""
+    kind, tail = file_format(head[:16]), os.pread(file, TAIL, size - TAIL)
+    if kind == "TIFF":
+        tags = tiff_tags(lambda start, count: os.pread(file, count, start) if start < size else b"")
+        return not tiff_fault(tags) and BITS_PER_SAMPLE in tags
+    if kind == "PNG":
+        return b"IEND" in tail
+    if kind == "WEBP":
+        return webp_size(head) <= size
+    return b"\xff\xd9" in tail and isinstance(jpeg_header(head), JpegHeader)
 
 
 def _notes(data: bytes, path: str) -> Iterator[str]:

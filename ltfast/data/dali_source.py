@@ -22,7 +22,7 @@ from ltfast.data.base import Batch
 from ltfast.data.check import examine
 from ltfast.data.dali_pipeline import PREFETCH, decode_pipeline, decodes_regions, evaluation_pipeline, train_pipeline
 from ltfast.data.dali_schedule import EvaluationSchedule, Schedule, TrainSchedule, part_size
-from ltfast.data.decode import BadImage, decode, look
+from ltfast.data.decode import BadImage, dali_fault, decode, look
 from ltfast.data.large_source import LargeSource
 from ltfast.data.lists import ImageList
 
@@ -50,21 +50,30 @@ class DaliSource(LargeSource):
         self.threads = max(self.workers, 1)
         self.part = part_size(self.device.type, self.threads, self.batch // self.world)
         self._kept: Running | None = None
-        # Images whose bytes need no look before they are decoded; see dali_pipeline.decodes_regions.
-        regions = decodes_regions(len(self.views), self.device_id)
-        self._looked_at = torch.full((self.sizes["train"],), not regions)
+        # Images whose bytes need no look before they are decoded: all but TIFFs, whose floats DALI shows as white, or
+        # none; see dali_pipeline.decodes_regions.
+        self._tiff = {s: torch.from_numpy(x.paths.ending_in(b".tif", b".tiff")) for s, x in self.lists.items()}
+        self._looked_at = {split: ~tiff for split, tiff in self._tiff.items()}
+        if decodes_regions(len(self.views), self.device_id):
+            self._looked_at["train"].fill_(False)
 
     def usable(self, index: Tensor) -> Tensor:
-        """See LargeSource.usable; where regions are decoded, every file is looked at (30 us) before its first use."""
+        """See LargeSource.usable; where regions are decoded, every file is looked at (30 us) before its first use, else
+        every TIFF."""
         while True:
             shown = super().usable(index)
-            new = shown[~self._looked_at[shown]].tolist()
-            if not new:
+            if not self._look("train", shown):
                 return shown
-            self._looked_at[new] = True
-            for i in dict.fromkeys(new):
-                if reason := examine(self.lists["train"], i).bad:
-                    self.report_bad("train", i, reason)
+
+    def _look(self, split: str, index: Tensor) -> bool:
+        """Whether some of the images had to be looked at; reports the bad ones."""
+        looked_at = self._looked_at[split]
+        new = index[~looked_at[index]].tolist()
+        looked_at[new] = True
+        for i in dict.fromkeys(new):
+            if reason := examine(self.lists[split], i).bad:
+                self.report_bad(split, i, reason)
+        return bool(new)
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:
@@ -114,6 +123,8 @@ class DaliSource(LargeSource):
         return Running(schedule, pipeline)
 
     def _evaluate_batches(self, split: str, parts: list[Tensor]) -> Iterator[Batch]:
+        for part in parts:
+            self._look(split, part[self._tiff[split][part]])
         waiting = self._without_bad(split, parts)
         running = self._evaluation_pipeline(split, waiting)
         while waiting:
@@ -196,7 +207,8 @@ def _reason(error: RuntimeError) -> str:
 
 def _by_header(images: ImageList, index: int) -> str:
     try:
-        return look(images.read(index))
+        data = images.read(index)
+        return look(data) or dali_fault(data)
     except BadImage as error:
         return str(error)
 
@@ -213,5 +225,5 @@ def _by_dali(images: ImageList, index: int) -> str:
     try:
         decode_pipeline(images.read(index)).run()
     except RuntimeError as error:
-        return "DALI cannot decode it: " + _reason(error).splitlines()[0]
+        return f"DALI cannot decode it, --loader torch can: {_reason(error).splitlines()[0]}"
     return ""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -27,9 +29,14 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "GIF": (b"GIF87a", b"GIF89a"),
 }
 ORIENTATION = 0x0112  # EXIF
+BITS_PER_SAMPLE = 258  # TIFF; one bit where it is absent
+SAMPLE_FORMAT = 339  # TIFF; 3: floating point
+FLOATS = "floating-point pixels, whose range nobody knows"
+_SHORT = 3  # type of TIFF values: 16 bits
 _LEVELS_16_BIT = 257  # 65535 / 255
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # JPEG markers without a length
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
+Reader = Callable[[int, int], bytes]  # (start, size) -> those bytes, or as many as there are
 
 
 class BadImage(Exception):
@@ -46,13 +53,19 @@ def file_format(head: bytes) -> str:
 def look(data: bytes) -> str:
     """Why the bytes cannot be a whole picture, or ''. About 3 us: walks a JPEG's markers, decodes nothing.
 
-    Finds empty, unknown and cut files; it cannot see bit rot, nor a cut file that ends in FF D9.
+    Finds empty, unknown and cut files, and TIFFs of floats; it cannot see bit rot, nor a cut file that ends in FF D9.
     """
     if not data:
         return "empty file"
     kind = file_format(data[:16])
     if not kind or kind == "GIF":
         return "not a picture" if not kind else "a GIF, which the loaders do not read"
+    if kind == "TIFF":
+        return tiff_fault(tiff_tags(reader(data)))
+    if kind == "PNG":
+        return "" if data.rfind(b"IEND") > 0 else "truncated: no end marker"
+    if kind == "WEBP":
+        return "truncated" if webp_size(data) > len(data) else ""
     if kind != "JPEG":
         return ""
     header = jpeg_header(data)
@@ -60,6 +73,11 @@ def look(data: bytes) -> str:
         return header
     # Trailing junk after the last FF D9 is common and harmless.
     return "" if data.rfind(b"\xff\xd9") > 0 else "truncated: no end marker"
+
+
+def webp_size(head: bytes) -> int:
+    """Bytes that a WebP file has by its own account, which may be less than there are."""
+    return 8 + int.from_bytes(head[4:8], "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +121,45 @@ def jpeg_header(data: bytes) -> JpegHeader | str:
 
 def _orientation(tiff: bytes) -> int:
     """EXIF orientation 1..8 of a TIFF block; 1 when absent or unreadable."""
-    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
-    start = int.from_bytes(tiff[4:8], order)
-    entries = int.from_bytes(tiff[start : start + 2], order)
-    for entry in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
-        if int.from_bytes(tiff[entry : entry + 2], order) == ORIENTATION:
-            value = int.from_bytes(tiff[entry + 8 : entry + 10], order)
-            return value if 1 <= value <= 8 else 1
-    return 1
+    value = tiff_tags(reader(tiff)).get(ORIENTATION, 1)
+    return value if 1 <= value <= 8 else 1
+
+
+def reader(data: bytes) -> Reader:
+    """A Reader of bytes at hand."""
+    return lambda start, size: data[start : start + size]
+
+
+def tiff_tags(read: Reader) -> dict[int, int]:
+    """Each tag of a TIFF's first directory with its first value as 16 bits; empty where the directory is out of reach."""
+    head = read(0, 16)
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+    big = b"+" in head[2:4]  # BigTIFF: offsets and counts of 64 bits
+    start = int.from_bytes(head[8:16] if big else head[4:8], order)
+    width, size, layout = (8, 20, "HHQ8s") if big else (2, 12, "HHI4s")
+    layout = ("<" if order == "little" else ">") + layout
+    entries = int.from_bytes(read(start, width), order)
+    directory = read(start + width, min(entries, 1 << 12) * size)
+    tags: dict[int, int] = {}
+    for tag, kind, count, value in struct.iter_unpack(layout, directory[: len(directory) // size * size]):
+        if kind == _SHORT and 2 * count > len(value):  # then it is the place of the values
+            value = read(int.from_bytes(value, order), 2)
+        tags.setdefault(tag, int.from_bytes(value[:2], order))
+    return tags
+
+
+def tiff_fault(tags: dict[int, int]) -> str:
+    """Why a TIFF with these tags is no picture for the loaders, or ''. DALI would show floats as white."""
+    if not tags:
+        return "truncated: no directory"
+    return FLOATS if tags.get(SAMPLE_FORMAT) == 3 else ""
+
+
+def dali_fault(data: bytes) -> str:
+    """Why DALI alone cannot read a picture, or ''."""
+    if file_format(data[:16]) != "TIFF" or BITS_PER_SAMPLE in tiff_tags(reader(data)):
+        return ""
+    return "no BitsPerSample, which DALI does not read; --loader torch does"
 
 
 def to_rgb(image: Image) -> Image:
@@ -121,7 +170,7 @@ def to_rgb(image: Image) -> Image:
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return pil.fromarray((levels // _LEVELS_16_BIT).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise BadImage("floating-point pixels, whose range nobody knows")
+        raise BadImage(FLOATS)
     if image.mode == "P":
         image.info.pop("transparency", None)  # else PIL warns; the colours are the palette's either way
     return image.convert("RGB")

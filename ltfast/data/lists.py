@@ -231,6 +231,19 @@ def unknown_label(split: str, images: ImageList, train: ImageList) -> str:
     return f"{images.source}: label {int(images.labels.max())} in {split}, but {train.source} has classes 0..{train.num_classes - 1}"
 
 
+def empty_classes(images: ImageList) -> str:
+    """Message about classes without an image, or an empty string."""
+    empty = np.flatnonzero(images.counts == 0)
+    if not len(empty):
+        return ""
+    shown = ", ".join(images.class_names[c] if images.class_names else str(c) for c in empty[:5].tolist())
+    fix = "remove the class or add an image to it" if images.class_names else "labels must be 0..C-1 without gaps"
+    return (
+        f"{images.source}: {len(empty):,} of {images.num_classes:,} classes have no image (class {shown}"
+        f"{', ...' if len(empty) > 5 else ''}); {fix}"
+    )
+
+
 def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
     """Checks the splits of one data set together and returns C.
 
@@ -240,14 +253,8 @@ def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
     """
     train = lists["train"]
     num_classes = train.num_classes
-    empty = np.flatnonzero(train.counts == 0)
-    if len(empty):
-        shown = ", ".join(train.class_names[c] if train.class_names else str(c) for c in empty[:5].tolist())
-        fix = "remove the class or add an image to it" if train.class_names else "labels must be 0..C-1 without gaps"
-        raise UserError(
-            f"{train.source}: {len(empty):,} of {num_classes:,} classes have no image (class {shown}"
-            f"{', ...' if len(empty) > 5 else ''}); {fix}"
-        )
+    if empty := empty_classes(train):
+        raise UserError(empty)
     if num_classes < 2:
         raise UserError(f"{train.source}: only one class; a classifier needs at least two")
     for split, images in lists.items():

@@ -63,6 +63,11 @@ class PathTable(Sequence[str]):
             indices = np.flatnonzero(indices)
         return PathTable.of(self.raw(int(i)) for i in indices)
 
+    def ending_in(self, *suffixes: bytes) -> np.ndarray:
+        """Which names end so, in capitals or not; bool [n]."""
+        ends = (name.lower().endswith(suffixes) for name in self.iter_raw())
+        return np.fromiter(ends, dtype=bool, count=len(self))
+
     def fingerprint(self) -> int:
         """CRC-32 of the names in their order."""
         return zlib.crc32(self.offsets.tobytes(), zlib.crc32(self._text))

@@ -41,9 +41,9 @@ class SplitStats:
 
 
 def dataset_stats(lists: dict[str, ImageList]) -> list[SplitStats]:
-    """Statistics of each split, 'train' first; the groups are those of the training counts."""
+    """Statistics of each split, 'train' first; the groups are those of the training counts, without empty classes."""
     train = np.bincount(lists["train"].labels)
-    group = shot_groups(torch.from_numpy(train)).numpy()
+    group = np.where(train > 0, shot_groups(torch.from_numpy(train)).numpy(), -1)
     return [
         _split_stats(split, np.bincount(images.labels, minlength=len(train)), group)
         for split, images in distinct(lists)
@@ -106,7 +106,8 @@ def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     counts = np.bincount(lists["train"].labels)
-    if not counts.any():
+    counts = counts[counts > 0]
+    if not len(counts):
         raise UserError(f"{lists['train'].source}: no training image to draw")
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -123,7 +124,7 @@ def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
         axes.text(edges[-1], bound, f"{name}-shot ", ha="right", va=side, fontsize=8, color="0.3")
     axes.set_xlabel(f"classes, largest first ({len(ordered):,})")
     axes.set_ylabel("training images")
-    axes.set_title(f"{int(counts.sum()):,} images, imbalance {ordered[0] / max(ordered[ordered > 0][-1], 1):,.0f}")
+    axes.set_title(f"{int(counts.sum()):,} images, imbalance {ordered[0] / ordered[-1]:,.0f}")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such suffix

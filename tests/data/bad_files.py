@@ -1,4 +1,4 @@
-"""The fourteen kinds of bad file of the DALI study, made from one good JPEG, and unusual files that must decode."""
+"""The fourteen kinds of bad file of the DALI study and a cut WebP, made from one good JPEG, and unusual files that must decode."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def bad_files() -> dict[str, bytes | None]:
     picture(5).save(gif, "GIF")
     png = io.BytesIO()
     picture(6).save(png, "PNG")
+    webp = io.BytesIO()
+    picture(6).save(webp, "WEBP")
     scan = good.rfind(b"\xff\xda")
     return {
         "cut at 90 percent": good[: len(good) * 9 // 10],
@@ -37,6 +39,7 @@ def bad_files() -> dict[str, bytes | None]:
         "GIF": gif.getvalue(),
         "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         "cut PNG": png.getvalue()[: len(png.getvalue()) // 2],
+        "cut WebP": webp.getvalue()[:-2],
         "empty": b"",
         "zeros": bytes(4000),
         "missing": None,
@@ -87,6 +90,13 @@ def odd_files() -> dict[str, bytes]:
         "BMP": saved("RGB", "BMP"),
         "TIFF": saved("RGB", "TIFF"),
     }
+
+
+def tiff(mode: str, **options: object) -> bytes:
+    """A TIFF in one of PIL's modes: "F" holds floats, "1" has no BitsPerSample."""
+    stream = io.BytesIO()
+    picture(80, 320, 240).convert(mode).save(stream, "TIFF", **options)
+    return stream.getvalue()
 
 
 def write(folder: Path, files: dict[str, bytes | None]) -> dict[str, Path]:

@@ -6,8 +6,10 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
+from ltfast.cli import main
 from ltfast.data.check import check_dataset, inspect, print_check, read_bad_list, write_bad_list, write_findings
 from ltfast.data.decode import load_picture
 from ltfast.data.lists import ImageList, read_list
@@ -15,7 +17,7 @@ from ltfast.data.paths import PathTable
 from ltfast.data.stats import dataset_stats, plot_counts, print_stats
 from ltfast.errors import UserError
 from tests.data import bad_files
-from tests.data.pictures import data_folder, make_set, picture
+from tests.data.pictures import data_folder, make_set
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,6 @@ def test_every_bad_file_is_found_and_no_odd_one(mixed, full):
     (split,) = report.splits
     found = dict(split.bad)
     expected = {f"bad/{kind.replace(' ', '_')}.jpg" for kind in bad_files.bad_files()}
-    if not full:
-        expected.remove("bad/cut_PNG.jpg")  # headers of other formats are not walked
     assert set(found) == expected
     assert found["bad/missing.jpg"] == "missing"
     assert found["bad/empty.jpg"] == "empty file"
@@ -156,8 +156,21 @@ def test_large_files_are_judged_by_head_and_tail(tmp_path):
     load_picture(tmp_path / "junk.jpg")
     (tmp_path / "noise.jpg").write_bytes(rng.bytes(300_000))
     assert inspect(str(tmp_path / "noise.jpg")).bad == "not a picture"
-    picture(1, 900, 700).save(tmp_path / "large.png")
-    assert inspect(str(tmp_path / "large.png")).bad == ""
+    for mode, bad in (("F", "floating-point pixels, whose range nobody knows"), ("RGB", "")):
+        (tmp_path / "large.tif").write_bytes(bad_files.tiff(mode))
+        assert inspect(str(tmp_path / "large.tif")).bad == bad
+    for name, options in (("large.png", {}), ("large.webp", {"lossless": True})):
+        noise.save(tmp_path / name, **options)
+        data = (tmp_path / name).read_bytes()
+        assert len(data) > 2 * 65536
+        for content, bad in (
+            (data, ""),
+            (data + b"\0" * 20_000, ""),
+            (data[:-20], "truncated"),
+            (data[:300], "truncated"),
+        ):
+            (tmp_path / name).write_bytes(content)
+            assert inspect(str(tmp_path / name)).bad.partition(":")[0] == bad
 
 
 def test_statistics_and_plot(tmp_path):
@@ -181,6 +194,27 @@ def test_statistics_and_plot(tmp_path):
     assert "150 .. 5" in console.export_text()
     plot_counts({"train": train}, tmp_path / "counts.png")
     assert (tmp_path / "counts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_statistics_of_labels_with_gaps(tmp_path, monkeypatch, capsys):
+    """Classes without training images are named, and neither counted nor drawn."""
+    labels = np.repeat([1, 2, 4], [150, 50, 5])
+    (tmp_path / "train.txt").write_text("".join(f"{i}.jpg {label}\n" for i, label in enumerate(labels)))
+    (tmp_path / "test.txt").write_text("test.jpg 1\n")
+    drawn, stairs = [], Axes.stairs
+
+    def watched(axes, values, *args, **options):
+        drawn.append(values.tolist())
+        return stairs(axes, values, *args, **options)
+
+    monkeypatch.setattr(Axes, "stairs", watched)
+    words = ["data", "stats", str(tmp_path), "--plot", str(tmp_path / "counts.png")]
+    assert main([*words, "--train-list", f"{tmp_path}/train.txt", "--test-list", f"{tmp_path}/test.txt"]) == 0
+    assert "train.txt: 2 of 5 classes have no image (class 0, 3); labels must be 0..C-1" in capsys.readouterr().out
+    assert drawn == [[150, 50, 5]] * 2
+    stats = dataset_stats({"train": read_list(tmp_path / "train.txt", tmp_path)})[0]
+    assert stats.classes == 3
+    assert stats.groups == {"many": (1, 150), "medium": (1, 50), "few": (1, 5)}
 
 
 def test_published_statistics_of_places_lt():

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ltfast.data import check
+from ltfast.data.check import check_dataset
 from ltfast.data.large_views import (
     IMAGENET_STD,
     RECIPES,
@@ -25,6 +27,7 @@ from ltfast.data.lists import ImageList
 from ltfast.data.paths import PathTable
 from ltfast.data.rng import epoch_key
 from ltfast.data.torch_source import TorchSource, evaluation_crop
+from ltfast.errors import UserError
 from tests.data import bad_files
 from tests.data.pictures import data_folder, make_set, needs_dali, picture
 from tests.data.test_large_source import epoch, ids, open_source, read_lists
@@ -340,7 +343,24 @@ def test_a_file_that_only_dali_refuses_is_found(tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(dali_source, name, lambda images, i: "")
     shown = {i for batch in epoch(open_source("dali", root, num_views=3), 0) for i in batch.index.tolist()}
     assert 3 not in shown
-    assert "DALI cannot decode it" in caplog.text
+    assert "DALI cannot decode it, --loader torch can: " in caplog.text
+
+
+def test_a_tiff_without_bits_per_sample_is_named_before_training_and_in_it(tmp_path, monkeypatch):
+    """DALI does not read one, whatever the path; PIL does."""
+    (tmp_path / "bilevel.tif").write_bytes(bad_files.tiff("1"))
+    picture(1).save(tmp_path / "good.jpg")
+    reason = "no BitsPerSample, which DALI does not read; --loader torch does"
+    lists = folder_lists(tmp_path, ["bilevel.tif", "good.jpg"])
+    dali, torch_path = both(lists, 1, size=48)
+    with pytest.raises(UserError, match=reason):
+        next(dali.evaluate("test"))
+    assert len(next(torch_path.evaluate("test")).index) == 2
+    assert dali_source._by_header(lists["train"], 0) == reason, "under another name DALI dies of it"
+    for full in (False, True):
+        assert check_dataset(lists, full=full).splits[0].bad == [("bilevel.tif", reason)]
+    monkeypatch.setattr(check, "dali_available", lambda: False)
+    assert not check_dataset(lists, full=True).bad
 
 
 def test_labels_follow_the_substitute_when_prefetch_ran_ahead(tmp_path):

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ltfast.data.decode import BadImage, JpegHeader, decode, file_format, jpeg_header, load_picture, look, to_rgb
+from ltfast.data.decode import (
+    BadImage,
+    JpegHeader,
+    decode,
+    file_format,
+    jpeg_header,
+    load_picture,
+    look,
+    reader,
+    tiff_tags,
+    to_rgb,
+)
 from tests.data import bad_files
 from tests.data.pictures import picture
 
@@ -22,8 +33,7 @@ def test_bad_bytes_are_refused_with_a_reason(kind):
     with pytest.raises(BadImage) as error:
         decode(data)
     assert str(error.value)
-    if kind != "cut PNG":  # only JPEGs are walked
-        assert look(data)
+    assert look(data)
 
 
 def test_missing_files_and_folders(tmp_path):
@@ -69,6 +79,19 @@ def test_headers():
     formats = {"PNG": "PNG", "WebP": "WEBP", "BMP": "BMP", "TIFF": "TIFF", "progressive": "JPEG"}
     assert {k: file_format(odd[k][:16]) for k in formats} == formats
     assert file_format(b"") == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"big_tiff": True}, {"compression": "tiff_lzw"}])
+def test_tags_of_tiffs(options):
+    """PIL writes the directory in front, libtiff (for a compression) at the end; three samples have their own place."""
+    data = bad_files.tiff("RGB", **options)
+    tags = tiff_tags(reader(data))
+    assert [tags[k] for k in (256, 257, 258, 277)] == [320, 240, 8, 3]
+    assert look(data) == ""
+    assert look(bad_files.tiff("F", **options)).startswith("floating-point")
+    assert tiff_tags(reader(data[:9])) == {}
+    assert look(data[:9]).startswith("truncated")
+    assert tiff_tags(reader(data[:4] + b"\xff" * 12)) == {}
 
 
 def test_big_endian_exif_and_junk_exif():

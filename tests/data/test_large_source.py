@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tarfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from ltfast.data.lists import ImageList, read_list
 from ltfast.data.paths import PathTable
 from ltfast.data.synthetic_source import SyntheticSource
 from ltfast.data.torch_source import TorchSource
+from ltfast.data.webdataset import read_shards
 from ltfast.errors import UserError
 from ltfast.resume import check_data
 from tests.data import bad_files
@@ -273,6 +275,33 @@ def test_a_bad_file_is_replaced_and_named_once(loader, num_views, kind, root, tm
     assert shown[:3] == [[substitute if i == position else i for i in batch] for batch in clean]
     # A fresh source finds the same; one that starts in mid-epoch too.
     assert ids(epoch(open_source(loader, root, lists, num_views=num_views), 0, 1)) == shown[1:3]
+
+
+@pytest.mark.parametrize(("loader", "num_views"), [("torch", 1), ("dali", 1), ("dali", 3)])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_tiff_of_floats_is_refused_by_every_loader(loader, num_views, shards, root, tmp_path, caplog):
+    """DALI alone would show a white picture."""
+    (tmp_path / "bad.TIF").write_bytes(bad_files.tiff("F"))
+    lists = read_lists(root)
+    if shards:
+        with tarfile.open(tmp_path / "t.tar", "w") as tar:
+            for i, name in enumerate([tmp_path / "bad.TIF", *(root / p for p in lists["train"].paths)]):
+                tar.add(name, f"{i}{name.suffix}")
+                (tmp_path / "cls").write_text(str(lists["train"].labels[max(i - 1, 0)]))
+                tar.add(tmp_path / "cls", f"{i}.cls")
+        train = read_shards(f"{tmp_path}/t.tar")
+    else:
+        names = [str(p).lstrip("/") for p in (tmp_path / "bad.TIF", *(root / p for p in lists["train"].paths))]
+        train = ImageList(Path("/"), PathTable.of(names), np.append(0, lists["train"].labels).astype(np.int32), "made")
+    lists = {"train": train, "val": train, "test": train}
+    source = open_source(loader, root, lists, num_views=num_views)
+    shown = [i for number in (0, 1) for batch in ids(epoch(source, number)) for i in batch]
+    assert 0 not in shown
+    assert "cannot be decoded (floating-point pixels" in caplog.text
+    source = open_source(loader, root, lists, num_views=num_views)
+    with pytest.raises(UserError, match=r"cannot be decoded \(floating-point pixels"):
+        next(source.evaluate("test"))
+    assert next(source.evaluate("train", batch=30)).index.tolist() == list(range(1, 24))
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
