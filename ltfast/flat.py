@@ -112,11 +112,8 @@ class FlatParameters:
         Raises:
             RuntimeError: a parameter has another device, dtype or shape than when the buffer was made.
         """
-        if [p.data_ptr() for p in self.params] == self._addresses:
-            return
-        for i, (p, view, address) in enumerate(zip(self.params, self._views, self._addresses, strict=True)):
-            if p.data_ptr() == address:
-                continue
+        for i in self.replaced():
+            p, view, address = self.params[i], self._views[i], self._addresses[i]
             if p.device != view.device or p.dtype != view.dtype or p.shape != view.shape:
                 raise RuntimeError(
                     f"a parameter is now {p.dtype} {tuple(p.shape)} on {p.device}, was {view.dtype} {tuple(view.shape)} "
@@ -129,9 +126,17 @@ class FlatParameters:
 
     def point(self) -> None:
         """Let parameters whose `.data` somebody replaced since show the buffer again; what they held is given up."""
-        for p, view, address in zip(self.params, self._views, self._addresses, strict=True):
-            if p.data_ptr() != address and (p.device, p.dtype, p.shape) == (view.device, view.dtype, view.shape):
+        for i in self.replaced():
+            p, view = self.params[i], self._views[i]
+            if (p.device, p.dtype, p.shape) == (view.device, view.dtype, view.shape):
                 p.data = view
+
+    def replaced(self) -> list[int]:
+        """Parameters whose `.data` is not the buffer's any more."""
+        addresses = [p.data_ptr() for p in self.params]
+        if addresses == self._addresses:
+            return []
+        return [i for i, (now, then) in enumerate(zip(addresses, self._addresses, strict=True)) if now != then]
 
     def changed(self) -> None:
         """The buffer was written: autograd must notice parameters that a graph has saved, as after any write in place."""

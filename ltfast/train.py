@@ -177,12 +177,12 @@ class Trainer(Durable):
         cfg = self.config
         strongest = (1 - min(cfg.preserve.alpha_start, cfg.preserve.alpha_end)) * cfg.preserve.gkp_lambda
         limit = critical_weight(cfg.optim.lr, cfg.optim.momentum, strongest)
-        capped = float((anchor.weight > limit).sum() / self.flat.numel)
+        theta = self.flat.data
+        capped = float((anchor.weight > limit).sum() / sum(p.numel() for p in self.model.encoder.parameters()))
         if capped:
             self.progress.note(
-                f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the parameters, so that they do not overshoot"
+                f"GKP weight capped at {limit:.3g} for {100 * capped:.2f} % of the encoder's parameters, so that they do not overshoot"
             )
-        theta = self.flat.data
         away = float((theta - anchor.target).mul(anchor.weight > 0).norm() / theta[self.encoder].norm())
         where = f"{away:.2g} of the encoder's norm away" if away else "where the encoder is now"
         self.progress.note(f"GKP's anchor lies {where}")

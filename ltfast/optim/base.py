@@ -131,6 +131,8 @@ class FlatOptimizer(StoredOptimizer):
             base.register_state_dict_post_hook(lambda _, packed: own_counts(packed)),
             base.register_load_state_dict_post_hook(loaded),
         ]
+        hooks: Any = base._optimizer_step_pre_hooks
+        hooks.move_to_end(self._base_handles[0].id, last=False)  # those of others find theta
 
     def _make_blocks(self) -> list[Block]:
         return [self._block(range(len(self.param_groups)))]
@@ -208,7 +210,7 @@ class FlatOptimizer(StoredOptimizer):
                 raise RuntimeError(f"{what} in mid-step or with an anchor set")
             for group in self.param_groups:  # a new one may have come by base_optimizer.add_param_group
                 group |= {name: value for name, value in self.defaults.items() if name not in group}
-            self._renew(self._settings(), export_extra(self))
+            self._renew(self._settings(), export_extra(self, base=False))
         for block in self.blocks:
             block.flat.adopt()
 
@@ -242,7 +244,8 @@ class FlatOptimizer(StoredOptimizer):
             covered = fused(self.base_optimizer)
             if covered:
                 check_fused(self.base_optimizer)
-                self._before_step()
+                if self._before_step(loss_scale):
+                    scale = self.alpha
             presents = self._collect(row)
             skip = self._skip(row, found_inf, check)
             self._switch(covered)
@@ -257,6 +260,7 @@ class FlatOptimizer(StoredOptimizer):
                 foreign_step(self.base_optimizer, self.blocks, row, presents, scale, skip)
         except BaseException:
             self.restore()
+            self._first_bad = None
             raise
         self._skips.add(skip)
         self._moved()
@@ -278,16 +282,29 @@ class FlatOptimizer(StoredOptimizer):
         if any(replaced(self.base_optimizer, block) for block in self.blocks):
             adopt_state(self.base_optimizer, self.blocks)
 
-    def _before_step(self) -> None:
-        """The hooks that come before a step of the base optimizer, for which the fused step stands; they find theta."""
+    def _before_step(self, loss_scale: Tensor | None) -> bool:
+        """The hooks that come before a step of the base optimizer, for which the fused step stands; whether there are any.
+
+        They find theta and gradients without the loss scale.
+        """
         base, own = self.base_optimizer, self._base_handles[0].id
         hooks = [hook for key, hook in base._optimizer_step_pre_hooks.items() if key != own]
         if hooks:
             bad = self._first_bad
             self.restore()
             self._first_bad = bad  # this step still goes on
+            if loss_scale is not None:
+                self._divide(loss_scale)
         for hook in hooks:
             hook(base, (), {})
+        return bool(hooks)
+
+    def _divide(self, scale: Tensor) -> None:
+        """Take a loss scale out of p.grad."""
+        grads = [p.grad for block in self.blocks for p in block.flat.params if p.grad is not None]
+        if grads:
+            with torch.no_grad():
+                torch._foreach_mul_(grads, scale.reciprocal().to(grads[0].device))
 
     def _skip(self, row: int, found_inf: Tensor | None, check: bool) -> Tensor | None:
         """0-dim flag, nonzero if this update must not happen; None if nothing speaks for or against.

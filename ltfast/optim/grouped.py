@@ -162,6 +162,9 @@ class GroupAscent(FlatOptimizer):
     def _evaluate(self, closure: Closure) -> Losses:
         with torch.enable_grad():
             result = closure()
+        for block in self.blocks:
+            if not block.climbed:
+                block.flat.adopt()  # of layers that replace .data in their forward pass (max-norm)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ValueError("closure must return (group losses [G], batch shares [G])")
         g = self._counts.numel()
@@ -333,7 +336,6 @@ class GroupAscent(FlatOptimizer):
                     block.flat.point()
                     perturb(block.kept, r, coef, self.rule.adaptive, out=theta)
                 else:
-                    block.flat.adopt()  # a forward pass that replaces .data (max-norm layers) has come in between
                     perturb(theta, r, coef, self.rule.adaptive, out=theta, keep=block.kept)
                     block.climbed = True
                 block.note()

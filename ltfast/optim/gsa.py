@@ -76,6 +76,9 @@ class GroupedOptimizer(GroupAscent):
                 raise ValueError("closure is None: pass a function that returns (group losses, batch shares)")
             self._descend()
             return None
+        if getattr(self, "found_inf", None) is not None:
+            self._forget_scaler(None)
+            raise ValueError("scaler.step(optimizer, closure): call optimizer.step(closure, scaler=scaler) instead")
         closures = [closure] if callable(closure) else list(closure)
         if not closures:
             raise ValueError("closure is an empty list: pass at least one micro-batch")

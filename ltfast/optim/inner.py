@@ -92,13 +92,13 @@ class Block:
         self.versions = [p._version for p in self.flat.params]
 
     def keep_written(self) -> None:
-        """What somebody has written into the parameters since they climbed is theta from now on."""
+        """What somebody has put into the parameters since they climbed is theta from now on."""
         if not self.climbed:
             return
-        views = zip(self.flat.params, self.flat.views(self.kept), self.versions, strict=True)
-        for p, kept, version in views:
-            if p._version != version:
-                kept.copy_(p.detach())
+        kept, replaced = self.flat.views(self.kept), set(self.flat.replaced())
+        for i, (p, version) in enumerate(zip(self.flat.params, self.versions, strict=True)):
+            if p._version != version or i in replaced:
+                kept[i].copy_(p.detach())
 
     def bounds(self, first: int, end: int) -> slice:
         """The span of parameters first .. end - 1."""

@@ -133,6 +133,11 @@ class SAM(FlatOptimizer):
 
     def _both_passes(self, closure: Closure, scaler: GradScaler | None) -> Any:
         scaled = self._of_scaler("grad_scale")
+        if scaled is None and self._of_scaler("found_inf") is not None:
+            raise ValueError(
+                "scaler.step(optimizer, closure) after scaler.unscale_ does not unscale the second pass: call "
+                "optimizer.step(closure, scaler=scaler)"
+            )
         if not self._fresh():
             self.zero_grad()
             with self.first_pass():
@@ -170,12 +175,6 @@ class SAM(FlatOptimizer):
                 "second_step after first_step(scaler=...): the gradients are still scaled; call scaler.step(optimizer) "
                 "instead, or scaler.unscale_(optimizer) before"
             )
-
-    def _divide(self, scale: Tensor) -> None:
-        grads = [p.grad for block in self.blocks for p in block.flat.params if p.grad is not None]
-        if grads:
-            with torch.no_grad():
-                torch._foreach_mul_(grads, scale.reciprocal().to(grads[0].device))
 
     # -- the ascent ------------------------------------------------------------------------------------------------------
 

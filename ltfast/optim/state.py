@@ -22,8 +22,8 @@ OLD_P, AVERAGE = "old_p", "momentum"
 RADIUS = ("rho", "adaptive")  # options of SAM's groups: an optimizer with another rule stays what it is
 # State of torch's optimizers: what else a dict of ours holds of a parameter, its user has put there.
 TORCHS = frozenset((
-    "acc_delta", "ax", "eta", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "momentum_buffer", "mu", "mu_product", "prev",
-    "square_avg", "step_size", "sum",
+    "acc_delta", "ax", "col_var", "eta", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "momentum_buffer", "mu", "mu_product",
+    "prev", "row_var", "square_avg", "step_size", "sum", "variance",
 ))  # fmt: skip
 
 
@@ -212,20 +212,24 @@ def _check_shapes(optimizer: StoredOptimizer, state: dict[Any, Any]) -> None:
                 )
 
 
-def export_extra(optimizer: StoredOptimizer) -> dict[str, Any]:
-    """State beyond the base optimizer's: skipped steps, moving averages, Gram memory; what a base with a state_dict of its
-    own keeps outside of `state`."""
-    base = optimizer.base_optimizer
-    whole = {} if type(base).state_dict is Optimizer.state_dict else {"base": base.state_dict()}
-    return {"skipped": optimizer._skips.total().clone(), **optimizer._export(), **whole}
+def export_extra(optimizer: StoredOptimizer, base: bool = True) -> dict[str, Any]:
+    """State beyond the base optimizer's: skipped steps, moving averages, Gram memory; `base`: also what one with a state_dict
+    of its own keeps outside of `state`."""
+    extra = {"skipped": optimizer._skips.total().clone(), **optimizer._export()}
+    if base and type(optimizer.base_optimizer).state_dict is not Optimizer.state_dict:
+        extra["base"] = optimizer.base_optimizer.state_dict()
+    return extra
 
 
 @torch.no_grad()
 def import_extra(optimizer: StoredOptimizer, extra: dict[str, Any]) -> None:
     """Take over what `export_extra` gave (or part of it: an empty dict starts afresh)."""
     if "base" in extra:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.base_optimizer.load_state_dict(extra["base"])
         optimizer._follow_base()
+        for group, loaded in zip(optimizer.param_groups, options, strict=True):
+            group |= loaded  # those of the state dict itself, which its user may have edited
     optimizer._skips.set(extra.get("skipped", 0.0))
     optimizer._import(extra)
 

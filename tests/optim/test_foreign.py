@@ -56,6 +56,29 @@ def test_a_forward_pass_may_replace_data(kind: str) -> None:
     assert support.distance(*models) == 0
 
 
+def squeezed(layer: nn.Module, put: Callable[[nn.Module, Tensor], object]) -> None:
+    """A max-norm that acts."""
+    put(layer, torch.renorm(layer.weight.data, 2, 0, 0.4))
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_a_forward_pass_that_changes_the_weights_changes_what_climbs(kind: str) -> None:
+    """Replacing `.data` and writing to it are the same: radius and scale are those of the new weights."""
+    table, make = GROUPED[kind]
+    models = [support.make(), support.make()]
+    for model, put in zip(
+        models, (lambda m, w: setattr(m.weight, "data", w), lambda m, w: m.weight.data.copy_(w)), strict=True
+    ):
+        for layer in (model[1], model[3]):
+            layer.register_forward_pre_hook(lambda m, _, put=put: squeezed(m, put))
+        optimizer = make(model)
+        for group in optimizer.param_groups:
+            group |= {"adaptive": True} if "adaptive" in group else {}
+        for i in range(2):
+            optimizer.step(support.group_closure(model, i, table))
+    assert support.distance(*models) == 0
+
+
 @pytest.mark.parametrize("kind", GROUPED)
 def test_weights_that_were_set_through_data_count(kind: str) -> None:
     table, make = GROUPED[kind]
@@ -179,6 +202,66 @@ def test_hooks_before_a_step_of_the_base_optimizer_act(base: Any) -> None:
     assert 0 < support.distance(model, before) < 1.1e-3
 
 
+@pytest.mark.parametrize("kind", ["sam", "gsa"])
+def test_hooks_before_a_step_find_gradients_without_the_loss_scale(kind: str) -> None:
+    ends = []
+    for scaled in (False, True):
+        model = support.make()
+        optimizer = SAM(model.parameters(), SGD[0], **SGD[1]) if kind == "sam" else GROUPED["gsa"][1](model)
+        optimizer.base_optimizer.register_step_pre_hook(
+            lambda *_, model=model: (nn.utils.clip_grad_norm_(model.parameters(), 0.1), None)[1]
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for i in range(3):
+            if kind == "gsa":
+                optimizer.step(support.group_closure(model, i), scaler=scaler)
+            else:
+                optimizer.step(
+                    lambda model=model, i=i, scaler=scaler: scaler.scale(support.loss_of(model, i)).backward(),
+                    scaler=scaler,
+                )
+                optimizer.zero_grad()
+            scaler.update()
+        ends.append(model)
+    assert support.distance(ends[0], support.make()) > 0
+    assert support.distance(*ends) < 1e-6  # observed 2e-8
+
+
+def test_a_hook_that_raises_leaves_nothing_to_the_next_step() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+    def hook(*_: Any) -> None:
+        raise KeyError
+
+    handle = optimizer.base_optimizer.register_step_pre_hook(hook)
+    (support.loss_of(model, 0) * float("inf")).backward()
+    optimizer.first_step(zero_grad=True)
+    support.loss_of(model, 0).backward()
+    with pytest.raises(KeyError):
+        optimizer.second_step(zero_grad=True)
+    handle.remove()
+    before = copy.deepcopy(model)
+    optimizer.zero_grad()
+    support.loss_of(model, 0).backward()
+    optimizer.second_step()
+    assert not support.equal(model, before)
+    assert int(optimizer.skipped) == 0
+
+
+def test_hooks_find_theta_in_a_plain_step_of_the_base_after_an_edit_of_the_groups() -> None:
+    model = support.make()
+    optimizer = SAM(model[3].parameters(), SGD[0], rho=1.0, **SGD[1])
+    optimizer.param_groups[0]["params"] += list(model[1].parameters())
+    seen: list[float] = []
+    before = copy.deepcopy(model)
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: seen.append(support.distance(model, before)))
+    support.loss_of(model, 0).backward()
+    optimizer.first_step()
+    optimizer.base_optimizer.step()
+    assert seen == [0]
+
+
 def test_a_bad_first_gradient_is_skipped_with_hooks_too() -> None:
     model = support.make()
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
@@ -238,6 +321,21 @@ def test_a_base_optimizer_may_have_a_state_dict_of_its_own(how: str) -> None:
     assert support.equal(model, twin)
 
 
+def test_options_edited_in_a_state_dict_count_whatever_the_base() -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), Counting, lr=0.1, momentum=0.9)
+    passes(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.01
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == optimizer.base_optimizer.param_groups[0]["lr"] == 0.01
+    del optimizer.param_groups[0]["params"][1]  # and its groups may be edited by hand
+    before = copy.deepcopy(model)
+    passes(model, optimizer)
+    assert torch.equal(model[1].bias, before[1].bias)
+    assert not torch.equal(model[1].weight, before[1].weight)
+
+
 def test_a_base_optimizer_that_is_none_of_torchs_is_refused() -> None:
     class Bare(torch.optim.Optimizer):
         def __init__(self, params: Any, **options: Any) -> None:
@@ -280,9 +378,11 @@ def test_a_state_dict_between_the_passes_takes_the_ascent_back_where_nothing_was
     optimizer.first_step(zero_grad=True)
     with torch.no_grad():
         model[3].bias.fill_(3.0)
+    model[1].bias.data = torch.ones(17)
     optimizer.load_state_dict(saved)
     with torch.no_grad():
         before[3].bias.fill_(3.0)
+        before[1].bias.fill_(1.0)
     assert support.equal(model, before)
 
 
@@ -308,6 +408,11 @@ def test_what_users_keep_beside_a_parameter_is_loaded_again() -> None:
     assert "ema" in optimizer.state[model[1].weight]
     with pytest.raises(ValueError, match="exp_avg"):
         SAM(model.parameters(), torch.optim.SGD, lr=1e-3).load_state_dict(saved)
+    twin = support.make()
+    factors = SAM(twin.parameters(), torch.optim.Adafactor, lr=1e-3)
+    passes(twin, factors)
+    with pytest.raises(ValueError, match="row_var"):
+        SAM(model.parameters(), torch.optim.SGD, lr=1e-3).load_state_dict(factors.state_dict())
 
 
 @pytest.mark.parametrize("to_none", [True, False])
@@ -378,6 +483,19 @@ def test_an_overflow_that_unscaling_before_the_first_step_found_skips_the_step()
     scaler.update()
     assert support.equal(model, before)
     assert scaler.get_scale() == 128
+
+
+@pytest.mark.parametrize("kind", ["sam", "imbsam"])
+def test_a_scaler_step_that_would_not_unscale_says_which_call_does(kind: str) -> None:
+    model = support.make()
+    optimizer = SAM(model.parameters(), SGD[0], **SGD[1]) if kind == "sam" else GROUPED[kind][1](model)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=1024.0), copy.deepcopy(model)
+    scaler.scale(support.loss_of(model, 0)).backward()
+    if kind == "sam":
+        scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match=r"optimizer.step\(closure, scaler=scaler\)"):
+        scaler.step(optimizer, support.group_closure(model, 0, "head-tail"))
+    assert support.equal(model, before)
 
 
 def test_unscaled_gradients_of_before_have_no_part_in_a_grouped_step() -> None:
