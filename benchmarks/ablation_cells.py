@@ -111,13 +111,10 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             )
             for name, value in (("gkp_lambda", 1.0), ("gkp_lambda", 0.1), ("gkp_normalise", "samples"))
         },
-        # GSA by itself: after .4, from the second epoch on (groups by frequency), and with a perturbation for each group
+        # GSA by itself: after .4, and from the second epoch on (groups by frequency)
         "balanced-softmax+gsa-full,epochs=200": Cell("balanced-softmax+gsa-full", {"epochs": 200}),
         "balanced-softmax+gsa-full,epochs=200,scout=0.0": Cell(
             "balanced-softmax+gsa-full", {"epochs": 200, "scout": 0.0}
-        ),
-        "balanced-softmax+gsa-exact,epochs=200,objective=per_group": Cell(
-            "balanced-softmax+gsa-exact", {"epochs": 200, "objective": "per_group"}
         ),
     },
     "long-three-views": {
