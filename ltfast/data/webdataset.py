@@ -28,7 +28,7 @@ import numpy as np
 
 from ltfast.data.decode import BadImage
 from ltfast.data.folders import IMAGE_SUFFIXES
-from ltfast.data.lists import ImageList
+from ltfast.data.lists import MAX_LABEL_DIGITS, ImageList
 from ltfast.data.paths import PathTable
 from ltfast.errors import UserError
 from ltfast.launch import speaks
@@ -208,7 +208,7 @@ def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndar
                     f"shard {shard}: sample {sample[0][3]!r} has no {what}; pack <key>.jpg and <key>.{LABEL}"
                 )
             digits = os.pread(file.fileno(), label[2], label[1]).strip()
-            if not digits.isdigit():
+            if not digits.isdigit() or len(digits) > MAX_LABEL_DIGITS:
                 raise UserError(f"shard {shard}: {label[3]!r} holds {digits[:40]!r}, not a label 0..C-1 in decimal")
             rows[i] = int(digits), picture[1], picture[2]
             names.append(f"{shard.name}/{picture[3]}")

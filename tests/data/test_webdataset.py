@@ -179,6 +179,7 @@ def test_user_errors(tmp_path, loose):
         (shard("b.tar", {"x.cls": b"1"}), r"sample 'x\.cls' has no picture"),
         (shard("c.tar", {"x.jpg": picture, "x.cls": b"cat"}), r"'x\.cls' holds b'cat', not a label"),
         (shard("d.tar", {}), "hold no sample"),
+        (shard("g.tar", {"x.jpg": picture, "x.cls": b"4294967297"}), r"'x\.cls' holds b'4294967297', not a label"),
     ]
     (tmp_path / "e.tar").write_bytes(b"not a tar" * 200)
     cases.append((f"{tmp_path}/e.tar", "not a readable, uncompressed tar file"))
