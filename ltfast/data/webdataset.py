@@ -159,14 +159,14 @@ def _write_index(path: Path, samples: list[list[Component]]) -> None:
     lines = [f"{VERSION} {len(samples)}", *(" ".join(" ".join(map(str, c)) for c in sample) for sample in samples)]
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)  # a read-only folder: the index is made anew next time
 
 
 def _parse_index(path: Path) -> list[list[Component]]:
-    head, *lines = path.read_text().splitlines()
+    head, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     if head != f"{VERSION} {len(lines)}":
         raise ValueError(f"{path} is not a complete index of version {VERSION}")
     samples = []

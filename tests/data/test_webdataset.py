@@ -127,6 +127,17 @@ def test_an_old_or_broken_index_is_made_anew(loose, tmp_path):
     assert index.read_text().startswith(f"v1.2 {len(loose)}\n")
 
 
+def test_member_names_need_not_be_utf8(loose, tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        add(tar, "caf\udce9.jpg", loose.read(0))
+        add(tar, "caf\udce9.cls", b"0")
+    for _ in range(2):  # built, then read back
+        images = read_shards(f"{tmp_path}/t.tar")
+        assert images.paths.raw(0) == b"t.tar/caf\xe9.jpg"
+        assert images.select(np.array([0])).read(0) == loose.read(0)
+    assert b"caf\xe9.jpg" in (tmp_path / "t.tar.idx").read_bytes()
+
+
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_shards_show_what_loose_files_show(loose, pattern, loader, tmp_path):
     if loader == "dali":
