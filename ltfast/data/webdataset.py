@@ -122,12 +122,15 @@ Component = tuple[str, int, int, str]  # extension, offset of the data, size, me
 
 
 def shard_index(shard: Path) -> list[list[Component]]:
-    """The samples of a shard: from <shard>.idx when it is at least as new as the shard, else read from the tar and
-    written.
+    """The samples of a shard: from <shard>.idx when it is newer than the shard, else read from the tar and written.
+
+    The shard's time of change counts, too: a file that `cp -p`, `rsync -t` or `tar -x` puts in its place brings its old
+    time of modification along.
     """
     path = Path(f"{shard}.idx")
     try:
-        if path.stat().st_mtime_ns >= shard.stat().st_mtime_ns:
+        written, file = path.stat().st_mtime_ns, shard.stat()
+        if written > max(file.st_mtime_ns, file.st_ctime_ns):
             return _parse_index(path)
     except (OSError, ValueError):
         pass

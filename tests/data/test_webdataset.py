@@ -127,6 +127,25 @@ def test_an_old_or_broken_index_is_made_anew(loose, tmp_path):
     assert index.read_text().startswith(f"v1.2 {len(loose)}\n")
 
 
+def test_a_shard_replaced_by_an_older_file_is_indexed_anew(loose, tmp_path):
+    (shard,) = expand_shards(pack(loose, tmp_path, 1))
+    (other,) = expand_shards(pack(loose.select(np.arange(5, 12)), tmp_path / "other", 1))
+    shard_index(shard)
+    os.utime(other, ns=(0, 0))
+    other.replace(shard)
+    images = read_shards(str(shard))
+    assert [images.read(i) for i in range(len(images))] == [loose.read(i) for i in range(5, 12)]
+
+
+def test_a_newer_index_is_read(loose, tmp_path):
+    (shard,) = expand_shards(pack(loose, tmp_path, 1))
+    samples = shard_index(shard)
+    index = Path(f"{shard}.idx")
+    index.write_text(index.read_text().replace(".jpg", ".png"))
+    os.utime(index, ns=(2**62, 2**62))
+    assert shard_index(shard)[0][0][3] == samples[0][0][3].replace(".jpg", ".png")
+
+
 def test_member_names_need_not_be_utf8(loose, tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         add(tar, "caf\udce9.jpg", loose.read(0))
