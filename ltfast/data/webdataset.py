@@ -149,10 +149,6 @@ def _walk(shard: Path) -> list[list[Component]]:
                 if member.isreg() and stem:
                     entry = (extension, member.offset_data, member.size, member.name)
                     components.append((f"{folder}/{stem}", entry))
-        with open(shard, "rb") as file:
-            file.seek(max(shard.stat().st_size - tarfile.BLOCKSIZE, 0))
-            if file.read().strip(b"\0") and speaks():
-                log.warning("shard %s lacks the end mark of a tar file: it may have been cut off", shard)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {shard} is not a readable, uncompressed tar file ({error}); obtain it again") from error
     return [[entry for _, entry in group] for _, group in groupby(components, key=lambda c: c[0])]
@@ -202,6 +198,9 @@ def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndar
     samples = shard_index(shard)
     names, rows = [], np.empty((len(samples), 3), dtype=np.int64)
     with open(shard, "rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - tarfile.BLOCKSIZE, 0))
+        if file.read().strip(b"\0") and speaks():
+            log.warning("shard %s lacks the end mark of a tar file: it may have been cut off", shard)
         for i, sample in enumerate(samples):
             picture = next((c for c in sample if c[0].lower().rpartition(".")[2] in _EXTENSIONS), None)
             label = next((c for c in sample if c[0] == LABEL), None)
