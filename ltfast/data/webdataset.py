@@ -202,13 +202,16 @@ def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndar
         if file.read().strip(b"\0") and speaks():
             log.warning("shard %s lacks the end mark of a tar file: it may have been cut off", shard)
         for i, sample in enumerate(samples):
-            picture = next((c for c in sample if c[0].lower().rpartition(".")[2] in _EXTENSIONS), None)
-            label = next((c for c in sample if c[0] == LABEL), None)
-            if picture is None or label is None:
-                what = "picture" if picture is None else f".{LABEL} label"
-                raise UserError(
-                    f"shard {shard}: sample {sample[0][3]!r} has no {what}; pack <key>.jpg and <key>.{LABEL}"
-                )
+            plain = [c for c in sample if c[0].lower() in _EXTENSIONS]  # before .depth.png
+            pictures = plain or [c for c in sample if c[0].lower().rpartition(".")[2] in _EXTENSIONS]
+            labels = [c for c in sample if c[0] == LABEL]
+            for what, found in (("picture", pictures), (f".{LABEL} label", labels)):
+                if len(found) != 1:
+                    has = f"{len(found)} {what}s" if found else f"no {what}"
+                    raise UserError(
+                        f"shard {shard}: sample {sample[0][3]!r} has {has}; pack one <key>.jpg and one <key>.{LABEL}"
+                    )
+            (picture,), (label,) = pictures, labels
             digits = os.pread(file.fileno(), label[2], label[1]).strip()
             if not digits.isdigit() or len(digits) > MAX_LABEL_DIGITS:
                 raise UserError(f"shard {shard}: {label[3]!r} holds {digits[:40]!r}, not a label 0..C-1 in decimal")

@@ -199,11 +199,23 @@ def test_a_bad_picture_in_a_shard_is_replaced_and_named(loader, loose, tmp_path,
     assert report.splits[0].bad == [("t.tar/3.jpg", "truncated: no end marker")]
 
 
+def test_the_picture_is_the_one_without_a_further_dot(loose, tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        add(tar, "0_0.depth.png", loose.read(1))
+        add(tar, "0_0.JPG", loose.read(0))
+        add(tar, "0_0.cls", b"0")
+        add(tar, "0_1.rgb.jpg", loose.read(2))  # the only one
+        add(tar, "0_1.cls", b"1")
+    images = read_shards(f"{tmp_path}/t.tar")
+    assert list(images.paths) == ["t.tar/0_0.JPG", "t.tar/0_1.rgb.jpg"]
+    assert images.read(0) == loose.read(0)
+
+
 def test_user_errors(tmp_path, loose):
-    def shard(name: str, members: dict[str, bytes]) -> str:
+    def shard(name: str, members: dict[str, bytes], again: str = "") -> str:
         with tarfile.open(tmp_path / name, "w") as tar:
-            for member, data in members.items():
-                add(tar, member, data)
+            for member in [*members, again] if again else members:
+                add(tar, member, members[member])
         return f"{tmp_path}/{name}"
 
     picture = loose.read(0)
@@ -213,6 +225,9 @@ def test_user_errors(tmp_path, loose):
         (shard("c.tar", {"x.jpg": picture, "x.cls": b"cat"}), r"'x\.cls' holds b'cat', not a label"),
         (shard("d.tar", {}), "hold no sample"),
         (shard("g.tar", {"x.jpg": picture, "x.cls": b"4294967297"}), r"'x\.cls' holds b'4294967297', not a label"),
+        (shard("h.tar", {"x.jpg": picture, "x.png": picture, "x.cls": b"1"}), r"sample 'x\.jpg' has 2 pictures"),
+        (shard("i.tar", {"x.jpg": picture, "x.cls": b"1"}, again="x.cls"), r"sample 'x\.jpg' has 2 \.cls labels"),
+        (shard("j.tar", {"x.l.jpg": picture, "x.r.jpg": picture, "x.cls": b"1"}), r"'x\.l\.jpg' has 2 pictures"),
     ]
     (tmp_path / "e.tar").write_bytes(b"not a tar" * 200)
     cases.append((f"{tmp_path}/e.tar", "not a readable, uncompressed tar file"))
