@@ -21,7 +21,7 @@ from ltfast.data.longtail import IntArray
 from ltfast.data.pool import ImageArray, Pool, check_labels
 from ltfast.errors import UserError
 
-PARTS = ("bytes", "offsets", "labels")
+PARTS = {"bytes": "uint8", "offsets": "integer", "labels": "integer"}
 
 
 class JpegPictures:
@@ -60,6 +60,10 @@ def read_pack(path: Path) -> Pool:
     missing = [key for key in wanted if key not in arrays]
     if missing:
         raise UserError(f"{path}: the array {missing[0]!r} is missing; a pack holds {', '.join(wanted)}")
+    if np.ndim(arrays["class_names"]) != 1:
+        raise UserError(
+            f"{path}: class_names has shape {list(np.shape(arrays['class_names']))}, not [C]; rebuild the pack"
+        )
     names = tuple(str(name) for name in arrays["class_names"])
     train, train_labels = _split(path, arrays, "train", len(names))
     test, test_labels = _split(path, arrays, "test", len(names))
@@ -81,13 +85,19 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _split(path: Path, arrays: dict[str, Any], split: str, num_classes: int) -> tuple[JpegPictures, IntArray]:
-    data, offsets, labels = (arrays[f"{split}_{part}"] for part in PARTS)
     where = f"{path} ({split})"
+    for part, kind in PARTS.items():
+        array = np.asarray(arrays[f"{split}_{part}"])
+        if array.ndim != 1 or not np.issubdtype(array.dtype, getattr(np, kind)):
+            raise UserError(
+                f"{where}: {split}_{part} is {array.dtype} {list(array.shape)}, not {kind} [n]; rebuild the pack"
+            )
+    data = arrays[f"{split}_bytes"]
+    offsets, labels = (arrays[f"{split}_{part}"].astype(np.int64) for part in ("offsets", "labels"))
     fits = len(offsets) == len(labels) + 1 and len(labels) > 0 and offsets[0] >= 0 and offsets[-1] <= len(data)
-    if not fits or data.dtype != np.uint8 or (np.diff(offsets) <= 0).any():
+    if not fits or (np.diff(offsets) <= 0).any():
         raise UserError(
             f"{where}: offsets do not cut {len(labels)} pictures out of {len(data)} bytes; rebuild the pack"
         )
-    labels = labels.astype(np.int64)
     check_labels(labels, num_classes, where)
     return JpegPictures(data, offsets, where), labels

@@ -28,7 +28,7 @@ import numpy as np
 
 from ltfast.data.decode import BadImage
 from ltfast.data.folders import IMAGE_SUFFIXES
-from ltfast.data.lists import ImageList
+from ltfast.data.lists import MAX_LABEL_DIGITS, ImageList
 from ltfast.data.paths import PathTable
 from ltfast.errors import UserError
 from ltfast.launch import speaks
@@ -122,12 +122,15 @@ Component = tuple[str, int, int, str]  # extension, offset of the data, size, me
 
 
 def shard_index(shard: Path) -> list[list[Component]]:
-    """The samples of a shard: from <shard>.idx when it is at least as new as the shard, else read from the tar and
-    written.
+    """The samples of a shard: from <shard>.idx when it is newer than the shard, else read from the tar and written.
+
+    The shard's time of change counts, too: a file that `cp -p`, `rsync -t` or `tar -x` puts in its place brings its old
+    time of modification along.
     """
     path = Path(f"{shard}.idx")
     try:
-        if path.stat().st_mtime_ns >= shard.stat().st_mtime_ns:
+        written, file = path.stat().st_mtime_ns, shard.stat()
+        if written > max(file.st_mtime_ns, file.st_ctime_ns):
             return _parse_index(path)
     except (OSError, ValueError):
         pass
@@ -146,10 +149,6 @@ def _walk(shard: Path) -> list[list[Component]]:
                 if member.isreg() and stem:
                     entry = (extension, member.offset_data, member.size, member.name)
                     components.append((f"{folder}/{stem}", entry))
-        with open(shard, "rb") as file:
-            file.seek(max(shard.stat().st_size - tarfile.BLOCKSIZE, 0))
-            if file.read().strip(b"\0") and speaks():
-                log.warning("shard %s lacks the end mark of a tar file: it may have been cut off", shard)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {shard} is not a readable, uncompressed tar file ({error}); obtain it again") from error
     return [[entry for _, entry in group] for _, group in groupby(components, key=lambda c: c[0])]
@@ -159,14 +158,14 @@ def _write_index(path: Path, samples: list[list[Component]]) -> None:
     lines = [f"{VERSION} {len(samples)}", *(" ".join(" ".join(map(str, c)) for c in sample) for sample in samples)]
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)  # a read-only folder: the index is made anew next time
 
 
 def _parse_index(path: Path) -> list[list[Component]]:
-    head, *lines = path.read_text().splitlines()
+    head, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     if head != f"{VERSION} {len(lines)}":
         raise ValueError(f"{path} is not a complete index of version {VERSION}")
     samples = []
@@ -199,16 +198,22 @@ def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndar
     samples = shard_index(shard)
     names, rows = [], np.empty((len(samples), 3), dtype=np.int64)
     with open(shard, "rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - tarfile.BLOCKSIZE, 0))
+        if file.read().strip(b"\0") and speaks():
+            log.warning("shard %s lacks the end mark of a tar file: it may have been cut off", shard)
         for i, sample in enumerate(samples):
-            picture = next((c for c in sample if c[0].lower().rpartition(".")[2] in _EXTENSIONS), None)
-            label = next((c for c in sample if c[0] == LABEL), None)
-            if picture is None or label is None:
-                what = "picture" if picture is None else f".{LABEL} label"
-                raise UserError(
-                    f"shard {shard}: sample {sample[0][3]!r} has no {what}; pack <key>.jpg and <key>.{LABEL}"
-                )
+            plain = [c for c in sample if c[0].lower() in _EXTENSIONS]  # before .depth.png
+            pictures = plain or [c for c in sample if c[0].lower().rpartition(".")[2] in _EXTENSIONS]
+            labels = [c for c in sample if c[0] == LABEL]
+            for what, found in (("picture", pictures), (f".{LABEL} label", labels)):
+                if len(found) != 1:
+                    has = f"{len(found)} {what}s" if found else f"no {what}"
+                    raise UserError(
+                        f"shard {shard}: sample {sample[0][3]!r} has {has}; pack one <key>.jpg and one <key>.{LABEL}"
+                    )
+            (picture,), (label,) = pictures, labels
             digits = os.pread(file.fileno(), label[2], label[1]).strip()
-            if not digits.isdigit():
+            if not digits.isdigit() or len(digits) > MAX_LABEL_DIGITS:
                 raise UserError(f"shard {shard}: {label[3]!r} holds {digits[:40]!r}, not a label 0..C-1 in decimal")
             rows[i] = int(digits), picture[1], picture[2]
             names.append(f"{shard.name}/{picture[3]}")

@@ -86,6 +86,18 @@ def relabel(key: str, place: int, label: int) -> Callable[[dict], None]:
     return lambda arrays: arrays[key].__setitem__(place, label)
 
 
+def retype(key: str, dtype: type) -> Callable[[dict], None]:
+    return lambda arrays: arrays.update({key: arrays[key].astype(dtype)})
+
+
+def reshape(key: str, shape: tuple[int, ...]) -> Callable[[dict], None]:
+    return lambda arrays: arrays.update({key: arrays[key].reshape(shape)})
+
+
+def swapped(offsets: np.ndarray) -> np.ndarray:
+    return offsets[[0, 2, 1, *range(3, len(offsets))]]
+
+
 def empty_class(arrays: dict) -> None:
     arrays["train_labels"][arrays["train_labels"] == 4] = 5
 
@@ -126,6 +138,29 @@ CASES = [
     ("objects in a pack", object_pack, {}, r"pack\.npz: cannot be read as an \.npz pack"),
     ("array missing", pack(lambda a: a.pop("test_labels")), {}, "the array 'test_labels' is missing"),
     ("offsets", pack(lambda a: a.update(train_offsets=a["train_offsets"] * 2)), {}, "offsets do not cut 200 pictures"),
+    (
+        "bytes type",
+        pack(retype("train_bytes", np.int8)),
+        {},
+        r"\(train\): train_bytes is int8 \[\d+\], not uint8 \[n\]",
+    ),
+    ("offsets type", pack(retype("train_offsets", float)), {}, r"train_offsets is float64 \[201\], not integer \[n\]"),
+    ("labels type", pack(retype("test_labels", float)), {}, r"\(test\): test_labels is float64 \[\d+\], not integer"),
+    ("string labels", pack(retype("train_labels", str)), {}, r"train_labels is <U\d+ \[200\], not integer \[n\]"),
+    (
+        "label column",
+        pack(reshape("train_labels", (-1, 1))),
+        {},
+        r"train_labels is uint8 \[200, 1\], not integer \[n\]",
+    ),
+    ("one label", pack(lambda a: a.update(train_labels=np.int64(3))), {}, r"train_labels is int64 \[\], not integer"),
+    ("one name", pack(reshape("class_names", (1, 10))), {}, r"class_names has shape \[1, 10\], not \[C\]"),
+    (
+        "offsets that fall",
+        pack(lambda a: a.update(train_offsets=swapped(a["train_offsets"].astype(np.uint64)))),
+        {},
+        "offsets do not cut 200 pictures",
+    ),
     ("bad JPEG", pack(cut_first_picture), {}, r"\(train\): picture 0 cannot be decoded"),
     ("odd picture", pack(odd_picture), {"imbalance": 1}, r"picture 200 is 32 x 16 and picture 0 32 x 32"),
     ("pack label", pack(relabel("test_labels", 3, 12)), {}, r"\(test\): label 12 of image 3 is outside 0\.\.9"),

@@ -101,16 +101,19 @@ def test_the_index_reaches_every_picture(loose, pattern):
     assert chosen.labels.tolist() == loose.labels[[12, 3]].tolist()
 
 
-def test_a_shard_cut_between_samples_is_told(loose, tmp_path, caplog):
+def test_a_shard_cut_between_samples_is_told_each_time(loose, tmp_path, caplog):
     (shard,) = expand_shards(pack(loose, tmp_path, 1))
     whole = shard_index(shard)
+    read_shards(str(shard))
     assert not caplog.text
     _, offset, size, _ = max(whole[5], key=lambda c: c[1])
     with open(shard, "r+b") as file:
         file.truncate(offset + -(-size // 512) * 512)
-    os.utime(shard, ns=(2**62, 2**62))
-    assert shard_index(shard) == whole[:6]
-    assert "lacks the end mark of a tar file: it may have been cut off" in caplog.text
+    for _ in range(2):  # from the tar, then from its index
+        caplog.clear()
+        assert len(read_shards(str(shard))) == 6
+        assert "lacks the end mark of a tar file: it may have been cut off" in caplog.text
+        os.utime(f"{shard}.idx", ns=(2**62, 2**62))
 
 
 def test_an_old_or_broken_index_is_made_anew(loose, tmp_path):
@@ -125,6 +128,36 @@ def test_an_old_or_broken_index_is_made_anew(loose, tmp_path):
     os.utime(index, ns=(0, 0))
     assert shard_index(shard) == before
     assert index.read_text().startswith(f"v1.2 {len(loose)}\n")
+
+
+def test_a_shard_replaced_by_an_older_file_is_indexed_anew(loose, tmp_path):
+    (shard,) = expand_shards(pack(loose, tmp_path, 1))
+    (other,) = expand_shards(pack(loose.select(np.arange(5, 12)), tmp_path / "other", 1))
+    shard_index(shard)
+    os.utime(other, ns=(0, 0))
+    other.replace(shard)
+    images = read_shards(str(shard))
+    assert [images.read(i) for i in range(len(images))] == [loose.read(i) for i in range(5, 12)]
+
+
+def test_a_newer_index_is_read(loose, tmp_path):
+    (shard,) = expand_shards(pack(loose, tmp_path, 1))
+    samples = shard_index(shard)
+    index = Path(f"{shard}.idx")
+    index.write_text(index.read_text().replace(".jpg", ".png"))
+    os.utime(index, ns=(2**62, 2**62))
+    assert shard_index(shard)[0][0][3] == samples[0][0][3].replace(".jpg", ".png")
+
+
+def test_member_names_need_not_be_utf8(loose, tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        add(tar, "caf\udce9.jpg", loose.read(0))
+        add(tar, "caf\udce9.cls", b"0")
+    for _ in range(2):  # built, then read back
+        images = read_shards(f"{tmp_path}/t.tar")
+        assert images.paths.raw(0) == b"t.tar/caf\xe9.jpg"
+        assert images.select(np.array([0])).read(0) == loose.read(0)
+    assert b"caf\xe9.jpg" in (tmp_path / "t.tar.idx").read_bytes()
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
@@ -166,11 +199,23 @@ def test_a_bad_picture_in_a_shard_is_replaced_and_named(loader, loose, tmp_path,
     assert report.splits[0].bad == [("t.tar/3.jpg", "truncated: no end marker")]
 
 
+def test_the_picture_is_the_one_without_a_further_dot(loose, tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        add(tar, "0_0.depth.png", loose.read(1))
+        add(tar, "0_0.JPG", loose.read(0))
+        add(tar, "0_0.cls", b"0")
+        add(tar, "0_1.rgb.jpg", loose.read(2))  # the only one
+        add(tar, "0_1.cls", b"1")
+    images = read_shards(f"{tmp_path}/t.tar")
+    assert list(images.paths) == ["t.tar/0_0.JPG", "t.tar/0_1.rgb.jpg"]
+    assert images.read(0) == loose.read(0)
+
+
 def test_user_errors(tmp_path, loose):
-    def shard(name: str, members: dict[str, bytes]) -> str:
+    def shard(name: str, members: dict[str, bytes], again: str = "") -> str:
         with tarfile.open(tmp_path / name, "w") as tar:
-            for member, data in members.items():
-                add(tar, member, data)
+            for member in [*members, again] if again else members:
+                add(tar, member, members[member])
         return f"{tmp_path}/{name}"
 
     picture = loose.read(0)
@@ -179,6 +224,10 @@ def test_user_errors(tmp_path, loose):
         (shard("b.tar", {"x.cls": b"1"}), r"sample 'x\.cls' has no picture"),
         (shard("c.tar", {"x.jpg": picture, "x.cls": b"cat"}), r"'x\.cls' holds b'cat', not a label"),
         (shard("d.tar", {}), "hold no sample"),
+        (shard("g.tar", {"x.jpg": picture, "x.cls": b"4294967297"}), r"'x\.cls' holds b'4294967297', not a label"),
+        (shard("h.tar", {"x.jpg": picture, "x.png": picture, "x.cls": b"1"}), r"sample 'x\.jpg' has 2 pictures"),
+        (shard("i.tar", {"x.jpg": picture, "x.cls": b"1"}, again="x.cls"), r"sample 'x\.jpg' has 2 \.cls labels"),
+        (shard("j.tar", {"x.l.jpg": picture, "x.r.jpg": picture, "x.cls": b"1"}), r"'x\.l\.jpg' has 2 pictures"),
     ]
     (tmp_path / "e.tar").write_bytes(b"not a tar" * 200)
     cases.append((f"{tmp_path}/e.tar", "not a readable, uncompressed tar file"))
