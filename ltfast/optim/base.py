@@ -7,8 +7,6 @@ costs no pass of its own and is exact to the bit. Parameters' storage is set onc
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,18 +19,15 @@ from ltfast.optim.anchors import attach_anchor
 from ltfast.optim.inner import (
     Block,
     Present,
-    adopt_state,
     check_fused,
     check_options,
     foreign_step,
     fused,
     fused_step,
-    release_state,
-    replaced,
 )
 from ltfast.optim.passes import several
 from ltfast.optim.skips import SkipCounter
-from ltfast.optim.state import StoredOptimizer, export_extra, own_counts
+from ltfast.optim.state import StoredOptimizer, export_extra
 
 
 class FlatOptimizer(StoredOptimizer):
@@ -75,19 +70,6 @@ class FlatOptimizer(StoredOptimizer):
         self.defaults.update(self.base_optimizer.defaults)
         self._setup()
 
-    def _check_base(self, defaults: dict[str, Any]) -> None:
-        """ValueError if no step can be made of the base optimizer's."""
-        name = type(self.base_optimizer).__name__
-        if not hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
-            raise ValueError(f"base_optimizer {name} does not call Optimizer.__init__: use another")
-        closure = inspect.signature(type(self.base_optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise ValueError(f"base_optimizer {name} evaluates the loss itself (its step needs a closure): use another")
-        if both := sorted(defaults.keys() & self.base_optimizer.defaults.keys()):
-            raise ValueError(
-                f"base_optimizer {name} has an option {both[0]} of its own, which would be ours: use another"
-            )
-
     def _setup(self) -> None:
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
@@ -105,34 +87,6 @@ class FlatOptimizer(StoredOptimizer):
         self._watch_base()
         self._skips = SkipCounter(self.blocks[0].flat.device)
         self._ready = True
-
-    def _watch_base(self) -> None:
-        """What users do with `base_optimizer` itself: step() is torch's own step (plain steps of a warm-up), which wants state
-        of torch's kind; state_dict() may go to another optimizer; what load_state_dict() has loaded is the state."""
-        for handle in self._base_handles:
-            handle.remove()
-        owner, base = weakref.ref(self), self.base_optimizer
-
-        def before(*_: Any) -> None:
-            if (optimizer := owner()) is None:
-                return
-            optimizer.restore()
-            if optimizer._fused:
-                optimizer._switch(False)
-            for block in optimizer.blocks:
-                block.flat.rows.consume()
-
-        def loaded(_: Optimizer) -> None:
-            if (optimizer := owner()) is not None:
-                optimizer._follow_base()
-
-        self._base_handles = [
-            base.register_step_pre_hook(before),
-            base.register_state_dict_post_hook(lambda _, packed: own_counts(packed)),
-            base.register_load_state_dict_post_hook(loaded),
-        ]
-        hooks: Any = base._optimizer_step_pre_hooks
-        hooks.move_to_end(self._base_handles[0].id, last=False)  # those of others find theta
 
     def _make_blocks(self) -> list[Block]:
         return [self._block(range(len(self.param_groups)))]
@@ -214,18 +168,6 @@ class FlatOptimizer(StoredOptimizer):
         for block in self.blocks:
             block.flat.adopt()
 
-    def _follow_base(self) -> None:
-        """`base_optimizer` has other groups and another state now, which are ours: somebody has loaded a state dict."""
-        for ours, theirs in zip(self.param_groups, self.base_optimizer.param_groups, strict=True):
-            theirs |= {name: value for name, value in ours.items() if name not in theirs}  # rho and the like
-        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
-        for block in self.blocks:
-            block.keep_written()
-        self.restore()
-        self._fused = fused(self.base_optimizer)
-        if self._fused:
-            adopt_state(self.base_optimizer, self.blocks)
-
     def _fresh(self) -> bool:
         return any(block.flat.rows.fresh() for block in self.blocks)
 
@@ -276,36 +218,6 @@ class FlatOptimizer(StoredOptimizer):
         value = getattr(self, name, None)
         return None if value is None else value.to(self.blocks[0].flat.device)
 
-    def _follow_state(self) -> None:
-        """Somebody may have cleared or replaced `state`, or what it holds of a parameter: then that is the state."""
-        self.base_optimizer.state = self.state
-        if any(replaced(self.base_optimizer, block) for block in self.blocks):
-            adopt_state(self.base_optimizer, self.blocks)
-
-    def _before_step(self, loss_scale: Tensor | None) -> bool:
-        """The hooks that come before a step of the base optimizer, for which the fused step stands; whether there are any.
-
-        They find theta and gradients without the loss scale.
-        """
-        base, own = self.base_optimizer, self._base_handles[0].id
-        hooks = [hook for key, hook in base._optimizer_step_pre_hooks.items() if key != own]
-        if hooks:
-            bad = self._first_bad
-            self.restore()
-            self._first_bad = bad  # this step still goes on
-            if loss_scale is not None:
-                self._divide(loss_scale)
-        for hook in hooks:
-            hook(base, (), {})
-        return bool(hooks)
-
-    def _divide(self, scale: Tensor) -> None:
-        """Take a loss scale out of p.grad."""
-        grads = [p.grad for block in self.blocks for p in block.flat.params if p.grad is not None]
-        if grads:
-            with torch.no_grad():
-                torch._foreach_mul_(grads, scale.reciprocal().to(grads[0].device))
-
     def _skip(self, row: int, found_inf: Tensor | None, check: bool) -> Tensor | None:
         """0-dim flag, nonzero if this update must not happen; None if nothing speaks for or against.
 
@@ -321,16 +233,6 @@ class FlatOptimizer(StoredOptimizer):
         if len(flags) <= 1:
             return flags[0] if flags else None
         return torch.stack(flags).amax()
-
-    def _switch(self, to_fused: bool) -> None:
-        """Options may change at any time; hand the state over when the path changes."""
-        if to_fused and not self._fused:
-            adopt_state(self.base_optimizer, self.blocks)
-        elif self._fused and not to_fused:
-            release_state(self.base_optimizer)
-            for block in self.blocks:
-                block.forget()
-        self._fused = to_fused
 
     @property
     def skipped(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ltfast.optim.anchors import attach_anchor, export_anchor
 from ltfast.optim.inner import SLOTS, Block, adopt_state, check_options
-from ltfast.optim.passes import TwoPasses
+from ltfast.optim.over_base import OverBase, own_counts
 from ltfast.optim.skips import SkipCounter
 
 # Per-parameter state of davda54's SAM (its base optimizer's momentum is not in its state dict) and of F-SAM.
@@ -27,25 +27,19 @@ TORCHS = frozenset((
 ))  # fmt: skip
 
 
-class StoredOptimizer(TwoPasses):
+class StoredOptimizer(OverBase):
     """What of an optimizer survives in a state dict, a copy and a pickle; FlatOptimizer builds on it."""
 
-    base_optimizer: Optimizer
     alpha: float | Tensor | None
     check_finite: bool
-    _fused: bool
     _skips: SkipCounter
     _ready: bool
-    _base_handles: list[Any]
 
     def _setup(self) -> None:
         """Everything that is made anew after unpickling, too."""
         raise NotImplementedError
 
     def _adopt(self) -> None:
-        raise NotImplementedError
-
-    def _follow_base(self) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,15 +125,6 @@ class StoredOptimizer(TwoPasses):
 
     def _import(self, extra: dict[str, Any]) -> None:
         """Take over what `_export` gave."""
-
-
-def own_counts(packed: dict[str, Any]) -> None:
-    """Give every parameter a step count of its own in a state dict, in place: here one may be for many parameters."""
-    for index, values in packed["state"].items():
-        if isinstance(values, dict) and isinstance(
-            values.get("step"), Tensor
-        ):  # else state of the optimizer as a whole
-            packed["state"][index] = {**values, "step": values["step"].detach().cpu().clone()}
 
 
 def _add_extra(optimizer: Any, packed: dict[str, Any]) -> None:
