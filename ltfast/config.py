@@ -367,12 +367,12 @@ def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             if not isinstance(fields, str):
                 raise UserError(f"{where}: method={fields!r}: needs the name of a method, see `ltfast methods`")
             continue
-        if section not in SECTIONS and not isinstance(fields, Mapping):  # a setting above all sections
-            if section in FIELDS:
-                raise UserError(f"{where}: {section} belongs in [{FIELDS[section][0]}]")
-            raise UserError(f"{where}: unknown key {section}{nearest(section, FIELDS)}")
         if section not in SECTIONS:
-            raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+            if isinstance(fields, Mapping):
+                raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+            if section not in FIELDS:  # nor a setting that stands above all sections
+                raise UserError(f"{where}: unknown key {section}{nearest(section, FIELDS)}")
+            raise UserError(f"{where}: {section} belongs in [{FIELDS[section][0]}]")
         if not isinstance(fields, Mapping):
             raise UserError(f"{where}: {section}={fields!r}: this is the name of a section, [{section}]")
         for name, value in fields.items():

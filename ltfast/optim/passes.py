@@ -86,14 +86,15 @@ class TwoPasses(Optimizer):
         """Around `step(closure)`: an exception restores theta and takes back what a GradScaler has noted of the step.
 
         Raises:
-            ValueError: `GradScaler.step(optimizer, closure)` has found no gradient of a first pass.
+            ValueError: `GradScaler.step(optimizer, closure)` has found no gradient of a first pass, or one that is unscaled
+                already: it would not unscale the second.
         """
-        found = getattr(self, "found_inf", None)
-        if found is not None and not isinstance(found, Tensor):
+        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found is not None and (scale is None or not isinstance(found, Tensor)):
             self._forget_scaler(None)
             raise ValueError(
-                "scaler.step(optimizer, closure) needs the gradients of a first pass: run scaler.scale(loss).backward() before "
-                "it, or call optimizer.step(closure, scaler=scaler)"
+                "scaler.step(optimizer, closure) needs the scaled gradients of a first pass: run scaler.scale(loss).backward() "
+                "before it, without scaler.unscale_, or call optimizer.step(closure, scaler=scaler)"
             )
         try:
             yield

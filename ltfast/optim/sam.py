@@ -133,11 +133,6 @@ class SAM(FlatOptimizer):
 
     def _both_passes(self, closure: Closure, scaler: GradScaler | None) -> Any:
         scaled = self._of_scaler("grad_scale")
-        if scaled is None and self._of_scaler("found_inf") is not None:
-            raise ValueError(
-                "scaler.step(optimizer, closure) after scaler.unscale_ does not unscale the second pass: call "
-                "optimizer.step(closure, scaler=scaler)"
-            )
         if not self._fresh():
             self.zero_grad()
             with self.first_pass():
