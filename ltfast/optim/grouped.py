@@ -151,7 +151,6 @@ class GroupAscent(FlatOptimizer):
         other = ascent.holds_rest != any(self._last_layers())
         exact = every == 1 or not ascent.remembers or other or ascent.steps % every == 0
         ascent.steps += 1
-        self._adopt()
         ascent.n_elements = self._climbing_elements()
         coef, rows, loss = (self._exact if exact else self._stale)(closures, scaler)
         stats = ascent.stats

@@ -83,6 +83,7 @@ class GroupedOptimizer(GroupAscent):
         if not closures:
             raise ValueError("closure is an empty list: pass at least one micro-batch")
         self.restore()
+        self._adopt()
         self._sync_rule()
         if scaler is not None:
             self._take_unscaled(scaler)  # of gradients that have no part in this step
@@ -304,7 +305,6 @@ class CCSAM(GroupedOptimizer):
     def _passes(self, closures: list[Closure], scaler: GradScaler | None) -> Tensor:
         if len(closures) != 1:
             raise ValueError("closure: CC-SAM takes one closure; classes are not averaged over micro-batches")
-        self._adopt()
         with self._unreduced():
             losses, shares = self._evaluate(closures[0])
         present = [k for k, share in enumerate(shares.tolist()) if share > 0]

@@ -116,6 +116,19 @@ def test_theta_comes_back_where_the_second_pass_replaced_data() -> None:
     assert support.equal(model, before)
 
 
+def test_groups_edited_before_the_first_step_are_followed() -> None:
+    """The step's statistics, which decide whether it is skipped, are those of the new layout."""
+    models = [support.make(), support.make()]
+    for edited, model in enumerate(models):
+        params = list(model[1].parameters())
+        optimizer = GSA(params[:1] if edited else params, SGD[0], GROUP_COUNTS, **RADIUS, **SGD[1])
+        if edited:
+            optimizer.param_groups[0]["params"] += params[1:]
+        optimizer.step(support.group_closure(model, 0))
+        assert optimizer.stats is optimizer.ascent.stats
+    assert support.equal(*models)
+
+
 @pytest.mark.parametrize("kind", GROUPED)
 def test_reentrant_checkpointing_of_what_climbs_is_refused(kind: str) -> None:
     """autograd.grad does not see what it hides: those layers would never climb. (CC-SAM climbs with the classifier only.)"""
