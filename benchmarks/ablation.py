@@ -26,7 +26,7 @@ from typing import Any
 import harness
 import seeded
 import torch
-from ablation_cells import SCOUT, SWEEPS, Cell, baseline_of, same
+from ablation_cells import RELEASE, SCOUT, SWEEPS, Cell, baseline_of, same
 
 FIGURES = ("top1", "medium", "few", "ece")
 DIGITS = "digits-lt"
@@ -87,6 +87,19 @@ def scouted(dataset: str, base: str, seed: int, scout: float, flags: tuple[tuple
     return {name: tensor.clone() for name, tensor in (tensors | shared).items()}, meta
 
 
+def run_released(dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """Figures of the released training function on the data, epochs and schedule of the other cells."""
+    import peer_training
+
+    config = configured(dataset, "gsa-release", {"groups": 1, **cell.settings, **flags, "seed": seed})
+    return tested(peer_training.run(path, config))
+
+
+def tested(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation that a row keeps."""
+    return {name: result[name] for name in FIGURES if result[name] is not None}
+
+
 def run_cell(dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float]:
     """Figures of one cell trained in this process: test accuracy of its last weights (the test split chooses nothing)."""
     from ltfast.dist import Ranks
@@ -110,8 +123,7 @@ def run_cell(dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any]) -> d
         assert trainer.store is not None
         trainer.store.close()
         trainer.folder.close()
-        figures = {name: result["last"][name] for name in FIGURES if result["last"][name] is not None}
-        return {**figures, **mechanics(trainer.folder)}
+        return {**tested(result["last"]), **mechanics(trainer.folder)}
 
 
 def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,13 +245,18 @@ def run_sweeps(
     only: list[str] | None = None,
     again: bool = False,
     dataset: str = DIGITS,
+    release: Path | None = None,
 ) -> None:
-    """Run what has no row yet (`again`: all), all chosen sweeps at one seed before the next, until the budget is spent."""
+    """Run what has no row yet (`again`: all), all chosen sweeps at one seed before the next, until the budget is spent.
+
+    release: sam.py of the released code, without which its cells are left out.
+    """
     path, started, longest = harness.RESULTS / f"{bench_of(dataset)}.jsonl", time.monotonic(), 0.0
     cells: dict[str, tuple[str, Cell]] = {}
     for sweep in sweeps:
         for name, cell in SWEEPS[sweep].items():
-            cells.setdefault(same(name), (sweep, cell))
+            if cell.method != RELEASE or release is not None:
+                cells.setdefault(same(name), (sweep, cell))
     if only:
         cells = {name: cell for name, cell in cells.items() if name in {same(each) for each in only}}
     for seed in seeds:
@@ -250,7 +267,11 @@ def run_sweeps(
             if begun - started + longest > budget:
                 print(f"budget of {budget:g} s spent before {name}, seed {seed}", flush=True)
                 return
-            figures = run_cell(dataset, cell, seed, flags)
+            if cell.method == RELEASE:
+                assert release is not None
+                figures = run_released(dataset, cell, seed, flags, release)
+            else:
+                figures = run_cell(dataset, cell, seed, flags)
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
             own = study_of(dataset)[1]
@@ -276,6 +297,7 @@ def main() -> None:
         "--budget", type=float, default=float("inf"), help="seconds; no run starts that would exceed them"
     )
     parser.add_argument("--again", action="store_true", help="also what has rows; the last row counts")
+    parser.add_argument("--release", type=Path, metavar="PATH", help="sam.py of the released code, for its cells")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's (rows then say so)")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of ablation.jsonl")
     parser.add_argument("--list", action="store_true", help="print sweeps and cells")
@@ -295,7 +317,7 @@ def main() -> None:
         return
     flags: dict[str, Any] = {"epochs": args.epochs} if args.epochs else {}
     flags |= {"data_dir": args.data_dir} if args.data_dir else {}
-    run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells, args.again, args.dataset)
+    run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells, args.again, args.dataset, args.release)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 RHO = (2e-3, 3e-3)  # the paper's clip of Eq. 13
+RELEASE = "release"  # in the place of a method: the released training function
 SCOUT = 0.4  # share of scouting of cells that do not say: what comes after it has 60 % of the run to act
 
 
@@ -121,6 +122,17 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "bcl,epochs=200": Cell("bcl", {"epochs": 200}),
         "gkp-gsa,epochs=200,scout=0.8": Cell("gkp-gsa", {"epochs": 200, "scout": 0.8}),
     },
+    # The authors' released training function (peer_training.py), and the preset that takes the same steps.
+    "release": {
+        "bcl": Cell("bcl", {}),
+        "gsa-release,groups=1": Cell("gsa-release", {"groups": 1}),
+        "release": Cell(RELEASE, {}),
+    },
+    "long-release": {
+        "bcl,epochs=200": Cell("bcl", {"epochs": 200}),
+        "gsa-release,groups=1,epochs=200": Cell("gsa-release", {"groups": 1, "epochs": 200}),
+        "release,epochs=200": Cell(RELEASE, {"epochs": 200}),
+    },
     "recipe": {  # what the speedrun's recipe may gain from
         "balanced-softmax,tta=flip": Cell("balanced-softmax", {"tta": "flip"}),
         "balanced-softmax,weight_decay=0.002": Cell("balanced-softmax", {"weight_decay": 2e-3}),
@@ -158,5 +170,7 @@ def resolved(cell: Cell) -> dict[str, Any]:
     """What a cell comes to: its configuration without its name, and its sharpness rule with the overrides in it."""
     from ltfast.recipes import build_config, rule_of
 
+    if cell.method == RELEASE:
+        return {"released": True, **cell.settings}
     config = build_config("digits-lt", cell.method, {}, {"scout": SCOUT, **cell.settings})
     return {**config.to_dict(), "method": None, "sharpness": rule_of(config)}

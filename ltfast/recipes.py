@@ -167,6 +167,11 @@ def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flag
     refuse_unread(dataset, {name: value for name, value in given.items() if value != FIELDS[name][1].default})
     if config.optim.nesterov and config.optim.optimizer == "sgd" and config.optim.momentum == 0:
         raise UserError("nesterov=True: it needs momentum; set --momentum above 0 or leave --nesterov out")
+    if config.preserve.gkp and config.preserve.groups == 1:
+        raise UserError(
+            "groups=1: GKP holds each group by the anchors of the others, and of one group there are none; use at least 2, "
+            "or a method without gkp"
+        )
     return dataclasses.replace(config, method=method_name(method, config))
 
 
@@ -206,6 +211,8 @@ def rule_of(config: Config) -> Rule | None:
         rule = dataclasses.replace(RULES[sharp.sharpness], **overrides)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if rule.groups == "bank" and config.preserve.groups == 1 and not config.preserve.gkp:
+        rule = dataclasses.replace(rule, groups="one")  # nothing to find out: no bank, no scouting
     if rule.scope == "classifier" and rule.direction == "friendly":
         raise UserError("direction=friendly keeps a moving average of full gradients: use scope=all with it")
     if rule.gram_every > 1 and (rule.objective == "per_group" or rule.direction == "friendly" or rule.split):

@@ -19,7 +19,8 @@ def unread(config: Config, given: Iterable[str]) -> list[str]:
     read["scale"], read["nesterov"] = config.model.classifier == "cosine", config.optim.optimizer == "sgd"
     imbalance = DATASETS[config.data.dataset].imbalance if config.data.imbalance is None else config.data.imbalance
     read["imbalance_type"] = imbalance not in (None, 1)
-    read |= dict.fromkeys(("groups", "scout", "regroup", "center", "bank"), needs_groups(config, rule))
+    read |= dict.fromkeys(("scout", "regroup", "center", "bank"), needs_groups(config, rule))
+    read["groups"] = gkp or config.sharpness.sharpness.startswith("gsa")
     read |= dict.fromkeys(("gkp_lambda", "gkp_normalise", "fisher", "fisher_budget", "alpha_start", "alpha_end"), gkp)
     if rule is None:
         read |= {f.name: False for f in dataclasses.fields(config.sharpness) if f.name != "sharpness"}

@@ -25,6 +25,7 @@ from ltfast.recipes import (
     rule_of,
 )
 from ltfast.runs import toml_of
+from ltfast.unread import unread
 
 
 def test_field_names_are_unique_over_sections() -> None:
@@ -237,6 +238,21 @@ def test_rule_overrides_and_impossible_rules() -> None:
     ):
         with pytest.raises(UserError):
             rule_of(build_config("digits-lt", method, {}, flags))
+
+
+@pytest.mark.parametrize("method", ["gsa-paper", "gsa-full", "gsa-exact", "gsa-release"])
+def test_one_group_needs_no_bank(method: str) -> None:
+    config = build_config("digits-lt", method, {}, {"groups": 1})
+    rule = rule_of(config)
+    assert rule is not None
+    assert rule.groups == "one"
+    assert not needs_groups(config, rule)
+    assert set(unread(config, ["groups", "scout", "regroup"])) == {"scout", "regroup"}
+
+
+def test_one_group_leaves_nothing_to_preserve() -> None:
+    with pytest.raises(UserError, match="groups=1: GKP holds each group by the anchors of the others"):
+        build_config("digits-lt", "gkp-gsa", {}, {"groups": 1})
 
 
 def test_a_copy_can_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

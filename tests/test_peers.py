@@ -13,6 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import ablation  # noqa: E402
 import gpu_tables  # noqa: E402
 import harness  # noqa: E402
 import peer_code  # noqa: E402
@@ -20,9 +21,12 @@ import peer_pipeline  # noqa: E402
 import peer_setting  # noqa: E402
 import peer_steps  # noqa: E402
 import peer_tables  # noqa: E402
+import peer_training  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+from ablation_cells import RELEASE, Cell  # noqa: E402
 
+from ltfast.recipes import build_config  # noqa: E402
 from tests.peak import peak_bytes  # noqa: E402
 
 
@@ -248,3 +252,64 @@ def test_a_peer_class_is_taken_out_of_a_file_that_does_not_import(tmp_path: Path
     assert peers.class_of(path, "SAM").rho == pytest.approx(0.05)
     with pytest.raises(SystemExit, match="defines no class GSA"):
         peers.class_of(path, "GSA")
+
+
+RELEASED_STEPS = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+from ltfast.losses import balanced_supcon
+class LogitAdjust(nn.Module):
+    def __init__(self, counts): super().__init__(); self.m = (torch.tensor(counts) / sum(counts)).log()
+    def forward(self, x, y): return F.cross_entropy(x + self.m, y)
+class BalSCL(nn.Module):
+    def __init__(self, counts, temp): super().__init__(); self.temp = temp
+    def forward(self, centres, z, y): return balanced_supcon(torch.cat(z.unbind(1)), centres, y, self.temp).mean()
+class GSA:
+    def __init__(self, params, base, adaptive, rho_scale_C): self.params, self.base, self.c, self.m = list(params), base, rho_scale_C, None
+def train(loader, model, ce, scl, opt, epoch, args, writer, anchors, gammas, alpha):
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    n, d = anchors[0]["n_j"], sum(p.numel() for p in opt.params)
+    for views, y in loader:
+        def backward():
+            opt.base.zero_grad()
+            z, logits, centres = model(torch.cat(views))
+            _, two, three = z.split(len(y))
+            both = torch.stack([two, three], 1)
+            (alpha * (args.alpha * ce(logits[:len(y)], y) + args.beta * scl(centres, both, y))).backward()
+            return [p.grad.clone() for p in opt.params]
+        g = backward()
+        u = g if opt.m is None else [a - b for a, b in zip(g, opt.m)]
+        opt.m = g if opt.m is None else [.9 * b + .1 * a for a, b in zip(g, opt.m)]
+        theta = [p.detach().clone() for p in opt.params]
+        length = lambda many: sum(t.square().sum() for t in many).sqrt()
+        norm = length([t * v for t, v in zip(theta, u)])
+        rho = (opt.c * (length(theta) / (2 * norm)).sqrt() * d**-.25 * (n - 1)**-.25).clamp(2e-3, 3e-3)
+        with torch.no_grad():
+            for p, t, v in zip(opt.params, theta, u):
+                p.add_(t**2 * v * d**.5 * rho / norm)
+        for m in norms: m.momentum = 0
+        backward()
+        for m in norms: m.momentum = .1
+        with torch.no_grad():
+            for p, t in zip(opt.params, theta): p.copy_(t)
+        opt.base.step()
+"""
+
+
+def test_one_group_of_gsa_release_takes_the_steps_of_the_released_code(tmp_path: Path) -> None:
+    """A stand-in that states them plainly, one group, alpha 1."""
+    (tmp_path / "cifar_OneBackward.py").write_text(RELEASED_STEPS)
+    config = build_config("digits-lt", "gsa-release", {}, {"groups": 1, "device": "cpu", "compile": "off"})
+    found = list(peer_training.apart(tmp_path / "sam.py", config, 5))
+    assert len(found) == 5
+    assert max(found) < 1e-6
+
+
+def test_a_released_training_is_tested_as_ours_are(tmp_path: Path) -> None:
+    (tmp_path / "cifar_OneBackward.py").write_text(RELEASED_STEPS)
+    flags = {"epochs": 12, "limit_train": 200, "seed": 3}
+    found = ablation.run_released("digits-lt", Cell(RELEASE, {}), 3, flags, tmp_path / "sam.py")
+    assert found.keys() == {"top1", "medium", "few", "ece"}
+    assert found["top1"] > 25
