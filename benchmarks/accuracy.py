@@ -18,10 +18,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from harness import append_row
 from seeded import DRAWS
 
+ONE_GROUP = ",groups=1"
 COLLECTED = "rows-written"  # mark in a run folder of this script: its rows exist
 FIGURES = ("top1", "many", "medium", "few", "ece", "per_class")
 METHODS = (
@@ -35,6 +37,7 @@ METHODS = (
     "gsa-paper+gkp",
     "bcl+sam",
     "gsa-release",
+    f"gsa-release{ONE_GROUP}",  # what the release does at its defaults (peer_training.py)
 )
 
 
@@ -48,9 +51,10 @@ def collect(folder: Path) -> bool:
     if not tests:
         print(f"{folder}: not finished, left out", file=sys.stderr)
         return False
-    case = f"{config.method}/{config.model.model}/seed={config.run.seed}"
+    method = config.method + (ONE_GROUP if needs_no_bank(config) else "")
+    case = f"{method}/{config.model.model}/seed={config.run.seed}"
     settings = {
-        "command": f"ltfast train --dataset {config.data.dataset} --method {config.method} --seed {config.run.seed}",
+        "command": f"ltfast train --dataset {config.data.dataset} {' '.join(flags_of(method))} --seed {config.run.seed}",
         "imbalance": config.data.imbalance, "limit_train": config.data.limit_train, "epochs": config.optim.epochs,
         "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "scout": config.preserve.scout,
         "draws": DRAWS,
@@ -60,6 +64,17 @@ def collect(folder: Path) -> bool:
         append_row(config.data.dataset, case, name, tests[-1]["last"][name], n=1, config=settings, **where)
     append_row(config.data.dataset, case, "seconds", sum(e["seconds"] for e in epochs), n=1, config=settings, **where)
     return True
+
+
+def needs_no_bank(config: Any) -> bool:
+    """True for GSA with one group, which is another method than with several."""
+    return config.preserve.groups == 1 and config.sharpness.sharpness.startswith("gsa")
+
+
+def flags_of(method: str) -> list[str]:
+    """Flags of a method with options, such as gsa-release,groups=1."""
+    name, *options = method.split(",")
+    return ["--method", name, *(word for o in options for word in f"--{o.replace('_', '-')}".split("=", 1))]
 
 
 def finished(folder: Path) -> bool:
@@ -74,7 +89,7 @@ def train(folder: Path, method: str, seed: int, args: argparse.Namespace) -> Non
     if folder.exists():
         words = ["train", "--resume", str(folder)]
     else:
-        words = ["train", "--dataset", args.dataset, "--method", method, "--seed", str(seed), "--out", str(folder)]
+        words = ["train", "--dataset", args.dataset, *flags_of(method), "--seed", str(seed), "--out", str(folder)]
         words += ["--no-tensorboard", *(["--data-dir", args.data_dir] if args.data_dir else []), *args.flags]
     if args.together:
         here(words)

@@ -145,6 +145,21 @@ def test_stage_names_are_unique() -> None:
         assert len({s.name for s in stages}) == len(stages)
 
 
+def test_a_method_with_options_is_a_row_of_its_own(results: Path, tmp_path: Path, monkeypatch) -> None:
+    assert accuracy.flags_of("bcl+sam,rho=0.1,ascent_every=2") == [
+        "--method", "bcl+sam", "--rho", "0.1", "--ascent-every", "2",
+    ]  # fmt: skip
+    flags = ["--dataset", "digits-lt", "--epochs", "1", "--limit-train", "70", "--device", "cpu"]
+    cases = ("gsa-release,groups=1", "ce,groups=1")
+    for method in cases:
+        folder = str(tmp_path / method)
+        accuracy.here(["train", *accuracy.flags_of(method), *flags, "--no-tensorboard", "--out", folder])
+        assert accuracy.collect(Path(folder))
+    rows = [json.loads(line) for line in (results / "digits-lt.jsonl").read_text().splitlines()]
+    assert {row["case"] for row in rows} == {"gsa-release,groups=1/resnet8/seed=0", "ce/resnet8/seed=0"}
+    assert "--method gsa-release --groups 1 --seed 0" in rows[0]["config"]["command"]
+
+
 # -- ablation.py -------------------------------------------------------------------------------------------------------------
 
 
