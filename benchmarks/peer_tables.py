@@ -21,6 +21,7 @@ STEP = ("kernels", "gflops", "flops_vs_sgd", "seconds_vs_sgd", "gigabytes", "syn
 STEP_HEADS = (
     "kernels", "GFLOP", "FLOPs / plain step", "CPU time / plain step", "GB moved", "host waits", "peak MiB",
 )  # fmt: skip
+SAME = "same-steps/release/"  # the released code's steps and ours of the same method
 README_NETWORK = "resnet50"  # of the optimizer part: large enough for time to be memory traffic
 
 
@@ -34,8 +35,8 @@ def cases(device: str = "cpu", bench: str = "peers") -> dict[str, Figures]:
 
 
 def is_part(case: str) -> bool:
-    """True for an optimizer part, false for a whole step or a pipeline."""
-    return not case.startswith(("step/", "pipeline/"))
+    """True for an optimizer part, false for a whole step, a pipeline or a comparison of steps."""
+    return not case.startswith(("step/", "pipeline/", SAME))
 
 
 def value(found: Figures, metric: str) -> str:
@@ -108,6 +109,17 @@ def pipelines() -> str:
         cell = f"{gpu['value']:,.0f} ({gpu['device']})" if gpu else NOT_MEASURED
         lines.append(f"| `{case.split('/', 1)[1]}` | {value(figures, 'images_per_cpu_s')} | {cell} |")
     return "\n".join(lines) if found else NOT_MEASURED
+
+
+def same_steps() -> str:
+    """How far the released code's steps and ours lead apart."""
+    lines = ["| pictures | network | steps | distance / norm of the parameters |", "|---|---|---|---|"]
+    for case, found in cases().items():
+        if case.startswith(SAME):
+            row = found["apart"]
+            about = row["config"]
+            lines.append(f"| {case.removeprefix(SAME)} | {about['model']} | {about['steps']} | {row['value']:.1e} |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_MEASURED
 
 
 README_STEPS = (

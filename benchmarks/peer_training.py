@@ -23,6 +23,7 @@ from unittest.mock import MagicMock, patch
 
 import harness
 import peer_code
+import peer_tables
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -184,11 +185,12 @@ def main() -> None:
     config = ablation.configured(
         args.dataset, "gsa-release", {"groups": 1, "data_dir": args.data_dir, "seed": args.seed}
     )
+    value = 0.0
     for k, value in enumerate(apart(args.release, config, STEPS), 1):
         print(f"after {k} steps {value:.2g} apart", flush=True)
-        if args.write:
-            case, about = f"same-steps/release/{args.dataset}", {"model": config.model.model, "seed": args.seed}
-            harness.append_row("peers", case, f"apart_{k}", float(f"{value:.3g}"), config=about)
+    if args.write:
+        about = {"model": config.model.model, "seed": args.seed, "steps": STEPS}
+        harness.append_row("peers", f"{peer_tables.SAME}{args.dataset}", "apart", float(f"{value:.3g}"), config=about)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,8 @@ def other_code() -> str:
         "Rows: [peers.jsonl](peers.jsonl)",
         f"### Optimizer part of a step\n\n{part}\n\n{peer_tables.optimizer_part()}",
         f"### Whole steps\n\nForward, backward and update. `loop/`: a plain loop around that optimizer.\n\n{peer_tables.whole_steps()}",
+        "### The released training function and `--method gsa-release --groups 1`\n\nThe same steps, SiLU for ReLU "
+        f"(`benchmarks/peer_training.py`).\n\n{peer_tables.same_steps()}",
         f"### Input of CIFAR-sized pictures\n\nThree views a picture, one process, one thread.\n\n{peer_tables.pipelines()}",
     ])  # fmt: skip
 
