@@ -39,7 +39,7 @@ class Data:
     data_dir: str | None = _opt(None, "folder, .npz pack, list root or shard pattern of the dataset")
     imbalance: float | None = _opt(
         None,
-        "ratio of the largest to the smallest class after thinning; 1 = balanced, and no thinning of large folders, lists and shards; "
+        "ratio of the largest to the smallest class after thinning; 1 = balanced (large folders, lists and shards: as they are); "
         "default 100 for digits and CIFAR",
         paper="100",
         least=1,
@@ -60,7 +60,7 @@ class Data:
     batch: int = _opt(256, "global batch size (over all processes)", paper="256", least=1)
     views: str = _opt(
         "auto",
-        "augmentation recipe; auto = the dataset's; large pictures: imagenet, crop (crop and flip only); small ones: the others",
+        "augmentation recipe; auto = the dataset's; for large pictures imagenet, or crop (crop and flip only), for small ones the rest",
         choices=("auto", "digits", "cifar", "plain", "imagenet", "crop"),
     )
     image_size: int | None = _opt(

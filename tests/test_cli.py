@@ -293,6 +293,21 @@ def test_dry_run_counts_the_groups_of_gkp(method: str, groups: str, capsys) -> N
     assert "1 epoch x 6 steps" in lines["steps"]
 
 
+def test_the_defaults_that_the_help_tells_of_recipes_are_theirs(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    digits = build_config("digits-lt", "gkp-gsa", {}, {})
+    words = f"{digits.model.model}, {digits.optim.epochs} epochs, {digits.optim.schedule}"
+    assert f"digits-lt: {words};" in text
+    for dataset in ("folder", "list", "webdataset"):
+        config = build_config(dataset, "gkp-gsa", {}, {})
+        optim = config.optim
+        assert optim.warmup == 0
+        words = f"{config.model.model}, {optim.epochs} epochs, lr {optim.lr:g}, {optim.schedule}, no warm-up"
+        assert f"folder, list and webdataset: {words}" in text
+
+
 def test_dry_run_refuses_what_training_refuses_and_fetches_no_weights(tmp_path: Path, monkeypatch, capsys) -> None:
     def refuse(*_args, **_options):
         raise AssertionError("fetched")
