@@ -124,7 +124,7 @@ def same_steps() -> str:
 
 README_STEPS = (
     "ltfast/ce", "timm/train_one_epoch", "loop/ltfast/sam", "loop/davda54/SAM", "loop/pytorch_optimizer/SAM", "composer/SAM",
-    "ltfast/bcl", "ltfast/gsa-paper", "ltfast/gkp-gsa", "release/train",
+    "ltfast/bcl", "ltfast/gsa-paper", "ltfast/gkp-gsa", "ltfast/gsa-release+gkp", "release/train",
 )  # fmt: skip
 
 README_STEP_COLUMNS = ("flops_vs_sgd", "seconds_vs_sgd", "kernels", "syncs_per_step", "peak_mib")

@@ -189,8 +189,12 @@ def fitting(config: Config, num_classes: int) -> Config:
     return config.with_(groups=num_classes)
 
 
-def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: int) -> LongTailModel:
+def build_model(
+    config: Config, input_shape: tuple[int, int, int], num_classes: int, fetch: bool = True
+) -> LongTailModel:
     """The network on the CPU, its weights drawn from the run's seed.
+
+    fetch: False leaves published weights where they are and only checks that they would fit.
 
     Raises:
         UserError: unknown model, one that cannot take so small pictures, or weights that do not fit.
@@ -207,7 +211,7 @@ def build_model(config: Config, input_shape: tuple[int, int, int], num_classes: 
     stem = "small" if side <= 40 and imagenet_resnet else "default"
     given = Path(cfg.weights or "")
     published = cfg.weights if given.name == cfg.weights and not given.suffix and not given.exists() else None
-    encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side, weights=published)
+    encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side, weights=published, fetch=fetch)
     if side < TORCHVISION_SIDE and not is_cifar_encoder(cfg.model):
         check_size(cfg.model, encoder, input_shape)
     projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None

@@ -16,7 +16,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=type(parser))
 
     check = verbs.add_parser(
-        "check", help="find missing, truncated, corrupt and odd files; list them; exit code 1 for any that hurt"
+        "check", help="find and list missing, truncated, corrupt and odd files; exit code 1 if any would harm training"
     )
     _add_lists(check)
     check.add_argument("--full", action="store_true", help="decode every picture, not only its headers")

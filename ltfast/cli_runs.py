@@ -28,7 +28,7 @@ def add_run_commands(commands: Any) -> None:
     evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
     evaluate.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N [as in the run]")
     evaluate.add_argument(
-        "--tta", choices=("none", "flip"), default=None, help="flip = also look at the mirror image [as in the run]"
+        "--tta", choices=("none", "flip"), default=None, help="flip = average with the mirror image [as in the run]"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument(
@@ -39,7 +39,9 @@ def add_run_commands(commands: Any) -> None:
     report = commands.add_parser("report", help="one HTML page with the figures of one or several runs")
     report.add_argument("folders", metavar="RUN", nargs="+", help="run folders")
     report.add_argument("--out", default=None, metavar="DIR", help="where to write it [RUN/report]")
-    report.add_argument("--max-minutes", type=float, default=None, metavar="X", help="stop refining landscapes in time")
+    report.add_argument(
+        "--max-minutes", type=float, default=None, metavar="X", help="minutes for curvature and landscapes [no limit]"
+    )
     report.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
     report.set_defaults(run=command_report)
 

@@ -39,7 +39,7 @@ class Data:
     data_dir: str | None = _opt(None, "folder, .npz pack, list root or shard pattern of the dataset")
     imbalance: float | None = _opt(
         None,
-        "largest over smallest class count of a thinned set; 1 = balanced, or as they are of large folders, lists and shards; "
+        "ratio of the largest to the smallest class after thinning; 1 = balanced (large folders, lists and shards: as they are); "
         "default 100 for digits and CIFAR",
         paper="100",
         least=1,
@@ -48,7 +48,7 @@ class Data:
     limit_train: int = _opt(0, "keep this many training images, class proportions kept; 0 = all", least=0)
     val_per_class: int = _opt(
         0,
-        "images a class held out of train for choosing the best checkpoint; 0 = the set's own validation split, if any",
+        "images per class held out of train to choose the best checkpoint; 0 = the set's own validation split, if any",
         least=0,
     )
     sampler: str = _opt(
@@ -60,7 +60,7 @@ class Data:
     batch: int = _opt(256, "global batch size (over all processes)", paper="256", least=1)
     views: str = _opt(
         "auto",
-        "augmentation recipe; auto = the dataset's, imagenet and crop = of large pictures, the others of small ones",
+        "augmentation recipe; auto = the dataset's; for large pictures imagenet, or crop (crop and flip only), for small ones the rest",
         choices=("auto", "digits", "cifar", "plain", "imagenet", "crop"),
     )
     image_size: int | None = _opt(
@@ -68,16 +68,16 @@ class Data:
     )
     loader: str = _opt(
         "auto",
-        "input pipeline of large images; synthetic = generated pictures in their place, no file is read",
+        "input pipeline of large images; synthetic = generated pictures, no file is read",
         choices=("auto", "dali", "torch", "synthetic"),
     )
     workers: int = _opt(-1, "loader threads or workers of each process; -1 = its share of the cores", least=-1)
     on_bad_image: str = _opt(
         "auto",
-        "an unreadable image is replaced in training, left out elsewhere (skip), or ends the run (fail); auto = fail outside training",
+        "unreadable images; skip = replace in training, leave out elsewhere; fail = end the run; auto = replace in training, else fail",
         choices=("auto", "skip", "fail"),
     )
-    train_list: str | None = _opt(None, "list file of training images ('<relative path> <label>' a line)")
+    train_list: str | None = _opt(None, "list file of training images (one '<relative path> <label>' per line)")
     val_list: str | None = _opt(None, "list file of validation images")
     test_list: str | None = _opt(None, "list file of test images")
     exclude_list: str | None = _opt(None, "bad files to leave out, as written by `ltfast data check --bad-list`")
@@ -163,14 +163,20 @@ class Preserve:
     gkp: bool = _opt(False, "add the GKP anchor", paper="true")
     groups: int = _opt(4, "number of class groups G", paper="4", least=1)
     scout: float = _opt(
-        0.8, "share of the epochs that fills the bank: no GKP, no GSA by the bank's groups", least=0, most=1
+        0.8,
+        "share of the epochs that only fill the bank: GKP, and GSA with its groups, begin afterwards",
+        least=0,
+        most=1,
     )
     regroup: int = _opt(0, "epochs between regroupings; 0 = once, after scouting", paper="0", least=0)
     center: bool = _opt(False, "subtract the initial weights before comparing snapshots", paper="false")
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
     gkp_lambda: float = _opt(10.0, "strength lambda of GKP", paper="10", least=0)
     gkp_normalise: str = _opt(
-        "classes", "divide by classes or training images of a group", choices=("classes", "samples"), paper="classes"
+        "classes",
+        "divide a group's term by its number of classes or of training images",
+        choices=("classes", "samples"),
+        paper="classes",
     )
     fisher: str = _opt(
         "per-sample", "squares of per-sample gradients or of batch means", choices=("per-sample", "batch")
@@ -180,7 +186,7 @@ class Preserve:
         0.9, "weight of GSA against GKP at the start (cosine schedule)", paper="0.9", least=0, most=1
     )
     alpha_end: float = _opt(0.8, "the same at the end", paper="0.8", least=0, most=1)
-    bank: str | None = _opt(None, "start from the memory bank of this earlier run: grouped before training")
+    bank: str | None = _opt(None, "use the memory bank of this earlier run: classes are grouped before training")
 
 
 @dataclass(frozen=True)
@@ -236,22 +242,20 @@ class Run:
     )
     tensorboard: bool = _opt(True, "write TensorBoard events")
     table: bool = _opt(
-        False, "print a table row an epoch, with the seconds of training so far, as cifar10-airbench does"
+        False, "print one table row per epoch with the training seconds so far, as cifar10-airbench does"
     )
     untimed_steps: int = _opt(
-        0, "steps taken and undone before the clock starts: they compile, tune and record", least=0
+        0, "warm-up steps, undone before the clock starts (compilation, tuning, CUDA graph recording)", least=0
     )
     gpus: int = _opt(
         -1, "GPUs of this machine, one process each; -1 = all for large data sets, else one; 0 = CPU", least=-1
     )
     procs: int = _opt(0, "processes on the CPU instead of GPUs; 0 = one process", least=0)
-    max_restarts: int = _opt(
-        3, "times that all processes start again from the last checkpoint after one has died", least=0
-    )
-    sync_bn: bool = _opt(False, "BatchNorm statistics over all processes; off = each its own part of the batch")
+    max_restarts: int = _opt(3, "how often all processes restart from the last checkpoint after one has died", least=0)
+    sync_bn: bool = _opt(False, "BatchNorm statistics over all processes; off = over each process's part of the batch")
     ascent: str = _opt(
         "local",
-        "local: each process climbs along its own part of the batch; global: as one process with the whole batch would",
+        "gradient of the ascent; local: of each process's part of the batch; global: of the whole batch",
         choices=("local", "global"),
     )
 

@@ -96,7 +96,7 @@ def predicted_flops(config: Config, classes: int) -> float:
 
 
 def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
-    """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing.
+    """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing, downloads no weights.
 
     Pictures of a large set need not be there yet.
     """
@@ -107,7 +107,8 @@ def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
     config = build.fitting(config, source.num_classes)
     processes = planned_processes(config)
     check_batch(config.data.batch, source.sizes["train"], processes, config.data.dataset)
-    model = build.build_model(config, source.input_shape, source.num_classes)
+    model = build.build_model(config, source.input_shape, source.num_classes, fetch=False)
+    build.build_membership(config, rule, source.train_counts, None)  # refuses what training would refuse
     flat = FlatParameters(model.parameters())
     banked = needs_groups(config, rule)
     groups = ascent_groups(config, source.num_classes)
@@ -167,7 +168,7 @@ def flops_of_run(plan: Plan, epochs: int) -> float:
 
 def print_plan(config: Config) -> None:
     """Print the plan for a person."""
-    plan = make_plan(config)
+    plan, optim = make_plan(config), config.optim
     epochs, steps = counted(config.optim.epochs, "epoch"), counted(plan.steps_per_epoch, "step")
     scouts = plan.scouting_epochs
     groups = f"{plan.bank_groups or plan.groups}"
@@ -178,6 +179,9 @@ def print_plan(config: Config) -> None:
         "data": f"{config.data.dataset}, {plan.train_images:,} training images, {plan.classes:,} classes",
         "steps": f"{epochs} x {steps} of {counted(config.data.batch, 'image')} = {plan.steps:,}"
         + (f"; the first {scouts} epochs scout" if scouts > 1 else "; the first epoch scouts" if scouts else ""),
+        "descent": f"{optim.optimizer}, lr {optim.lr:g}, {optim.schedule} schedule, warm-up {optim.warmup:g} epochs, "
+        f"weight decay {optim.weight_decay:g}",
+        "weights": config.model.weights or "random",
         "processes": f"{plan.processes}, each {counted(plan.images_a_process, 'image')} a step",
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": groups,

@@ -99,9 +99,9 @@ BASES: dict[str, tuple[Values, str]] = {
 SHARPNESS_SOURCES: dict[str, str] = {
     "sam": "sharpness-aware minimisation (Foret et al. 2021)",
     "asam": "adaptive SAM (Kwon et al. 2021)",
-    "friendly-sam": "SAM freed from a moving average of the gradient (Li et al., CVPR 2024)",
-    "imbsam": "only tail classes ascend (Zhou et al., ICCV 2023)",
-    "cc-sam": "one radius a class, classifier only (Zhou et al., CVPR 2023)",
+    "friendly-sam": "SAM whose direction excludes the gradient's moving average (Li et al., CVPR 2024)",
+    "imbsam": "SAM for the loss of the tail classes only (Zhou et al., ICCV 2023)",
+    "cc-sam": "one radius per class, classifier only (Zhou et al., CVPR 2023)",
     "focal-sam": "ascent weighted by (1 - prior)^gamma (Li et al., ICML 2025)",
     "gsa-paper": "GSA as in the paper: orthogonal, per group, classifier only (Chen et al., CVPR 2026)",
     "gsa-full": "GSA on all parameters, one shared perturbation, Gram matrix every 16 steps",

@@ -272,6 +272,16 @@ def test_a_section_says_where_no_gpu_was_measured(results: Path):
         assert ("On a GPU: " in report.section(part)) == missing
 
 
+def test_a_case_that_another_one_replaced_is_left_out(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "SUPERSEDED", {"computed": "measured"})
+    part = report.Section("Title", "b", "Text.")
+    harness.append_row("b", "computed", "bytes", 84)
+    assert "| `computed` | 84 |" in report.section(part)
+    harness.append_row("b", "measured", "bytes", 108)
+    assert "computed" not in report.section(part)
+    assert "| `measured` | 108 |" in report.section(part)
+
+
 def test_table_pairs_by_seed_and_names_what_is_missing(results: Path) -> None:
     for seed, base, sam in ((0, 80.0, 82.0), (1, 84.0, 88.0), (2, 70.0, 99.0)):
         put(results, "bcl+sam,rho=0.05", seed, top1=sam, few=sam, ece=1.0, length=0.05)

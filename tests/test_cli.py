@@ -293,6 +293,38 @@ def test_dry_run_counts_the_groups_of_gkp(method: str, groups: str, capsys) -> N
     assert "1 epoch x 6 steps" in lines["steps"]
 
 
+def test_the_defaults_that_the_help_tells_of_recipes_are_theirs(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    digits = build_config("digits-lt", "gkp-gsa", {}, {})
+    words = f"{digits.model.model}, {digits.optim.epochs} epochs, {digits.optim.schedule}"
+    assert f"digits-lt: {words};" in text
+    for dataset in ("folder", "list", "webdataset"):
+        config = build_config(dataset, "gkp-gsa", {}, {})
+        optim = config.optim
+        assert optim.warmup == 0
+        words = f"{config.model.model}, {optim.epochs} epochs, lr {optim.lr:g}, {optim.schedule}, no warm-up"
+        assert f"folder, list and webdataset: {words}" in text
+
+
+def test_dry_run_refuses_what_training_refuses_and_fetches_no_weights(tmp_path: Path, monkeypatch, capsys) -> None:
+    def refuse(*_args, **_options):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    for split in ("train", "test"):
+        (tmp_path / split).write_text("".join(f"{split}/{c}-{i}.jpg {c}\n" for c in range(129) for i in range(2)))
+    lists = ["--train-list", str(tmp_path / "train"), "--test-list", str(tmp_path / "test")]
+    words = ["train", "--dry-run", "--dataset", "list", "--data-dir", str(tmp_path), *lists, "--model", "resnet18"]
+    assert main([*words, "--method", "ce", "--weights", "DEFAULT", "--lr", "0.02"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["weights"].strip() == "DEFAULT"
+    assert lines["descent"].strip() == "sgd, lr 0.02, cosine schedule, warm-up 0 epochs, weight decay 0.0005"
+    assert main([*words, "--method", "cc-sam"]) == 2
+    assert "cc-sam: 129 classes, one group each, is more than 128" in capsys.readouterr().err
+
+
 def test_the_baseline_is_of_the_same_data_network_and_descent() -> None:
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {})) is not None
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"epochs": 3})) is None

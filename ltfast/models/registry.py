@@ -38,6 +38,7 @@ def create_encoder(
     stem: str = "default",
     image_size: int | None = None,
     weights: str | None = None,
+    fetch: bool = True,
 ) -> tuple[nn.Module, int]:
     """(module [B, in_channels, H, W] -> [B, D], D) for a name of encoder_names().
 
@@ -46,7 +47,7 @@ def create_encoder(
         better and 2.6 times faster, see resnet.py); torchvision ResNets get a 3x3 stride-1 first convolution and no
         max-pool (32 x 32 or 64 x 64 pictures).
     image_size: pixels a side (224), used by vit_* and maxvit_* only: their position tables depend on it.
-    weights: torchvision weight name ("IMAGENET1K_V1", "DEFAULT"), None = random.
+    weights: torchvision weight name ("IMAGENET1K_V1", "DEFAULT"), None = random; fetch: False checks the name only.
     Raises UserError naming the option for anything a user can get wrong.
     """
     if stem not in STEMS:
@@ -68,7 +69,7 @@ def create_encoder(
         raise UserError(_unknown(name))
     if width is not None:
         raise UserError(f"width: {width} is for the CIFAR ResNets, not {name}; leave it out")
-    return _torchvision_encoder(name, in_channels, stem, image_size, weights)
+    return _torchvision_encoder(name, in_channels, stem, image_size, weights, fetch)
 
 
 def _unknown(name: str) -> str:
@@ -78,7 +79,7 @@ def _unknown(name: str) -> str:
 
 
 def _torchvision_encoder(
-    name: str, in_channels: int, stem: str, image_size: int | None, weights: str | None
+    name: str, in_channels: int, stem: str, image_size: int | None, weights: str | None, fetch: bool
 ) -> tuple[nn.Module, int]:
     import torchvision
 
@@ -93,8 +94,9 @@ def _torchvision_encoder(
         # Published weights expect other input levels. With any: a run's weights must find at the end what they had.
         options.update(init_weights=weights is None, transform_input=in_channels == 3)
     model = torchvision.models.get_model(name, weights=None, **options)
-    if weights is not None:
-        model.load_state_dict(_published(name, weights))
+    published = None if weights is None else _published(name, weights)
+    if published is not None and fetch:
+        model.load_state_dict(_fetched(name, published))
     for attribute in _AUXILIARY.get(name, ()):
         setattr(model, attribute, None)
         model.aux_logits = False
@@ -106,8 +108,8 @@ def _torchvision_encoder(
     return model, feature_dim
 
 
-def _published(name: str, weights: str) -> dict[str, Any]:
-    """The state dict that torchvision publishes, read without pickle; downloaded once to torch's hub folder."""
+def _published(name: str, weights: str) -> Any:
+    """The entry of torchvision's table of published weights."""
     import torchvision
 
     known = torchvision.models.get_model_weights(name).__members__
@@ -115,10 +117,17 @@ def _published(name: str, weights: str) -> dict[str, Any]:
         raise UserError(
             f"weights: {weights!r} is no file and no weights of {name}; torchvision has {', '.join(known) or 'none'}"
         )
+    return known[weights]
+
+
+def _fetched(name: str, published: Any) -> dict[str, Any]:
+    """The state dict of published weights, read without pickle; downloaded once to torch's hub folder."""
     try:
-        return current_names(known[weights].get_state_dict(check_hash=True, weights_only=True))
+        return current_names(published.get_state_dict(check_hash=True, weights_only=True))
     except OSError as error:
-        raise UserError(f"weights: {weights!r} of {name} could not be downloaded ({error}); go online once") from error
+        raise UserError(
+            f"weights: {published.name!r} of {name} could not be downloaded ({error}); go online once"
+        ) from error
 
 
 def _size_option(name: str, image_size: int, weights: str | None) -> dict[str, Any]:

@@ -180,6 +180,18 @@ def test_published_weights_with_the_names_of_earlier_versions_are_taken(monkeypa
         assert torch.equal(value, published[name]), name
 
 
+def test_published_weights_are_checked_without_fetching_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args, **_options):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
+    create_encoder("resnet18", weights="DEFAULT", fetch=False)
+    with pytest.raises(UserError, match="no weights of resnet18"):
+        create_encoder("resnet18", weights="imagenet", fetch=False)
+    with pytest.raises(AssertionError, match="fetched"):
+        create_encoder("resnet18", weights="DEFAULT")
+
+
 def test_a_mistyped_file_of_weights_is_told_what_there_is() -> None:
     with pytest.raises(UserError, match=r"weights: 'imagenet' is no file and no weights of resnet18; .* DEFAULT"):
         build_model(Config().with_(model="resnet18", weights="imagenet"), (3, 64, 64), 5)
