@@ -164,7 +164,8 @@ def load_into(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
     ]  # fmt: skip
     if problems:
         raise UserError(
-            f"{path}: belongs to another model ({problems[0]}; {len(problems)} differences); use the run's own --model and --dataset"
+            f"{path}: belongs to another model ({problems[0]}; {len(problems)} differences); "
+            "were classes added or removed, or was the run's config.toml changed?"
         )
     with torch.no_grad():
         for k, v in state.items():

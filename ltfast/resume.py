@@ -78,8 +78,8 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
         UserError: the state belongs to another model or training list, or lacks something.
     """
     try:
+        check_data(meta["data"], trainer.source.identity())  # first: other classes make another network
         _check(trainer, tensors)
-        check_data(meta["data"], trainer.source.identity())
         _restore_shared(trainer, tensors)
         _restore_rank(trainer, tensors, meta["world"] == trainer.ranks.world)
         for name in ("epoch", "batch", "steps", "best", "seconds"):
@@ -98,9 +98,13 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
 
 
 def _check(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
-    saved, here = tensors["theta"].shape, trainer.flat.data.shape
-    if saved != here or tensors["rank.buffers"].shape[1:] != trainer.buffers.data.shape:
-        raise UserError("--resume: the checkpoint belongs to another model; keep the run's --model and --dataset")
+    saved = tensors["theta"].numel(), tensors["rank.buffers"][0].numel()
+    here = trainer.flat.data.numel(), trainer.buffers.data.numel()
+    if saved != here:
+        raise UserError(
+            f"--resume: the checkpoint is of a network of another size ({saved[0]:,} parameters and {saved[1]:,} statistics, "
+            f"{here[0]:,} and {here[1]:,} here); were classes added or removed, or was config.toml changed?"
+        )
 
 
 def check_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
