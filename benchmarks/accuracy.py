@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import append_row
+from harness import append_row, facts
 from seeded import DRAWS
 
 COLLECTED = "rows-written"  # mark in a run folder of this script: its rows exist
@@ -55,7 +55,9 @@ def collect(folder: Path) -> bool:
         "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "scout": config.preserve.scout,
         "draws": DRAWS,
     }  # fmt: skip
-    where = {"commit": env["commit"], "device": env["device"]}
+    where = {name: env[name] for name in ("device", "cuda", "torch", "triton", "commit")}
+    where["cpu"] = f"{env['cpu']}, {env['threads']} threads"
+    where["driver"] = facts()["driver"] if env["device"] == facts()["device"] else None  # of another machine: not known
     for name in FIGURES:
         append_row(config.data.dataset, case, name, tests[-1]["last"][name], n=1, config=settings, **where)
     append_row(config.data.dataset, case, "seconds", sum(e["seconds"] for e in epochs), n=1, config=settings, **where)
