@@ -50,7 +50,7 @@ def gradient_rows(rule: Rule | None, n_groups: int) -> int:
     """Rows of the gradient buffer: one a group, twice that with moving averages, one more for a per-group objective."""
     if rule is None or rule.scope == "classifier":
         return 1
-    return n_groups * (2 if rule.direction == "friendly" else 1) + (rule.objective == "per_group")
+    return rule.rows(n_groups) + (rule.objective == "per_group")
 
 
 @dataclass(frozen=True)

@@ -306,11 +306,8 @@ class TrainStep:
         eps, stats = [], []
         # More groups than a Gram matrix takes are of a rule whose groups know nothing of each other (build_membership).
         for part, w, n in zip(*(t.split(MAX_ROWS) for t in (rows, shares, self.group_counts)), strict=True):
-            coef, found = ascent_coefficients(
-                *gram_partials(part, theta, rule.adaptive), w, n, theta.numel(),
-                direction=rule.direction, objective=rule.objective, rho=rule.rho, C=rule.radius_C,
-                rho_min=rule.rho_min, rho_max=rule.rho_max, sigma=rule.sigma, aggregate=rule.aggregate,
-            )  # fmt: skip
+            matrix, theta_sq = gram_partials(part, theta, rule.adaptive)
+            coef, found = ascent_coefficients(matrix, theta_sq, w, n, theta.numel(), **rule.options)
             eps += [perturb(theta, part, c, rule.adaptive) - theta for c in coef.reshape(-1, len(part))]
             stats.append(found)
         return torch.stack(eps), (losses * shares).sum().detach(), joined(stats)
