@@ -117,6 +117,11 @@ class Loss:
     temperature: float = _opt(0.07, "temperature of the contrastive term", paper="0.1 (CIFAR), 0.07", above=0)
     tau: float = _opt(1.0, "strength of the log prior in balanced softmax", paper="1.0", least=0)
 
+    @property
+    def n_views(self) -> int:
+        """Views of a picture that the loss looks at."""
+        return 3 if self.loss == "bcl" else 1
+
 
 @dataclass(frozen=True)
 class Sharpness:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltfast.config import Config
+from ltfast.config import Config, flag
 from ltfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def process_count(config: Config) -> int:
 
 def words(flags: Mapping[str, Any]) -> list[str]:
     """Config values as command-line words."""
-    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [word for name, value in flags.items() for word in (flag(name), str(value))]
 
 
 def restarted_run(config: Config, resume: str | None = None) -> str | None:

@@ -92,7 +92,7 @@ def ascent_groups(config: Config, classes: int) -> int:
 
 def predicted_flops(config: Config, classes: int) -> float:
     """FLOPs of the method's step over those of a plain one with the same loss."""
-    return flops_ratio(rule_of(config), ascent_groups(config, classes), 3 if config.loss.loss == "bcl" else 1)
+    return flops_ratio(rule_of(config), ascent_groups(config, classes), config.loss.n_views)
 
 
 def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
