@@ -22,6 +22,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ltfast.modes import evaluating
 from ltfast.preserve.layers import Unlike, known_layers, sample_squares
 
 # Bytes of per-sample gradients held at once when `chunk` is not given: 9 samples of a ResNet-50, 512 of a ResNet-32.
@@ -87,7 +88,7 @@ def fisher_sums(
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in params.items()}
     squares = _sample_squares(model, names, loss_fn, chunk) if mode == "per-sample" else _batch_squares(model, loss_fn)
     seen = 0
-    with _modes(model, training=False):
+    with evaluating(model):
         for images, labels in batches:
             seen += len(labels)
             for name, value in squares(params, images, labels) if len(labels) else ():
@@ -216,7 +217,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> Iterato
 @torch.no_grad()
 def _estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Tensor]) -> None:
     count = 0
-    with _modes(model, training=False):
+    with evaluating(model):
         for m in norms:
             m.reset_running_stats()
             m.momentum = None  # cumulative average
@@ -226,15 +227,3 @@ def _estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[T
             count += 1
     if not count:
         raise ValueError("batches are empty: BatchNorm statistics need at least one batch")
-
-
-@contextmanager
-def _modes(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode, and back into its own afterwards."""
-    saved = [(m, m.training) for m in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for m, mode in saved:
-            m.training = mode
