@@ -130,11 +130,8 @@ def random_boxes(
 
 
 def _fallback_size(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
-    if width / height < ratio[0]:
-        return round(width / ratio[0]), width
-    if width / height > ratio[1]:
-        return height, round(height * ratio[1])
-    return height, width
+    """Height and width of the largest box whose ratio is in range."""
+    return min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
 
 
 def resized_crop(images: Tensor, boxes: Boxes, flip_B: Tensor, size: int) -> Tensor:
