@@ -13,7 +13,7 @@ from ltfast.data.base import split_note
 from ltfast.data.large_source import LargeSource
 from ltfast.data.paths import missing_indices
 from ltfast.data.registry import LARGE
-from ltfast.data.small import check_batch
+from ltfast.data.sampler import check_batch
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.launch import process_count
@@ -22,8 +22,8 @@ from ltfast.optim.rules import Rule
 from ltfast.preserve.bank import check_state
 from ltfast.progress import counted
 from ltfast.recipes import needs_groups, rule_of
+from ltfast.resume import load_bank
 from ltfast.schedule import scouting_epochs
-from ltfast.train import load_bank
 
 FLOAT = 4
 GIB = 1 << 30

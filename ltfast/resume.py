@@ -1,4 +1,5 @@
 """Everything that determines the rest of a run, taken from a Trainer and put back: `--resume` is exact because of it.
+The bank of another run (`--bank`) is read here, too.
 
 Order and augmentation of images are pure functions of (seed, epoch, position), so the data's state is three numbers.
 With several ranks, what differs between them (BatchNorm statistics, random generators) is kept for each; sums over a
@@ -8,6 +9,8 @@ part of an epoch (feature quality, means for the log, moving averages of local a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,8 @@ from ltfast.dist import Traffic
 from ltfast.errors import UserError
 from ltfast.preserve import Anchor
 from ltfast.preserve.bank import WEIGHTS
+from ltfast.runs import RunFolder
+from ltfast.store import Store
 
 if TYPE_CHECKING:
     from ltfast.train import Trainer
@@ -156,3 +161,25 @@ def _restore_rank(trainer: Trainer, tensors: dict[str, Tensor], same_world: bool
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def load_bank(run: Path, class_names: Sequence[str] = (), center: bool = False) -> dict[str, Tensor]:
+    """The memory bank of an earlier run (`--bank RUN`), whose classes must be `class_names` if any are given.
+
+    Raises:
+        UserError: not a run folder, or it filled no bank, or one of other classes, or one that cannot be centred.
+    """
+    folder = RunFolder.open(run)
+    if class_names:
+        folder.check_classes(class_names, f"--bank {run}", "give the bank of a run with the same classes")
+    state = Store(folder.checkpoints).load()
+    if state is None:
+        raise UserError(f"--bank {run}: that run has no training state yet")
+    bank = part(state[0], "bank.")
+    if bool((bank["entry"] < 0).all()):
+        raise UserError(f"--bank {run}: that run filled no memory bank; choose one trained with gkp or gsa-*")
+    if center and "origin" not in bank:
+        raise UserError(
+            f"--center: the bank of {run} lacks the weights that its run began with; fill one by a run with --center"
+        )
+    return bank

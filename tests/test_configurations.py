@@ -24,7 +24,8 @@ from ltfast.predict import Preprocess
 from ltfast.preserve import Anchor
 from ltfast.progress import Progress
 from ltfast.recipes import build_config, rule_of
-from ltfast.train import Trainer, load_bank, train
+from ltfast.resume import load_bank
+from ltfast.train import Trainer, train
 from ltfast.unread import unread
 
 

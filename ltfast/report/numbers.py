@@ -15,6 +15,7 @@ from ltfast.errors import UserError
 from ltfast.observe import head_and_tail
 from ltfast.recipes import needs_groups, rule_of
 from ltfast.report.runs import Missing, RunView
+from ltfast.resume import load_bank
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SMOOTHING = 0.35  # bandwidth of the accuracy curve, in factors of e of the class size
@@ -239,8 +240,6 @@ def forces(view: RunView) -> dict[str, Any]:
 
 def bank_epochs(view: RunView) -> list[int] | None:
     """Epoch, counted from 1, of each class's entry in the memory bank [C]; None if the state or an entry is missing."""
-    from ltfast.train import load_bank
-
     try:
         bank = load_bank(view.folder.path)
     except UserError:
