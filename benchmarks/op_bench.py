@@ -26,13 +26,8 @@ GPU_SIZES = (25_600_000, 100_000_000)  # ResNet-50, and a model four times its s
 CPU_SIZES = (100_000, 25_600_000)  # counted; counted and timed
 CPU_ROUNDS = 7
 LEAST_TIMED = 1_000_000  # below that a CPU shows its overhead and caches
-WRITE_ONLY = (
-    "copy_",
-    "fill_",
-    "zero_",
-    "_foreach_copy_",
-    "_foreach_zero_",
-)  # operators that do not read what they write over
+# Operators that do not read what they write over.
+WRITE_ONLY = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
 LINE = "{:42s} {:>8s} {:>7s} {:>9s} {:>10s} {:>10s} {:>8s}"
 
 

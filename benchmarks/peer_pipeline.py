@@ -34,10 +34,8 @@ from ltfast.data.cifar import MEAN, STD  # noqa: E402
 from ltfast.data.pool import Splits  # noqa: E402
 from ltfast.data.small import SmallSource  # noqa: E402
 
-PICTURES = {
-    "cpu": 1024,
-    "cuda": 32768,
-}  # on a GPU machine enough that the plain pipeline's workers seldom start an epoch
+# On a GPU machine enough that the plain pipeline's workers seldom start an epoch.
+PICTURES = {"cpu": 1024, "cuda": 32768}
 
 
 class Pictures(Dataset[tuple[Tensor, Tensor, Tensor]]):

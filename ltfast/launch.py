@@ -123,9 +123,8 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
-    os.environ.setdefault(
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"
-    )  # a fresh store for every start, see ltfast/dist.py
+    # A fresh store for every start, see ltfast/dist.py.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="ltfast-") as folder:

@@ -155,9 +155,8 @@ class TrainStep:
             self.engine.climbed = False
         figures = {"loss": loss, "grad_norm": norm, **means(stats)}
         good = self.update.in_a_row == 0
-        values = torch.where(
-            good, torch.stack([value.float() for value in figures.values()]), 0.0
-        )  # of no skipped step
+        # Of no skipped step.
+        values = torch.where(good, torch.stack([value.float() for value in figures.values()]), 0.0)
         result = dict(zip(figures, values.unbind(), strict=True))
         return Taken({**result, "good": good.float()}, features[: labels.numel()], stats)
 
@@ -275,9 +274,8 @@ class TrainStep:
                 perturbed = self.losses(x, labels).losses
                 if k + 1 < engine.n_groups:
                     self.backward(perturbed[k] * shares[k], self._final_row, add=k > 0)
-        engine.settle(
-            engine.rows
-        )  # the rows are done with, and a recorded step hands nothing to the next one but state at its address
+        # The rows are done with, and a recorded step hands nothing to the next one but state at its address.
+        engine.settle(engine.rows)
         self._descend(perturbed[-1] * shares[-1], add=engine.n_groups > 1)
         assert features is not None
         return (losses.detach() * shares).sum(), features, engine.stats

@@ -192,9 +192,8 @@ class Trainer(Durable):
         """The step for the groups there are: plain descent while scouting for them."""
         rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
         membership = build.build_membership(self.config, self.rule, self.source.train_counts, self.groups)
-        self.source.set_groups(
-            membership.argmax(1) if self.groups is None else self.groups
-        )  # of the stratified sampler
+        # Of the stratified sampler.
+        self.source.set_groups(membership.argmax(1) if self.groups is None else self.groups)
         self.step = TrainStep(
             self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, forward=self.forward,
             reducer=self.reducer, agreement=self.agreement, capture=self.capture,

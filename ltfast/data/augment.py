@@ -98,8 +98,8 @@ class DigitsView(View):
 
 
 class StrongDraw(NamedTuple):
-    """What CifarStrong drew for B samples: crop corner, mirror, cutout centre (pixels), numbers for the policy [B,
-    5]."""
+    """What CifarStrong drew for B samples: crop corner, mirror, cutout centre (pixels), numbers for the policy
+    [B, 5]."""
 
     top: Tensor
     left: Tensor
