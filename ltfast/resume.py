@@ -49,7 +49,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     if trainer.groups is not None:
         tensors["groups"] = trainer.groups
     if trainer.anchor is not None:
-        tensors |= {f"anchor.{k}": getattr(trainer.anchor, k) for k in ("weight", "target", "const")}
+        tensors |= {f"anchor.{k}": v for k, v in trainer.anchor._asdict().items()}
     if trainer.sums:
         tensors["sums"] = ranks.mean_(torch.stack(list(trainer.sums.values())))
     if trainer.meter.sums is not None:
@@ -134,8 +134,7 @@ def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     if "groups" in tensors:
         trainer.groups = tensors["groups"]
     if "anchor.weight" in tensors:
-        weight, target, const = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
-        trainer.anchor = Anchor(weight, target, const, trainer.config.preserve.gkp_lambda)
+        trainer.anchor = Anchor(tensors["anchor.weight"], tensors["anchor.target"])
     trainer.make_step()
     if trainer.step.engine is not None:
         trainer.step.engine.load_state(part(tensors, "engine."))

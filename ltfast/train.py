@@ -161,7 +161,7 @@ class Trainer(Durable):
             sizes = group_sizes(self.groups, counts, cfg.groups, cfg.gkp_normalise)
             anchor = collapse_knowledge(
                 self.model, self.flat, self.source, self.bank, self.groups, sizes, self.objective.classification,
-                strength=cfg.gkp_lambda, fisher=cfg.fisher, budget=cfg.fisher_budget, seed=seed,
+                fisher=cfg.fisher, budget=cfg.fisher_budget, seed=seed,
                 ranks=self.ranks,
             )  # fmt: skip
             self.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))

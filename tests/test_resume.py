@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ltfast import build, checkpoint
+from ltfast import build, checkpoint, resume
 from ltfast.errors import UserError
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
@@ -171,6 +171,25 @@ def test_unreadable_images_before_a_stop_are_counted(tmp_path: Path) -> None:
     (row,) = [row for row in log(tmp_path / "b") if row["kind"] == "epoch"]
     assert row["replaced"] == 2
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_state_of_an_earlier_version_holds_more_of_an_anchor(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = resume.capture
+
+    def capture(trainer: Any) -> Any:
+        tensors, meta, shared = real(trainer)
+        return tensors | {"anchor.const": torch.ones((), dtype=torch.float64)}, meta, shared
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(resume, "capture", capture)
+    train(config(out), progress=StopAt(23))
+    monkeypatch.undo()
+    tensors, _ = checkpoint.load(max((out / "checkpoints").glob("state-*")))
+    assert "anchor.const" in tensors
+    train(config(out), resume=str(out))
+    assert_same_run(undisturbed, out)
 
 
 def test_dropout_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

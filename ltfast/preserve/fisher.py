@@ -7,7 +7,7 @@ differentiated; the classifier is the model's current one. A network that torch'
 one image in mode "batch", which is the same number, slower.
 
     with swapped_parameters(flat_encoder, theta_star), reestimate_batchnorm(model, images):
-        fisher = fisher_diagonal(model, names, batches, loss_fn)
+        sums, samples = fisher_sums(model, names, batches, loss_fn)      # F = sums / samples
 
 Legend: B batch, D elements of the flattened encoder.
 """
@@ -35,26 +35,6 @@ Flatten = Callable[[Mapping[str, Tensor]], Tensor]  # {name: tensor shaped as th
 def concatenate(tensors: Mapping[str, Tensor]) -> Tensor:
     """The default flattening: all elements one after another in the mapping's order."""
     return torch.cat([t.reshape(-1) for t in tensors.values()])
-
-
-def fisher_diagonal(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss_fn: LossFn,
-    *,
-    mode: str = "per-sample",
-    chunk: int | None = None,
-    flatten: Flatten = concatenate,
-) -> Tensor:
-    """Mean of squared gradients over the samples (or batches) of `batches`, float32, in `flatten`'s order [D].
-
-    Arguments as `fisher_sums`. Raises ValueError if there is no sample.
-    """
-    sums, seen = fisher_sums(model, names, batches, loss_fn, mode=mode, chunk=chunk, flatten=flatten)
-    if not seen:
-        raise ValueError("batches are empty: the Fisher needs at least one sample")
-    return (sums / seen).float()
 
 
 @torch.no_grad()  # torch.func differentiates all the same; no graph of the other parameters is kept
