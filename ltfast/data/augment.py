@@ -89,8 +89,7 @@ class DigitsView(View):
             translate_x=right * self.shift,
             translate_y=down * self.shift,
             scale=1 + zoom * self.zoom,
-            shear_x=zero,
-            shear_y=zero,
+            shear=zero,
             center_x=zero,
             center_y=zero,
         )

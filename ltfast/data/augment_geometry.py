@@ -57,22 +57,20 @@ def inverse_affine(
     translate_x: Tensor,
     translate_y: Tensor,
     scale: Tensor,
-    shear_x: Tensor,
-    shear_y: Tensor,
+    shear: Tensor,
     center_x: Tensor,
     center_y: Tensor,
 ) -> Tensor:
     """[B, 2, 3] float32: output pixel -> input pixel, both measured from the image centre; torchvision's affine
     inverted.
 
-    angle in degrees, clockwise (as torchvision's affine; its rotate turns the other way); shears are tangents, not
-    angles; translation and centre in pixels from the image centre. Computed in float64.
+    angle in degrees, clockwise (as torchvision's affine; its rotate turns the other way); shear is vertical, a tangent
+    and no angle; translation and centre in pixels from the image centre. Computed in float64.
     """
     rotation = angle_B.double() * (math.pi / 180)
     cos, sin = rotation.cos(), rotation.sin()
-    a, c = cos + sin * shear_y, sin - cos * shear_y
-    b, d = -a * shear_x - sin, -c * shear_x + cos
-    m00, m01, m10, m11 = d / scale, -b / scale, -c / scale, a / scale
+    m00, m01 = cos / scale, sin / scale
+    m10, m11 = (cos * shear - sin) / scale, (cos + sin * shear) / scale
     x, y = -center_x - translate_x, -center_y - translate_y
     m02 = m00 * x + m01 * y + center_x
     m12 = m10 * x + m11 * y + center_y
