@@ -128,7 +128,7 @@ def kornia_batched(pictures: Tensor) -> dict[str, Callable[[], object]]:
     except ImportError:
         return {}
     view = kornia.AugmentationSequential(
-        kornia.RandomResizedCrop((32, 32), scale=Contrastive(32, MEAN, STD).area),
+        kornia.RandomResizedCrop((32, 32), scale=Contrastive.area),
         kornia.RandomHorizontalFlip(),
         kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
         kornia.RandomGrayscale(p=0.2),

@@ -95,15 +95,14 @@ def predicted_flops(config: Config, classes: int) -> float:
     return flops_ratio(rule_of(config), ascent_groups(config, classes), config.loss.n_views)
 
 
-def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
+def make_plan(config: Config) -> Plan:
     """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing.
 
     Pictures of a large set need not be there yet.
     """
-    ranks = ranks or Ranks()
     rule = rule_of(config)
     large = config.data.dataset in LARGE
-    source = build.build_data(config.with_(loader="synthetic") if large else config, torch.device("cpu"), ranks)
+    source = build.build_data(config.with_(loader="synthetic") if large else config, torch.device("cpu"), Ranks())
     config = build.fitting(config, source.num_classes)
     processes = planned_processes(config)
     check_batch(config.data.batch, source.sizes["train"], processes, config.data.dataset)

@@ -61,7 +61,6 @@ class TrainStep:
         model, objective, flat, buffers, update: what it trains and how.
         rule: sharpness-aware rule, or None.
         membership: [C, G] group weights of every class (rows sum to 1).
-        group_counts: [G] training images of each group.
         forward: the objective's functions, compiled or not; made here if None.
         capture: wraps the step's function in a recorder of CUDA graphs.
 
@@ -79,7 +78,6 @@ class TrainStep:
         update: Update,
         rule: Rule | None = None,
         membership: Tensor | None = None,
-        group_counts: Tensor | None = None,
         forward: Forward | None = None,
         reducer: GradientReducer | None = None,
         agreement: Agreement | None = None,
@@ -92,8 +90,7 @@ class TrainStep:
         c = objective.counts.numel()
         device = flat.device
         self.membership = torch.ones(c, 1, device=device) if membership is None else membership.to(device)
-        counts = self.membership.T @ objective.counts.to(device).float() if group_counts is None else group_counts
-        self.group_counts = counts.to(device, torch.float32)
+        self.group_counts = self.membership.T @ objective.counts.to(device).float()
         self.group_of_class = self.membership.argmax(1)  # of hard memberships
         self.backward = Backward(flat, update.scaler)
         self.engine: Engine | None = None

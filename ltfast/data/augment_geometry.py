@@ -39,8 +39,8 @@ def crop_flip(images: Tensor, top_B: Tensor, left_B: Tensor, flip_B: Tensor, pad
     return padded.gather(2, place).view(batch, channels, height, width)
 
 
-def cutout(images: Tensor, center_y_B: Tensor, center_x_B: Tensor, length: int, value: float = 0.0) -> Tensor:
-    """Set the length x length square around the centre to `value`, clipped at the border (DeVries and Taylor 2017)."""
+def cutout(images: Tensor, center_y_B: Tensor, center_x_B: Tensor, length: int) -> Tensor:
+    """Set the length x length square around the centre to 0, clipped at the border (DeVries and Taylor 2017)."""
     height, width = images.shape[-2:]
     half = length // 2
     rows = torch.arange(height, device=images.device) - center_y_B[:, None]
@@ -48,7 +48,7 @@ def cutout(images: Tensor, center_y_B: Tensor, center_x_B: Tensor, length: int, 
     inside_rows = (rows >= -half) & (rows < half)
     inside_columns = (columns >= -half) & (columns < half)
     hole = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
-    return images.masked_fill(hole, value)
+    return images.masked_fill(hole, 0.0)
 
 
 def inverse_affine(

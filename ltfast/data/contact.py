@@ -23,14 +23,14 @@ LETTERS = 12
 """A letter is so many times smaller than a tile, and at least 11 pixels high."""
 
 
-def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0) -> Path:
+def contact_sheet(source: Source, path: str | Path, n: int = 12) -> Path:
     """Write a PNG with n images of the first training batches, of as many classes as they hold; returns the path.
 
     UserError where it cannot be written.
     """
     from PIL import Image, ImageDraw
 
-    columns, labels = _collect(source, n, epoch)
+    columns, labels = _collect(source, n)
     names = [source.class_names[label] for label in labels]
     tile = _tile_side(columns)
     font = _font(max(11, tile // LETTERS))
@@ -70,10 +70,10 @@ def _tile_side(columns: list[Tensor]) -> int:
     return side * max(1, round(TILE / side))
 
 
-def _collect(source: Source, n: int, epoch: int) -> tuple[list[Tensor], list[int]]:
+def _collect(source: Source, n: int) -> tuple[list[Tensor], list[int]]:
     """The plain pictures and each view of n chosen images, normalised as they come, on the CPU; and their labels."""
     parts: list[Batch] = []
-    for part in source.train(epoch):
+    for part in source.train(0):
         parts.append(part)
         if sum(len(p.index) for p in parts) >= n:
             break
