@@ -47,7 +47,7 @@ class Counted(NamedTuple):
     bytes: float
 
 
-class _DispatchCounter(TorchDispatchMode):
+class DispatchCounter(TorchDispatchMode):
     """Counts operators that launch a kernel and the elements they read and write; views are free."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class _DispatchCounter(TorchDispatchMode):
 def count_call(call: Callable[[], Any], n: int) -> Counted:
     """Kernels, passes and bytes an element of one call: declared by our ops, dispatched operators for anything else."""
     call()  # an optimizer's first step also makes its state
-    with counting() as ours, _DispatchCounter() as other:
+    with counting() as ours, DispatchCounter() as other:
         call()
     if ours.ops:
         return Counted(ours.kernels, ours.passes, ours.bytes / n)
