@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import append_row
+from harness import append_row, facts
 from seeded import DRAWS
 
 ONE_GROUP = ",groups=1"
@@ -59,7 +59,9 @@ def collect(folder: Path) -> bool:
         "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "scout": config.preserve.scout,
         "draws": DRAWS,
     }  # fmt: skip
-    where = {"commit": env["commit"], "device": env["device"]}
+    where = {name: env[name] for name in ("device", "cuda", "torch", "triton", "commit")}
+    where["cpu"] = f"{env['cpu']}, {env['threads']} threads"
+    where["driver"] = facts()["driver"] if env["device"] == facts()["device"] else None  # of another machine: not known
     for name in FIGURES:
         append_row(config.data.dataset, case, name, tests[-1]["last"][name], n=1, config=settings, **where)
     append_row(config.data.dataset, case, "seconds", sum(e["seconds"] for e in epochs), n=1, config=settings, **where)

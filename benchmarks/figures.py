@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import seeded
+from harness import RESULTS
 
 from ltfast.recipes import ALIASES
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 # Okabe-Ito colours with distinct markers: readable in grey print and to colour-blind eyes.
 STYLES = {"ce": ("#D55E00", "s", "--"), "gkp-gsa": ("#0072B2", "o", "-")}
 

@@ -26,13 +26,8 @@ GPU_SIZES = (25_600_000, 100_000_000)  # ResNet-50, and a model four times its s
 CPU_SIZES = (100_000, 25_600_000)  # counted; counted and timed
 CPU_ROUNDS = 7
 LEAST_TIMED = 1_000_000  # below that a CPU shows its overhead and caches
-WRITE_ONLY = (
-    "copy_",
-    "fill_",
-    "zero_",
-    "_foreach_copy_",
-    "_foreach_zero_",
-)  # operators that do not read what they write over
+# Operators that do not read what they write over.
+WRITE_ONLY = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
 LINE = "{:42s} {:>8s} {:>7s} {:>9s} {:>10s} {:>10s} {:>8s}"
 
 
@@ -52,7 +47,7 @@ class Counted(NamedTuple):
     bytes: float
 
 
-class _DispatchCounter(TorchDispatchMode):
+class DispatchCounter(TorchDispatchMode):
     """Counts operators that launch a kernel and the elements they read and write; views are free."""
 
     def __init__(self) -> None:
@@ -82,7 +77,7 @@ class _DispatchCounter(TorchDispatchMode):
 def count_call(call: Callable[[], Any], n: int) -> Counted:
     """Kernels, passes and bytes an element of one call: declared by our ops, dispatched operators for anything else."""
     call()  # an optimizer's first step also makes its state
-    with counting() as ours, _DispatchCounter() as other:
+    with counting() as ours, DispatchCounter() as other:
         call()
     if ours.ops:
         return Counted(ours.kernels, ours.passes, ours.bytes / n)

@@ -100,7 +100,7 @@ def count(make: peers.Make, model: str, period: int = 2) -> dict[str, float]:
     for _ in range(period):
         step()
     flops = (losses.forwards + 2 * losses.backwards) / 3 / period
-    with counting() as own, op_bench._DispatchCounter() as other, peers.Waits() as waits:
+    with counting() as own, op_bench.DispatchCounter() as other, peers.Waits() as waits:
         step()
     held = (peers.live_bytes() - before) / (4 * n)
     return {

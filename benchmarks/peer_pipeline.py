@@ -11,7 +11,6 @@ processes by the wall clock (not yet run on a GPU). Large pictures: benchmarks/d
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,10 +33,8 @@ from ltfast.data.cifar import MEAN, STD  # noqa: E402
 from ltfast.data.pool import Splits  # noqa: E402
 from ltfast.data.small import SmallSource  # noqa: E402
 
-PICTURES = {
-    "cpu": 1024,
-    "cuda": 32768,
-}  # on a GPU machine enough that the plain pipeline's workers seldom start an epoch
+# On a GPU machine enough that the plain pipeline's workers seldom start an epoch.
+PICTURES = {"cpu": 1024, "cuda": 32768}
 
 
 class Pictures(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -86,9 +83,7 @@ def our_batches(images: Tensor, batch: int, device: str) -> Iterator[object]:
         epoch += 1
 
 
-def rate(
-    batches: Iterator[object], batch: int, device: str, repetitions: int, together: int = 1
-) -> tuple[float, float, float, int]:
+def rate(batches: Iterator[object], batch: int, device: str, repetitions: int, together: int = 1) -> harness.Timing:
     """Images a second: median, p20, p80, and the number of figures; processor seconds on a CPU.
 
     together: batches that make one figure. Worker processes end theirs at about the same time, so that most are only
@@ -105,8 +100,7 @@ def rate(
         if device == "cuda":
             torch.cuda.synchronize()
         rates.append(together * batch / (clock() - started))
-    fifths = statistics.quantiles(rates, n=5)
-    return statistics.median(rates), fifths[0], fifths[-1], repetitions
+    return harness.timing(rates)
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ class Total:
 
     def __init__(self, run: Callable[[int], object], steps: int) -> None:
         with (
-            FlopCounterMode(display=False) as flops, counting() as own, op_bench._DispatchCounter() as other, Waits() as waits,
+            FlopCounterMode(display=False) as flops, counting() as own, op_bench.DispatchCounter() as other, Waits() as waits,
         ):  # fmt: skip
             run(steps)
         self.values = {

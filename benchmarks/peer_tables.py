@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import seeded
+from harness import RESULTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
 Figures = dict[str, dict[str, Any]]  # metric -> row
 

@@ -260,7 +260,7 @@ def measure(make: Make, model: str, device: str) -> dict[str, Any]:
     n = sum(p.numel() for p in losses.params)
     for _ in range(WARM_UP):  # state is made, and one exact and many remembered Gram matrices pass
         step()
-    with counting() as own, op_bench._DispatchCounter() as other, Waits() as waits:
+    with counting() as own, op_bench.DispatchCounter() as other, Waits() as waits:
         step()
     return {
         "kernels": own.kernels + other.kernels, "passes": round(own.passes + other.elements / n, 2),

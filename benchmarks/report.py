@@ -20,11 +20,11 @@ import figures
 import gpu_tables
 import peer_tables
 import seeded
+from harness import RESULTS
+from peer_tables import NOT_MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "kernels.md")
-NOT_MEASURED = "not measured"
 SUPERSEDED = {"model/host/a rank": "host/a rank/torch loader/n=2000000"}  # computed once, measured since
 Row = dict[str, Any]
 

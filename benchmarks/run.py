@@ -127,7 +127,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "cpu": (
         PEERS, *kernels(180), OPTIMIZERS, PEER_PIPELINE, PEER_STEPS,
         Stage("precision", ("benchmarks/precision.py",), 300),
-        Stage("scale", ("benchmarks/scale.py", "--snapshots", "20", "--append", "benchmarks/results/scale.jsonl"), 300),
+        Stage("scale", ("benchmarks/scale.py", "--snapshots", "20", "--append"), 300),
         STEP, DIGITS, ORDER, INPUT, VIEWS, ABLATION,
     ),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """What long-tailed bookkeeping costs at iNaturalist's size, without a picture or a network.
 
-    python benchmarks/scale.py                      # C = 8,142, 100 snapshots of a ResNet-50; needs 13 GiB of memory
-    python benchmarks/scale.py --snapshots 20 --append benchmarks/results/scale.jsonl
+    python benchmarks/scale.py                                 # C = 8,142, 100 snapshots of a ResNet-50; needs 13 GiB of memory
+    python benchmarks/scale.py --snapshots 20 --append         # and appends rows to benchmarks/results/scale.jsonl
 
 Sampling order, class and group statistics, streaming quality, memory bank, clustering, group means and the collapsed
 anchor, each part in a process of its own so that its peak memory is its own. Snapshots are random walks: cost does not
@@ -9,19 +9,15 @@ depend on their values.
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
 import resource
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import append_row
 
 from ltfast.data.sampler import SAMPLERS, epoch_order
 from ltfast.memory import meminfo
@@ -34,6 +30,7 @@ from ltfast.preserve import (
     sample_indices,
     stream_anchor,
 )
+from ltfast.runs import cpu_name
 
 CLASSES, IMAGES, FEATURES = 8142, 437_513, 2048
 RESNET50_WITH_HEADS = 25_600_000  # with a projection head: the size that the memory target is stated for
@@ -128,7 +125,7 @@ def bench_bank(args: argparse.Namespace) -> Iterator[Figure]:
     yield f"group_means/{case}/G={args.groups}", "seconds", spent
     sizes = group_sizes(groups, torch.ones_like(groups), args.groups)
     pairs = ((mean, step.uniform_(generator=generator)) for mean in means)
-    yield f"anchor/{case}/G={args.groups}", "seconds", seconds(stream_anchor, pairs, sizes, 10.0)
+    yield f"anchor/{case}/G={args.groups}", "seconds", seconds(stream_anchor, pairs, sizes)
     yield f"all/{case}/G={args.groups}", "peak_rss_gib", peak_gib()
 
 
@@ -180,23 +177,11 @@ def available_gib() -> float:
     return meminfo()["MemAvailable"] / 2**30
 
 
-def append(path: Path, figures: list[Figure], config: dict[str, object]) -> None:
-    """One JSON object a figure, added to the end of `path`."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    common = {
-        "device": "cpu", "cpu": f"{cpu[0] if cpu else platform.machine()}, {config['threads']} threads",
-        "driver": None, "cuda": None, "torch": torch.__version__, "triton": None, "commit": commit.stdout.strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "config": config,
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for case, metric, value in figures:
-            file.write(
-                json.dumps({"bench": "scale", "case": case, "metric": metric, "value": value, "n": 1} | common) + "\n"
-            )
+def append(figures: list[Figure], config: dict[str, object]) -> None:
+    """One row a figure, in scale.jsonl."""
+    where = {"device": "cpu", "cpu": f"{cpu_name()}, {config['threads']} threads", "driver": None, "cuda": None}
+    for case, metric, value in figures:
+        append_row("scale", case, metric, value, config=config, **where)
 
 
 def main() -> None:
@@ -210,7 +195,7 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=RESNET50_WITH_HEADS)
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--append", type=Path, help="add the rows to this JSON-lines file")
+    parser.add_argument("--append", action="store_true", help="append rows to benchmarks/results/scale.jsonl")
     args = parser.parse_args()
     needed = args.snapshots * args.dimension * 4 / 2**30 + 2.5
     if "bank" in args.parts and needed > available_gib():
@@ -226,7 +211,7 @@ def main() -> None:
         figures += found
     if args.append:
         config = {k: v for k, v in vars(args).items() if k not in ("append", "parts")}
-        append(args.append, figures, config)
+        append(figures, config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ augmentation; it is measured only where it is installed.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.harness import append_row, time_call
+from benchmarks.harness import Timing, append_row, time_call, timing
 from ltfast.data.augment import Contrastive, Plain, recipe
 from ltfast.data.cifar import MEAN, STD
 from ltfast.data.rng import epoch_key, uniforms
@@ -56,18 +55,17 @@ def smooth_pictures(n: int) -> Tensor:
     return ((fields + 0.05 * torch.randn(n, 3, 32, 32, generator=rng)) * 255).clamp(0, 255).to(torch.uint8)
 
 
-def measure(call: Callable[[], object], device: str, repetitions: int) -> tuple[float, float, float, int]:
-    """Median, p20, p80 seconds and n: device events on a GPU, processor time of this process on a CPU."""
+def measure(call: Callable[[], object], device: str, repetitions: int) -> Timing:
+    """Seconds: device events on a GPU, processor time of this process on a CPU."""
     if device == "cuda":
-        return tuple(time_call(call, repetitions, min(10, repetitions)))
+        return time_call(call, repetitions, min(10, repetitions))
     call()
     seconds = []
     for _ in range(repetitions):
         start = time.process_time()
         call()
         seconds.append(time.process_time() - start)
-    cuts = statistics.quantiles(seconds, n=5)
-    return statistics.median(seconds), cuts[0], cuts[3], repetitions
+    return timing(seconds)
 
 
 def ours(pictures: Tensor) -> dict[str, Callable[[], object]]:
@@ -128,7 +126,7 @@ def kornia_batched(pictures: Tensor) -> dict[str, Callable[[], object]]:
     except ImportError:
         return {}
     view = kornia.AugmentationSequential(
-        kornia.RandomResizedCrop((32, 32), scale=Contrastive(32, MEAN, STD).area),
+        kornia.RandomResizedCrop((32, 32), scale=Contrastive.area),
         kornia.RandomHorizontalFlip(),
         kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
         kornia.RandomGrayscale(p=0.2),

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from harness import append_row, time_call  # noqa: E402
+from harness import append_row, in_turns, time_call, timing  # noqa: E402
 from step_bench import METHODS, Bench, Case, cycle_of  # noqa: E402
 from step_profile import SECTIONS, picture, sections_of, sections_of_kernels  # noqa: E402
 
@@ -54,24 +52,24 @@ def turns(calls: Sequence[Callable[[], object]], rounds: int, cycle: int = 1) ->
 
     cycle: calls in a row that make one time (mode R: a refresh and the steps that use it).
     """
-    for call in calls:
-        for _ in range(cycle):
-            call()
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, times in zip(calls, seconds, strict=True):
-            started = time.perf_counter()
+
+    def whole(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
             for _ in range(cycle):
                 call()
-            times.append((time.perf_counter() - started) / cycle)
-    return seconds
+
+        return run
+
+    cycles = {str(i): whole(call) for i, call in enumerate(calls)}
+    for run in cycles.values():
+        run()
+    return [[s / cycle for s in seconds] for seconds in in_turns(cycles, rounds, {}).values()]
 
 
 def ratio(over: list[float], under: list[float]) -> dict[str, Any]:
     """Median and spread of over / under, round by round."""
-    values = sorted(a / b for a, b in zip(over, under, strict=True))
-    fifths = statistics.quantiles(values, n=5)
-    return {"value": statistics.median(values), "p20": fifths[0], "p80": fifths[-1], "n": len(values)}
+    found = timing([a / b for a, b in zip(over, under, strict=True)])
+    return {"value": found.median, "p20": found.p20, "p80": found.p80, "n": found.n}
 
 
 def counted(bench: Bench) -> dict[str, float]:

@@ -152,7 +152,7 @@ def check_vector(name: str, tensor: Tensor, like: Tensor | None = None, dtypes: 
         raise ValueError(f"{name} has {tensor.shape[0]} elements where {like.shape[-1]} are needed")
 
 
-def check_rows(name: str, tensor: Tensor, like: Tensor | None = None, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+def check_rows(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """[R, N] with dense rows (any distance between rows) and 1 <= R <= MAX_ROWS."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
@@ -162,7 +162,7 @@ def check_rows(name: str, tensor: Tensor, like: Tensor | None = None, dtypes: Se
         raise ValueError(f"{name} has {tensor.shape[0]} rows; 1 to {MAX_ROWS} are supported")
     if tensor.shape[1] == 0:
         raise ValueError(f"{name} is empty")
-    _check_like(name, tensor, like, dtypes)
+    _check_like(name, tensor, like, FLOATS)
     if like is not None and tensor.shape[1] != like.shape[-1]:
         raise ValueError(f"{name} has rows of {tensor.shape[1]} elements where {like.shape[-1]} are needed")
 
@@ -211,9 +211,7 @@ def as_coefficients(name: str, values: Coefficients, length: int, like: Tensor) 
     return check_small(name, values, length, like.device)
 
 
-def split_number(
-    name: str, value: Number, device: torch.device, *, low: float = 0.0, high: float = math.inf
-) -> tuple[float, Tensor | None]:
+def split_number(name: str, value: Number, device: torch.device, *, low: float = 0.0) -> tuple[float, Tensor | None]:
     """(python number, None) or (0.0, one-element tensor on `device`); only python numbers can be range-checked."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -223,8 +221,8 @@ def split_number(
         return 0.0, value.detach()
     if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):  # torch 2.11 traces the first only
         raise ValueError(f"{name} must be a number or a one-element tensor, not {value!r}")
-    if not (low <= value <= high and abs(value) < math.inf):  # torch.compile traces this, not math.isfinite
-        raise ValueError(f"{name} is {value}; it must be finite and in [{low}, {high}]")
+    if not (low <= value and abs(value) < math.inf):  # torch.compile traces this, not math.isfinite
+        raise ValueError(f"{name} is {value}; it must be finite and at least {low}")
     return float(value), None
 
 

@@ -158,7 +158,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
     from ltfast.data import load
     from ltfast.data.registry import LARGE
 
-    data, views = config.data, 3 if config.loss.loss == "bcl" else 1
+    data = config.data
     large: dict[str, Any] = {
         "loader": data.loader, "workers": data.workers, "on_bad_image": data.on_bad_image,
         "train_list": data.train_list, "val_list": data.val_list, "test_list": data.test_list,
@@ -167,7 +167,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
     source = load(
         data.dataset, data_dir=data.data_dir, imbalance=data.imbalance, imbalance_type=data.imbalance_type,
         limit_train=data.limit_train or None, val_per_class=data.val_per_class, batch=data.batch,
-        views=None if data.views == "auto" else data.views, num_views=views, sampler=data.sampler, seed=config.run.seed,
+        views=None if data.views == "auto" else data.views, num_views=config.loss.n_views, sampler=data.sampler, seed=config.run.seed,
         device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download,
         image_size=data.image_size,
         **(large if data.dataset in LARGE else {}),

@@ -149,14 +149,14 @@ def load_meta(path: Path) -> dict[str, Any]:
         return {}
 
 
-def load_into(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
+def load_into(model: torch.nn.Module, path: Path) -> None:
     """Copy weights and buffers from `path` into `model`, in place.
 
     Raises:
         UserError: names or shapes differ, i.e. the file belongs to another model.
     """
     tensors, _ = load(path)
-    state = {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    state = model.state_dict()
     problems = [f"{k} missing" for k in state if k not in tensors]
     problems += [
         f"{k} is {list(tensors[k].shape)} there and {list(v.shape)} here"
@@ -164,7 +164,8 @@ def load_into(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
     ]  # fmt: skip
     if problems:
         raise UserError(
-            f"{path}: belongs to another model ({problems[0]}; {len(problems)} differences); use the run's own --model and --dataset"
+            f"{path}: belongs to another model ({problems[0]}; {len(problems)} differences); "
+            "were classes added or removed, or was the run's config.toml changed?"
         )
     with torch.no_grad():
         for k, v in state.items():

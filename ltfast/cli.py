@@ -98,7 +98,7 @@ def parsed(name: str, text: Any) -> Any:
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"--{name.replace('_', '-')} {text}: needs a number ({kind.__name__})") from None
+        raise UserError(f"{flag(name)} {text}: needs a number ({kind.__name__})") from None
 
 
 def build_parser() -> Parser:

@@ -117,6 +117,11 @@ class Loss:
     temperature: float = _opt(0.07, "temperature of the contrastive term", paper="0.1 (CIFAR), 0.07", above=0)
     tau: float = _opt(1.0, "strength of the log prior in balanced softmax", paper="1.0", least=0)
 
+    @property
+    def n_views(self) -> int:
+        """Views of a picture that the loss looks at."""
+        return 3 if self.loss == "bcl" else 1
+
 
 @dataclass(frozen=True)
 class Sharpness:
@@ -124,10 +129,20 @@ class Sharpness:
 
     sharpness: str = _opt("none", "rule (see `ltfast methods`); none = plain descent")
     direction: str | None = _opt(
-        None, "override", choices=("joint", "none", "orthogonal", "projected", "friendly"), paper="orthogonal"
+        None,
+        "override: what a group climbs along, of its gradient",
+        choices=("joint", "none", "orthogonal", "projected", "friendly"),
+        paper="orthogonal",
     )
-    objective: str | None = _opt(None, "override", choices=("shared", "per_group"), paper="per_group")
-    scope: str | None = _opt(None, "override", choices=("all", "classifier"), paper="classifier")
+    objective: str | None = _opt(
+        None,
+        "override: one perturbation for all groups, or each its own",
+        choices=("shared", "per_group"),
+        paper="per_group",
+    )
+    scope: str | None = _opt(
+        None, "override: which parameters are perturbed", choices=("all", "classifier"), paper="classifier"
+    )
     adaptive: bool | None = _opt(None, "override: scale perturbations by |theta|", paper="true")
     rho: float | None = _opt(None, "override: fixed radius instead of Eq. 13", least=0)
     radius_C: float | None = _opt(None, "override: C of Eq. 13", paper="0.1", least=0)

@@ -12,6 +12,7 @@ from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
 from ltfast.metrics import Accumulator
+from ltfast.modes import evaluating
 
 
 def augmented(logits: Callable[[Tensor], Tensor], tta: str) -> Callable[[Tensor], Tensor]:
@@ -31,27 +32,25 @@ def evaluate(
     logits: Callable[[Tensor], Tensor] | None = None,
     tta: str = "none",
 ) -> dict[str, Any]:
-    """Figures of `ltfast.metrics.Accumulator.to_dict` for `split` ("train", "val" or "test"); the model's mode is kept.
+    """Figures of `ltfast.metrics.Accumulator.to_dict` for `split` ("train", "val" or "test"); modes are kept.
 
     logits: pictures [b, ...] -> logits [b, C] of the model, if it is not to be called itself (compiled, autocast). It
     always gets as many pictures as in the first batch, so one compiled graph serves a split. tta: see `augmented`.
     """
     infer = augmented(logits or model, tta)
-    was_training = model.training
-    model.eval()
     accumulator = Accumulator(source.num_classes, source.train_counts, device=device)
     size = 0
-    for batch in source.evaluate(split):
-        n = batch.labels.numel()
-        size = size or n
-        pictures = batch.views[0]
-        if n < size:  # the last batch: filled up with copies of its last picture, which do not count
-            # Indexing keeps the memory format, which a compiled graph hangs on as well; torch.cat would not.
-            pictures = pictures[torch.arange(size, device=pictures.device).clamp_max(n - 1)]
-        accumulator.update(infer(pictures)[:n].float(), batch.labels)
+    with evaluating(model):
+        for batch in source.evaluate(split):
+            n = batch.labels.numel()
+            size = size or n
+            pictures = batch.views[0]
+            if n < size:  # the last batch: filled up with copies of its last picture, which do not count
+                # Indexing keeps the memory format, which a compiled graph hangs on as well; torch.cat would not.
+                pictures = pictures[torch.arange(size, device=pictures.device).clamp_max(n - 1)]
+            accumulator.update(infer(pictures)[:n].float(), batch.labels)
     for tensor in accumulator.state().values():
         (ranks or Ranks()).sum_(tensor)
-    model.train(was_training)
     return accumulator.to_dict()
 
 

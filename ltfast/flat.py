@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, repeat
+from itertools import accumulate, pairwise, repeat
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class FlatParameters:
 
     Attributes:
         data: [N] working copy; the parameters are views of it, their storage never changes afterwards.
+        offsets: where each parameter begins in the buffer, and then the buffer's end N.
         rows: the gradient rows; `attach(r)` lets autograd accumulate straight into row r of `grads`, [R, N].
         numel: number of real parameters d (without padding).
 
@@ -75,13 +76,9 @@ class FlatParameters:
             if p.device != self.device:
                 raise ValueError(f"params lie on {self.device} and {p.device}: use one optimizer for each device")
         _check_apart(self.params)
-        self.offsets: list[int] = []
-        end = 0
-        for p in self.params:
-            self.offsets.append(end)
-            end += -(-p.numel() // ALIGN) * ALIGN
-        self.size = end
-        if not end:
+        self.offsets = [0, *accumulate(-(-p.numel() // ALIGN) * ALIGN for p in self.params)]
+        self.size = self.offsets[-1]
+        if not self.size:
             raise ValueError("params holds empty tensors only")
         self.numel = sum(p.numel() for p in self.params)
         self._strides = [p.stride() if _is_dense(p) else p.contiguous().stride() for p in self.params]
@@ -147,7 +144,7 @@ class FlatParameters:
         base = buffer.storage_offset()
         return [
             buffer.as_strided(p.shape, stride, base + offset)
-            for p, stride, offset in zip(self.params, self._strides, self.offsets, strict=True)
+            for p, stride, offset in zip(self.params, self._strides, self.offsets[:-1], strict=True)
         ]
 
     def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
@@ -171,8 +168,7 @@ class FlatParameters:
         index = [i for i, p in enumerate(self.params) if p in wanted]
         if not index or len(index) != len(wanted) or index != list(range(index[0], index[-1] + 1)):
             raise ValueError("these parameters are not one consecutive run of the flat buffer")
-        last = index[-1]
-        return slice(self.offsets[index[0]], self.offsets[last + 1] if last + 1 < len(self.offsets) else self.size)
+        return slice(self.offsets[index[0]], self.offsets[index[-1] + 1])
 
 
 class GradientRows:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltfast.config import Config
+from ltfast.config import Config, flag
 from ltfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def process_count(config: Config) -> int:
 
 def words(flags: Mapping[str, Any]) -> list[str]:
     """Config values as command-line words."""
-    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [word for name, value in flags.items() for word in (flag(name), str(value))]
 
 
 def restarted_run(config: Config, resume: str | None = None) -> str | None:
@@ -123,9 +123,8 @@ def launch(count: int, arguments: Sequence[str], *, out: str, max_restarts: int,
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
-    os.environ.setdefault(
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"
-    )  # a fresh store for every start, see ltfast/dist.py
+    # A fresh store for every start, see ltfast/dist.py.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="ltfast-") as folder:

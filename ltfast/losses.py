@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltfast.models.heads import full_precision
+
 IMBSAM_ETA = 20  # ImbSAM's released default: the field's "few" classes
 FOCAL_GAMMA = 1.0  # Focal-SAM's released defaults
 FOCAL_SHARPNESS = 0.5
@@ -20,7 +22,7 @@ MEMBERSHIPS = ("single", "groups", "classes", "head-tail", "focal")
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-log softmax(logits)[label]: [B, C], [B] -> [B]."""
-    return F.cross_entropy(_wide(logits), labels, reduction="none", label_smoothing=label_smoothing)
+    return F.cross_entropy(full_precision(logits), labels, reduction="none", label_smoothing=label_smoothing)
 
 
 def log_prior(counts: Tensor | Sequence[float]) -> Tensor:
@@ -39,7 +41,7 @@ def balanced_softmax(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: flo
     """
     if log_prior.shape != logits.shape[-1:]:
         raise ValueError(f"log_prior: shape {tuple(log_prior.shape)} must be [{logits.shape[-1]}], one for each class")
-    logits = _wide(logits)
+    logits = full_precision(logits)
     return cross_entropy(logits + tau * log_prior.to(logits.dtype), labels)
 
 
@@ -66,7 +68,7 @@ def balanced_supcon(
         raise ValueError(f"centers: shape {tuple(centers.shape)} must be [{rows}C, {z.shape[1]}]")
     anchors, classes = z.shape[0], centers.shape[-2]
     with torch.autocast(z.device.type, enabled=False):
-        z, centers = _wide(z), _wide(centers)
+        z, centers = full_precision(z), full_precision(centers)
         views = labels.repeat(2)
         members = torch.cat([views, torch.arange(classes, device=labels.device)])
         counts = torch.ones(classes, dtype=z.dtype, device=z.device)
@@ -99,7 +101,7 @@ def group_losses(per_sample: Tensor, membership: Tensor) -> tuple[Tensor, Tensor
         raise ValueError(
             f"membership: shape {tuple(membership.shape)} must be [{per_sample.shape[0]}, G], as membership_for(...)[labels]"
         )
-    per_sample = _wide(per_sample)
+    per_sample = full_precision(per_sample)
     membership = membership.to(per_sample.dtype)
     mass = membership.sum(0)
     total = (membership * per_sample[:, None]).sum(0)
@@ -147,7 +149,3 @@ def membership_for(
             raise ValueError(f"sharpness, gamma: ({sharpness}, {gamma}) need 0 <= sharpness <= 1 and gamma >= 0")
         tail = sharpness * (1 - counts.double() / counts.sum()) ** gamma
     return torch.stack([1 - tail, tail], 1).float()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -110,9 +110,7 @@ def kept_bytes(
         return sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
 
 
-def too_large(
-    batch: int, need: Activations, state: float, room: float, device: str, *, world: int = 1, cause: str = ""
-) -> str:
+def too_large(batch: int, need: Activations, state: float, room: float, device: str, *, world: int = 1) -> str:
     """The message for a batch that does not fit.
 
     Args:
@@ -134,7 +132,7 @@ def too_large(
         else "not even one image a process would fit: choose a smaller --model"
     )
     return (
-        f"--batch {batch} does not fit on {device}{cause}: a step needs about {(state + activation) / GIB:.2f} GiB "
+        f"--batch {batch} does not fit on {device}: a step needs about {(state + activation) / GIB:.2f} GiB "
         f"({state / GIB:.2f} for weights, gradients, optimizer and data, {activation / GIB:.2f} for activations), "
         f"there are {room / GIB:.2f}; {remedy}"
     )

@@ -6,14 +6,14 @@ Source of the groups: the field's many (> 100 training images), medium (20..100)
 classes of the per-class accuracy (Liu et al. 2019, OLTR).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MANY_ABOVE = 100  # field convention, training images a class
-FEW_BELOW = 20
+from ltfast.data.base import SHOT_NAMES, shot_groups
+
 ECE_BINS = 15
 CONFUSION_MAX_CLASSES = 1000  # 8 MB of int64; 8142 classes would take 530 MB
 TABLE_MAX_CLASSES = 30
@@ -45,8 +45,6 @@ class Accumulator:
         *,
         device: torch.device | str = "cpu",
         confusion: bool | None = None,
-        many_above: int = MANY_ABOVE,
-        few_below: int = FEW_BELOW,
         bins: int = ECE_BINS,
     ) -> None:
         if train_counts.shape != (num_classes,):
@@ -55,7 +53,7 @@ class Accumulator:
             raise ValueError(f"bins: {bins} must be at least 1")
         self.num_classes = num_classes
         self.train_counts = train_counts.cpu()
-        self.many_above, self.few_below, self.bins = many_above, few_below, bins
+        self.bins = bins
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -75,14 +73,6 @@ class Accumulator:
     def state(self) -> dict[str, Tensor]:
         """The tensors that hold everything, live: sum each in place over the ranks (all_reduce) before to_dict()."""
         return self._state
-
-    def merge(self, other: "Accumulator") -> None:
-        """Add another accumulator's counts (same classes, bins and confusion) to this one. ValueError otherwise."""
-        mine, theirs = self._state, other._state
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
-            raise ValueError("other: has other classes, bins or confusion than this accumulator")
-        for name, tensor in mine.items():
-            tensor += theirs[name].to(tensor.device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, *, probabilities: bool = False) -> None:
@@ -131,7 +121,7 @@ class Accumulator:
         n = int(seen.sum())
         present = seen > 0
         accuracy = 100.0 * correct.double() / seen.clamp_min(1)
-        many, few = counts > self.many_above, counts < self.few_below
+        group = shot_groups(counts)
         gap = (state["bin_correct"].double() - state["bin_confidence"]).abs().sum()  # 0 of rows that are not finite
         finite = n - int(state["nonfinite"])
         result: dict[str, Any] = {
@@ -139,9 +129,7 @@ class Accumulator:
             "top1": 100.0 * int(correct.sum()) / n if n else None,
             "top5": 100.0 * int(state["correct5"]) / n if n else None,
             "macro": _mean(accuracy, present),
-            "many": _mean(accuracy, present & many),
-            "medium": _mean(accuracy, present & ~many & ~few),
-            "few": _mean(accuracy, present & few),
+            **{name: _mean(accuracy, present & (group == k)) for k, name in enumerate(SHOT_NAMES)},
             "per_class": [float(a) if p else None for a, p in zip(accuracy, present, strict=True)],
             "ece": 100.0 * float(gap) / finite if finite else None,
             "nonfinite": int(state["nonfinite"]),
@@ -149,16 +137,6 @@ class Accumulator:
         if "confusion" in state:
             result["confusion"] = state["confusion"].tolist()
         return result
-
-
-def evaluate(
-    batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, train_counts: Tensor, **options: Any
-) -> dict[str, Any]:
-    """Accumulator(num_classes, train_counts, **options) over (logits [B, C], labels [B]) pairs, as to_dict()."""
-    accumulator = Accumulator(num_classes, train_counts, **options)
-    for logits, labels in batches:
-        accumulator.update(logits, labels)
-    return accumulator.to_dict()
 
 
 def format_table(

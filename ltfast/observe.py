@@ -19,6 +19,7 @@ from ltfast.data.base import SHOT_NAMES, Batch, shot_groups
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
+from ltfast.modes import evaluating
 from ltfast.preserve import Quality, sample_indices
 
 if TYPE_CHECKING:
@@ -114,20 +115,19 @@ def gradient_gram(
 
     loss: (logits, labels) -> loss of each sample. Gradients are taken beside `p.grad`, and modes are restored.
     """
-    ranks, was_training = ranks or Ranks(), model.training
-    model.eval()
+    ranks = ranks or Ranks()
     rows, losses = [], []
-    for batches in groups:
-        row, total = torch.zeros_like(flat.data), torch.zeros(2, dtype=torch.float64, device=flat.device)
-        for batch in batches:
-            value = loss(model(batch.views[0]), batch.labels).sum()
-            row += flat.flatten(torch.autograd.grad(value, flat.params, allow_unused=True))
-            total += torch.stack([value.detach().double(), total.new_tensor(float(len(batch.labels)))])
-        ranks.sum_(row)
-        ranks.sum_(total)
-        rows.append(row / total[1])
-        losses.append(total[0] / total[1])
-    model.train(was_training)
+    with evaluating(model):
+        for batches in groups:
+            row, total = torch.zeros_like(flat.data), torch.zeros(2, dtype=torch.float64, device=flat.device)
+            for batch in batches:
+                value = loss(model(batch.views[0]), batch.labels).sum()
+                row += flat.flatten(torch.autograd.grad(value, flat.params, allow_unused=True))
+                total += torch.stack([value.detach().double(), total.new_tensor(float(len(batch.labels)))])
+            ranks.sum_(row)
+            ranks.sum_(total)
+            rows.append(row / total[1])
+            losses.append(total[0] / total[1])
     gram = torch.stack([torch.stack([(a * b).sum(dtype=torch.float64) for b in rows]) for a in rows])
     return gram, torch.stack(losses)
 

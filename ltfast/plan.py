@@ -13,7 +13,7 @@ from ltfast.data.base import split_note
 from ltfast.data.large_source import LargeSource
 from ltfast.data.paths import missing_indices
 from ltfast.data.registry import LARGE
-from ltfast.data.small import check_batch
+from ltfast.data.sampler import check_batch
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.launch import process_count
@@ -22,8 +22,8 @@ from ltfast.optim.rules import Rule
 from ltfast.preserve.bank import check_state
 from ltfast.progress import counted
 from ltfast.recipes import needs_groups, rule_of
+from ltfast.resume import load_bank
 from ltfast.schedule import scouting_epochs
-from ltfast.train import load_bank
 
 FLOAT = 4
 GIB = 1 << 30
@@ -50,7 +50,7 @@ def gradient_rows(rule: Rule | None, n_groups: int) -> int:
     """Rows of the gradient buffer: one a group, twice that with moving averages, one more for a per-group objective."""
     if rule is None or rule.scope == "classifier":
         return 1
-    return n_groups * (2 if rule.direction == "friendly" else 1) + (rule.objective == "per_group")
+    return rule.rows(n_groups) + (rule.objective == "per_group")
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,17 @@ def ascent_groups(config: Config, classes: int) -> int:
 
 def predicted_flops(config: Config, classes: int) -> float:
     """FLOPs of the method's step over those of a plain one with the same loss."""
-    return flops_ratio(rule_of(config), ascent_groups(config, classes), 3 if config.loss.loss == "bcl" else 1)
+    return flops_ratio(rule_of(config), ascent_groups(config, classes), config.loss.n_views)
 
 
-def make_plan(config: Config, ranks: Ranks | None = None) -> Plan:
+def make_plan(config: Config) -> Plan:
     """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing, downloads no weights.
 
     Pictures of a large set need not be there yet.
     """
-    ranks = ranks or Ranks()
     rule = rule_of(config)
     large = config.data.dataset in LARGE
-    source = build.build_data(config.with_(loader="synthetic") if large else config, torch.device("cpu"), ranks)
+    source = build.build_data(config.with_(loader="synthetic") if large else config, torch.device("cpu"), Ranks())
     config = build.fitting(config, source.num_classes)
     processes = planned_processes(config)
     check_batch(config.data.batch, source.sizes["train"], processes, config.data.dataset)

@@ -83,8 +83,7 @@ FILES = (*LISTED, "folder", "webdataset")
 READ_BY: dict[str, tuple[str, ...]] = {
     "data_dir": (*FILES, "folder-small", *CIFAR), "train_list": LISTED, "val_list": (*LISTED, "webdataset"),
     "test_list": (*LISTED, "webdataset"), "exclude_list": FILES, "image_size": (*FILES, "folder-small"), "download": CIFAR,
-    **dict.fromkeys(("on_bad_image", "loader", "workers"), FILES), "imbalance": ("digits-lt", *CIFAR, *FILES, "folder-small"),
-    "val_per_class": ("digits-lt", *CIFAR, *FILES, "folder-small"),
+    **dict.fromkeys(("on_bad_image", "loader", "workers"), FILES),
 }  # fmt: skip
 
 # Parts that a method name joins with "+": a base loss, at most one sharpness rule, gkp.

@@ -1,4 +1,5 @@
 """Everything that determines the rest of a run, taken from a Trainer and put back: `--resume` is exact because of it.
+The bank of another run (`--bank`) is read here, too.
 
 Order and augmentation of images are pure functions of (seed, epoch, position), so the data's state is three numbers.
 With several ranks, what differs between them (BatchNorm statistics, random generators) is kept for each; sums over a
@@ -8,6 +9,8 @@ part of an epoch (feature quality, means for the log, moving averages of local a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,8 @@ from ltfast.dist import Traffic
 from ltfast.errors import UserError
 from ltfast.preserve import Anchor
 from ltfast.preserve.bank import WEIGHTS
+from ltfast.runs import RunFolder
+from ltfast.store import Store
 
 if TYPE_CHECKING:
     from ltfast.train import Trainer
@@ -44,7 +49,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     if trainer.groups is not None:
         tensors["groups"] = trainer.groups
     if trainer.anchor is not None:
-        tensors |= {f"anchor.{k}": getattr(trainer.anchor, k) for k in ("weight", "target", "const")}
+        tensors |= {f"anchor.{k}": v for k, v in trainer.anchor._asdict().items()}
     if trainer.sums:
         tensors["sums"] = ranks.mean_(torch.stack(list(trainer.sums.values())))
     if trainer.meter.sums is not None:
@@ -78,8 +83,8 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
         UserError: the state belongs to another model or training list, or lacks something.
     """
     try:
+        check_data(meta["data"], trainer.source.identity())  # first: other classes make another network
         _check(trainer, tensors)
-        check_data(meta["data"], trainer.source.identity())
         _restore_shared(trainer, tensors)
         _restore_rank(trainer, tensors, meta["world"] == trainer.ranks.world)
         for name in ("epoch", "batch", "steps", "best", "seconds"):
@@ -98,9 +103,13 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], meta: dict[str, Any]) 
 
 
 def _check(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
-    saved, here = tensors["theta"].shape, trainer.flat.data.shape
-    if saved != here or tensors["rank.buffers"].shape[1:] != trainer.buffers.data.shape:
-        raise UserError("--resume: the checkpoint belongs to another model; keep the run's --model and --dataset")
+    saved = tensors["theta"].numel(), tensors["rank.buffers"][0].numel()
+    here = trainer.flat.data.numel(), trainer.buffers.data.numel()
+    if saved != here:
+        raise UserError(
+            f"--resume: the checkpoint is of a network of another size ({saved[0]:,} parameters and {saved[1]:,} statistics, "
+            f"{here[0]:,} and {here[1]:,} here); were classes added or removed, or was config.toml changed?"
+        )
 
 
 def check_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -125,8 +134,7 @@ def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     if "groups" in tensors:
         trainer.groups = tensors["groups"]
     if "anchor.weight" in tensors:
-        weight, target, const = (tensors[f"anchor.{k}"] for k in ("weight", "target", "const"))
-        trainer.anchor = Anchor(weight, target, const, trainer.config.preserve.gkp_lambda)
+        trainer.anchor = Anchor(tensors["anchor.weight"], tensors["anchor.target"])
     trainer.make_step()
     if trainer.step.engine is not None:
         trainer.step.engine.load_state(part(tensors, "engine."))
@@ -152,3 +160,25 @@ def _restore_rank(trainer: Trainer, tensors: dict[str, Tensor], same_world: bool
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def load_bank(run: Path, class_names: Sequence[str] = (), center: bool = False) -> dict[str, Tensor]:
+    """The memory bank of an earlier run (`--bank RUN`), whose classes must be `class_names` if any are given.
+
+    Raises:
+        UserError: not a run folder, or it filled no bank, or one of other classes, or one that cannot be centred.
+    """
+    folder = RunFolder.open(run)
+    if class_names:
+        folder.check_classes(class_names, f"--bank {run}", "give the bank of a run with the same classes")
+    state = Store(folder.checkpoints).load()
+    if state is None:
+        raise UserError(f"--bank {run}: that run has no training state yet")
+    bank = part(state[0], "bank.")
+    if bool((bank["entry"] < 0).all()):
+        raise UserError(f"--bank {run}: that run filled no memory bank; choose one trained with gkp or gsa-*")
+    if center and "origin" not in bank:
+        raise UserError(
+            f"--center: the bank of {run} lacks the weights that its run began with; fill one by a run with --center"
+        )
+    return bank

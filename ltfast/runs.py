@@ -20,7 +20,7 @@ import torch
 
 import ltfast
 from ltfast.checkpoint import PART, write_atomically
-from ltfast.config import Config, load_toml
+from ltfast.config import Config, flag, load_toml
 from ltfast.errors import UserError
 from ltfast.places import absolute
 
@@ -153,7 +153,7 @@ class RunFolder:
         except UnicodeEncodeError as error:
             name = text[: error.start].rpartition("\n")[2].partition(" = ")[0]
             raise UserError(
-                f"--{name.replace('_', '-')}: holds a byte that is not UTF-8, which config.toml cannot; use another path"
+                f"{flag(name)}: holds a byte that is not UTF-8, which config.toml cannot; use another path"
             ) from None
         folder = RunFolder(Path(config.run.out) if config.run.out else fresh_folder(config))
         folder.check_free()

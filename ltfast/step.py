@@ -61,7 +61,6 @@ class TrainStep:
         model, objective, flat, buffers, update: what it trains and how.
         rule: sharpness-aware rule, or None.
         membership: [C, G] group weights of every class (rows sum to 1).
-        group_counts: [G] training images of each group.
         forward: the objective's functions, compiled or not; made here if None.
         capture: wraps the step's function in a recorder of CUDA graphs.
 
@@ -79,7 +78,6 @@ class TrainStep:
         update: Update,
         rule: Rule | None = None,
         membership: Tensor | None = None,
-        group_counts: Tensor | None = None,
         forward: Forward | None = None,
         reducer: GradientReducer | None = None,
         agreement: Agreement | None = None,
@@ -92,8 +90,7 @@ class TrainStep:
         c = objective.counts.numel()
         device = flat.device
         self.membership = torch.ones(c, 1, device=device) if membership is None else membership.to(device)
-        counts = self.membership.T @ objective.counts.to(device).float() if group_counts is None else group_counts
-        self.group_counts = counts.to(device, torch.float32)
+        self.group_counts = self.membership.T @ objective.counts.to(device).float()
         self.group_of_class = self.membership.argmax(1)  # of hard memberships
         self.backward = Backward(flat, update.scaler)
         self.engine: Engine | None = None
@@ -155,9 +152,8 @@ class TrainStep:
             self.engine.climbed = False
         figures = {"loss": loss, "grad_norm": norm, **means(stats)}
         good = self.update.in_a_row == 0
-        values = torch.where(
-            good, torch.stack([value.float() for value in figures.values()]), 0.0
-        )  # of no skipped step
+        # Of no skipped step.
+        values = torch.where(good, torch.stack([value.float() for value in figures.values()]), 0.0)
         result = dict(zip(figures, values.unbind(), strict=True))
         return Taken({**result, "good": good.float()}, features[: labels.numel()], stats)
 
@@ -275,9 +271,8 @@ class TrainStep:
                 perturbed = self.losses(x, labels).losses
                 if k + 1 < engine.n_groups:
                     self.backward(perturbed[k] * shares[k], self._final_row, add=k > 0)
-        engine.settle(
-            engine.rows
-        )  # the rows are done with, and a recorded step hands nothing to the next one but state at its address
+        # The rows are done with, and a recorded step hands nothing to the next one but state at its address.
+        engine.settle(engine.rows)
         self._descend(perturbed[-1] * shares[-1], add=engine.n_groups > 1)
         assert features is not None
         return (losses.detach() * shares).sum(), features, engine.stats
@@ -306,11 +301,8 @@ class TrainStep:
         eps, stats = [], []
         # More groups than a Gram matrix takes are of a rule whose groups know nothing of each other (build_membership).
         for part, w, n in zip(*(t.split(MAX_ROWS) for t in (rows, shares, self.group_counts)), strict=True):
-            coef, found = ascent_coefficients(
-                *gram_partials(part, theta, rule.adaptive), w, n, theta.numel(),
-                direction=rule.direction, objective=rule.objective, rho=rule.rho, C=rule.radius_C,
-                rho_min=rule.rho_min, rho_max=rule.rho_max, sigma=rule.sigma, aggregate=rule.aggregate,
-            )  # fmt: skip
+            matrix, theta_sq = gram_partials(part, theta, rule.adaptive)
+            coef, found = ascent_coefficients(matrix, theta_sq, w, n, theta.numel(), **rule.options)
             eps += [perturb(theta, part, c, rule.adaptive) - theta for c in coef.reshape(-1, len(part))]
             stats.append(found)
         return torch.stack(eps), (losses * shares).sum().detach(), joined(stats)

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,11 @@ from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress, counted
 from ltfast.recipes import needs_groups, rule_of
 from ltfast.reduce import Agreement, GradientReducer
-from ltfast.resume import part
+from ltfast.resume import load_bank
 from ltfast.runs import RunFolder
 from ltfast.schedule import alpha_at, lr_at, scouting_epochs
 from ltfast.speedrun import warm_up
 from ltfast.step import TrainStep
-from ltfast.store import Store
 from ltfast.survive import Action, Signals
 from ltfast.syncbn import synchronise
 from ltfast.update import Update
@@ -162,7 +161,7 @@ class Trainer(Durable):
             sizes = group_sizes(self.groups, counts, cfg.groups, cfg.gkp_normalise)
             anchor = collapse_knowledge(
                 self.model, self.flat, self.source, self.bank, self.groups, sizes, self.objective.classification,
-                strength=cfg.gkp_lambda, fisher=cfg.fisher, budget=cfg.fisher_budget, seed=seed,
+                fisher=cfg.fisher, budget=cfg.fisher_budget, seed=seed,
                 ranks=self.ranks,
             )  # fmt: skip
             self.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
@@ -193,9 +192,8 @@ class Trainer(Durable):
         """The step for the groups there are: plain descent while scouting for them."""
         rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
         membership = build.build_membership(self.config, self.rule, self.source.train_counts, self.groups)
-        self.source.set_groups(
-            membership.argmax(1) if self.groups is None else self.groups
-        )  # of the stratified sampler
+        # Of the stratified sampler.
+        self.source.set_groups(membership.argmax(1) if self.groups is None else self.groups)
         self.step = TrainStep(
             self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, forward=self.forward,
             reducer=self.reducer, agreement=self.agreement, capture=self.capture,
@@ -320,28 +318,6 @@ class Trainer(Durable):
             raise UserError(
                 f"{error}; {safe}`ltfast train --resume {run} --on-bad-image skip` goes on without it"
             ) from error
-
-
-def load_bank(run: Path, class_names: Sequence[str] = (), center: bool = False) -> dict[str, Tensor]:
-    """The memory bank of an earlier run (`--bank RUN`), whose classes must be `class_names` if any are given.
-
-    Raises:
-        UserError: not a run folder, or it filled no bank, or one of other classes, or one that cannot be centred.
-    """
-    folder = RunFolder.open(run)
-    if class_names:
-        folder.check_classes(class_names, f"--bank {run}", "give the bank of a run with the same classes")
-    state = Store(folder.checkpoints).load()
-    if state is None:
-        raise UserError(f"--bank {run}: that run has no training state yet")
-    bank = part(state[0], "bank.")
-    if bool((bank["entry"] < 0).all()):
-        raise UserError(f"--bank {run}: that run filled no memory bank; choose one trained with gkp or gsa-*")
-    if center and "origin" not in bank:
-        raise UserError(
-            f"--center: the bank of {run} lacks the weights that its run began with; fill one by a run with --center"
-        )
-    return bank
 
 
 def train(

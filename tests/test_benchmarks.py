@@ -28,6 +28,8 @@ import run  # noqa: E402
 import seeded  # noqa: E402
 
 from ltfast.data.pack import read_pack  # noqa: E402
+from ltfast.recipes import build_config  # noqa: E402
+from ltfast.runs import RunFolder  # noqa: E402
 from tests.docs import parsing  # noqa: E402
 
 PLAIN = {"data": None, "pictures": None, "peers": [], "device": "cpu"}
@@ -204,6 +206,30 @@ def test_a_stopped_run_ends_the_table_and_goes_on_next_time(tmp_path, monkeypatc
     (begun,) = tmp_path.iterdir()
     assert begun.name == "digits-lt-ce-s0"
     assert not list(begun.iterdir())
+
+
+def test_rows_of_collected_runs_tell_where_they_were_trained(results: Path, tmp_path: Path) -> None:
+    folder = RunFolder.create(build_config("digits-lt", "ce", {}, {"out": str(tmp_path / "run")}))
+    env = {
+        "commit": "abc",
+        "device": "Some GPU",
+        "cuda": "12",
+        "torch": "2",
+        "triton": "3",
+        "cpu": "Some CPU",
+        "threads": 7,
+    }
+    (folder.path / "env.json").write_text(json.dumps(env))
+    folder.log("data", sizes={"train": 5})
+    folder.log("epoch", seconds=1.0)
+    folder.log("test", last=dict.fromkeys(accuracy.FIGURES, 1.0))
+    assert accuracy.collect(folder.path)
+    folder.close()
+    for line in (results / "digits-lt.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        told = {name: row[name] for name in ("commit", "device", "cuda", "torch", "triton", "cpu", "driver")}
+        expected = {k: v for k, v in env.items() if k != "threads"} | {"cpu": "Some CPU, 7 threads", "driver": None}
+        assert told == expected
 
 
 def test_interval_is_students() -> None:

@@ -13,6 +13,7 @@ from ltfast.config import FIELDS, SECTIONS, TYPES, Config, check, flatten, load_
 from ltfast.data.augment import RECIPES as SMALL_VIEWS
 from ltfast.data.large_views import RECIPES as LARGE_VIEWS
 from ltfast.errors import UserError
+from ltfast.kernels import coefficients
 from ltfast.optim.rules import DIRECTIONS, RULES, Rule
 from ltfast.recipes import (
     ALIASES,
@@ -122,7 +123,7 @@ def test_every_number_has_a_range_that_holds_its_default(name: str) -> None:
 
 
 def test_choices_in_two_places_agree() -> None:
-    assert FIELDS["direction"][1].metadata["choices"] == DIRECTIONS
+    assert FIELDS["direction"][1].metadata["choices"] == DIRECTIONS == coefficients.DIRECTIONS
     assert set(FIELDS["views"][1].metadata["choices"]) == {"auto", *SMALL_VIEWS, *LARGE_VIEWS}
     for name in ("objective", "scope", "aggregate"):
         for choice in FIELDS[name][1].metadata["choices"]:

@@ -24,7 +24,8 @@ from ltfast.predict import Preprocess
 from ltfast.preserve import Anchor
 from ltfast.progress import Progress
 from ltfast.recipes import build_config, rule_of
-from ltfast.train import Trainer, load_bank, train
+from ltfast.resume import load_bank
+from ltfast.train import Trainer, train
 from ltfast.unread import unread
 
 
@@ -161,7 +162,7 @@ def test_the_cap_of_gkp_takes_the_smallest_alpha_of_the_run() -> None:
     for start, end in ((0.8, 0.95), (0.95, 0.8), (0.8, 0.8)):
         made = trainer("gkp", alpha_start=start, alpha_end=end, gkp_lambda=10.0)
         theta = made.flat.data
-        capped = made.stable(Anchor(torch.full_like(theta, 1e9), theta.clone(), torch.zeros(()), 10.0))
+        capped = made.stable(Anchor(torch.full_like(theta, 1e9), theta.clone()))
         largest.append(float(capped.weight.max()))
     assert largest[0] == largest[1] == largest[2] < 1e9
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ltfast.metrics import CONFUSION_MAX_CLASSES, Accumulator, evaluate, format_table
+from ltfast.metrics import CONFUSION_MAX_CLASSES, Accumulator, format_table
 
 COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 1])
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "a class with a very long name indeed"]
@@ -29,6 +31,13 @@ def stream(n: int = 203, classes: int = 7, seed: int = 0) -> tuple[Tensor, Tenso
     logits = 1.5 * torch.randn(n, classes, generator=generator)
     logits[torch.arange(n), labels] += 4 * torch.rand(n, generator=generator)
     return logits, labels
+
+
+def evaluate(batches: Iterable[tuple[Tensor, Tensor]], classes: int, counts: Tensor) -> dict[str, Any]:
+    accumulator = Accumulator(classes, counts)
+    for logits, labels in batches:
+        accumulator.update(logits, labels)
+    return accumulator.to_dict()
 
 
 def naive_ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -108,7 +117,7 @@ def test_probabilities_give_the_same_figures_as_logits() -> None:
     assert_same(accumulator.to_dict(), evaluate([(logits, labels)], 7, COUNTS))
 
 
-def test_ranks_merge_to_the_whole_also_by_summing_the_state() -> None:
+def test_summing_the_states_of_ranks_gives_the_whole() -> None:
     logits, labels = stream()
     whole = evaluate([(logits, labels)], 7, COUNTS)
     parts = [Accumulator(7, COUNTS) for _ in range(3)]
@@ -117,17 +126,8 @@ def test_ranks_merge_to_the_whole_also_by_summing_the_state() -> None:
     summed = Accumulator(7, COUNTS)
     for name, tensor in summed.state().items():
         tensor.copy_(sum(part.state()[name] for part in parts))
-    parts[0].merge(parts[1])
     assert parts[0].to_dict()["n"] < 203
-    parts[0].merge(parts[2])
-    assert_same(parts[0].to_dict(), whole)
     assert_same(summed.to_dict(), whole)
-
-
-def test_merge_refuses_another_shape() -> None:
-    for other in (Accumulator(7, COUNTS, confusion=False), Accumulator(7, COUNTS, bins=10), Accumulator(2, COUNTS[:2])):
-        with pytest.raises(ValueError, match="other"):
-            Accumulator(7, COUNTS).merge(other)
 
 
 def test_padding_and_empty_batches_count_nothing() -> None:
@@ -173,14 +173,6 @@ def test_absent_groups_and_classes_are_none() -> None:
     nothing = Accumulator(7, COUNTS).to_dict()
     assert nothing["n"] == 0
     assert nothing["top1"] is nothing["ece"] is nothing["macro"] is None
-
-
-def test_thresholds_are_settings() -> None:
-    result = evaluate([stream()], 7, COUNTS, many_above=20, few_below=2)
-    per_class = result["per_class"]
-    assert result["many"] == pytest.approx(sum(per_class[:4]) / 4)
-    assert result["medium"] == pytest.approx(sum(per_class[4:6]) / 2)
-    assert result["few"] == per_class[6]
 
 
 def test_many_classes_keep_no_confusion_and_the_host_never_waits() -> None:

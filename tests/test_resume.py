@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ltfast import build, checkpoint
+from ltfast import build, checkpoint, resume
+from ltfast.errors import UserError
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
 from ltfast.scaler import INITIAL, LossScale
@@ -133,26 +134,62 @@ def test_a_run_goes_on_where_auto_means_fp16(tmp_path: Path, monkeypatch: pytest
     assert scales == [None, INITIAL]
 
 
-def test_unreadable_images_before_a_stop_are_counted(tmp_path: Path) -> None:
+def write_pictures(data: Path, classes: str) -> None:
+    """Four pictures a class and split."""
     rng = np.random.default_rng(0)
-    for split, c, i in itertools.product(("train", "test"), "ab", range(4)):
-        (tmp_path / "data" / split / c).mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8))
-        picture.save(tmp_path / "data" / split / c / f"{i}.png")
-    for c in "ab":
-        (tmp_path / "data/train" / c / "0.png").write_bytes(b"no picture")
+    for split, c, i in itertools.product(("train", "test"), classes, range(4)):
+        (data / split / c).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(data / split / c / f"{i}.png")
+
+
+def of_pictures(data: Path, out: Path) -> Any:
     flags = {
-        **SMALL, "data_dir": str(tmp_path / "data"), "batch": 1, "epochs": 1, "model": "resnet8", "image_size": 16, "workers": 0,
+        **SMALL, "data_dir": str(data), "batch": 1, "epochs": 1, "model": "resnet8", "image_size": 16, "workers": 0,
         "loader": "torch",
     }  # fmt: skip
+    return build_config("folder", "ce", {}, {**flags, "out": str(out)})
+
+
+def test_a_class_more_is_told_as_such(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data", "ab")
+    settings = of_pictures(tmp_path / "data", tmp_path / "run")
+    assert "stopped" in train(settings, progress=StopAt(3))
+    write_pictures(tmp_path / "data", "c")
+    with pytest.raises(UserError, match=r"cannot resume: .* was .* and is .* now"):
+        train(settings, resume=str(tmp_path / "run"))
+
+
+def test_unreadable_images_before_a_stop_are_counted(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data", "ab")
+    for c in "ab":
+        (tmp_path / "data/train" / c / "0.png").write_bytes(b"no picture")
     for name, stop in (("a", 0), ("b", 7)):
         out = tmp_path / name
-        settings = build_config("folder", "ce", {}, {**flags, "out": str(out)})
+        settings = of_pictures(tmp_path / "data", out)
         if "stopped" in train(settings, progress=StopAt(stop)):
             train(settings, resume=str(out))
     (row,) = [row for row in log(tmp_path / "b") if row["kind"] == "epoch"]
     assert row["replaced"] == 2
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_state_of_an_earlier_version_holds_more_of_an_anchor(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = resume.capture
+
+    def capture(trainer: Any) -> Any:
+        tensors, meta, shared = real(trainer)
+        return tensors | {"anchor.const": torch.ones((), dtype=torch.float64)}, meta, shared
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(resume, "capture", capture)
+    train(config(out), progress=StopAt(23))
+    monkeypatch.undo()
+    tensors, _ = checkpoint.load(max((out / "checkpoints").glob("state-*")))
+    assert "anchor.const" in tensors
+    train(config(out), resume=str(out))
+    assert_same_run(undisturbed, out)
 
 
 def test_dropout_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def test_alpha_strength_and_learning_rate_follow_the_place_in_the_run() -> None:
     config, theta, update = trainer.config, trainer.flat.data, trainer.update
     trainer.set_schedules(2.0)
     assert float(update.alpha) == 1
-    trainer.anchor = Anchor(torch.ones_like(theta), theta.clone(), torch.zeros(()), 3.0)
+    trainer.anchor = Anchor(torch.ones_like(theta), theta.clone())
     trainer.set_schedules(2.5)
     alpha = alpha_at(config.preserve, 2.5 / 8)
     found = [float(value) for value in (update.alpha, update.strength, update.lr)]
@@ -193,7 +193,7 @@ def test_the_anchor_is_that_of_its_groups_and_capped(monkeypatch: pytest.MonkeyP
         sizes = group_sizes(trainer.groups, trainer.source.train_counts, 3, normalise)
         twin = collapse_knowledge(
             trainer.model, trainer.flat, trainer.source, trainer.bank, trainer.groups, sizes,
-            trainer.objective.classification, strength=10.0, budget=16, seed=trainer.config.run.seed,
+            trainer.objective.classification, budget=16, seed=trainer.config.run.seed,
         )  # fmt: skip
         limit = critical_weight(5.0, 0.9, 0.2 * 10.0)
         assert 0 < (twin.weight > limit).sum() < len(encoder)
@@ -217,7 +217,7 @@ def test_the_anchors_distance_is_told_at_any_size(distance: float, note: str, mo
     monkeypatch.setattr(trainer, "log", lambda kind, **values: None)
     held = torch.zeros_like(trainer.flat.data)
     held[trainer.encoder] = 1e-6
-    trainer.stable(Anchor(held, trainer.flat.data * (1 - distance), torch.zeros(()), 1.0))
+    trainer.stable(Anchor(held, trainer.flat.data * (1 - distance)))
     assert told == [f"GKP's anchor lies {note}"]
 
 

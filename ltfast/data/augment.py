@@ -89,8 +89,7 @@ class DigitsView(View):
             translate_x=right * self.shift,
             translate_y=down * self.shift,
             scale=1 + zoom * self.zoom,
-            shear_x=zero,
-            shear_y=zero,
+            shear=zero,
             center_x=zero,
             center_y=zero,
         )
@@ -98,8 +97,8 @@ class DigitsView(View):
 
 
 class StrongDraw(NamedTuple):
-    """What CifarStrong drew for B samples: crop corner, mirror, cutout centre (pixels), numbers for the policy [B,
-    5]."""
+    """What CifarStrong drew for B samples: crop corner, mirror, cutout centre (pixels), numbers for the policy
+    [B, 5]."""
 
     top: Tensor
     left: Tensor
@@ -151,31 +150,22 @@ class ContrastiveDraw(NamedTuple):
 class Contrastive(View):
     """Views 2 and 3: random resized crop, flip, colour jitter, grayscale, normalise.
 
-    size: side of the result; scale: range of the crop's share of the area; strength: brightness, contrast, saturation,
-    hue.
+    size: side of the result.
     """
 
+    area = (0.2, 1.0)  # the crop's share of the picture
+    ratio = (3 / 4, 4 / 3)
+    strength = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jittered, gray = 0.8, 0.2  # shares of the pictures
     draws = geometry.RRC_DRAWS + 11
     low: Tensor
     span: Tensor
 
-    def __init__(
-        self,
-        size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        *,
-        scale: tuple[float, float] = (0.2, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
-        jitter_share: float = 0.8,
-        gray_share: float = 0.2,
-    ) -> None:
+    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__(mean, std)
-        self.size, self.area, self.ratio = size, scale, ratio
-        self.jitter_share, self.gray_share = jitter_share, gray_share
-        low = [max(0.0, 1 - s) for s in strength[:3]] + [-strength[3]]
-        high = [1 + s for s in strength[:3]] + [strength[3]]
+        self.size = size
+        low = [1 - s for s in self.strength[:3]] + [-self.strength[3]]
+        high = [1 + s for s in self.strength[:3]] + [self.strength[3]]
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("span", torch.tensor(high) - torch.tensor(low), persistent=False)
 
@@ -187,8 +177,8 @@ class Contrastive(View):
             flip=rest[:, 0] < 0.5,
             factors=self.low + rest[:, 1:5] * self.span,
             order=rest[:, 5:9].argsort(dim=1),
-            jittered=rest[:, 9] < self.jitter_share,
-            gray=rest[:, 10] < self.gray_share,
+            jittered=rest[:, 9] < self.jittered,
+            gray=rest[:, 10] < self.gray,
         )
 
     def forward(self, images_u8: Tensor, uniforms: Tensor | None = None) -> Tensor:

@@ -56,7 +56,7 @@ def cifar_policy() -> Policy:
 def magnitude(operation: str, level: int) -> float:
     """Strength of a magnitude bin 0..9: shear tangent, share of the side, degrees, change of factor, threshold or
     bits."""
-    if operation in ("ShearX", "ShearY"):
+    if operation == "ShearY":
         return 0.3 * level / 9
     if operation in ("TranslateX", "TranslateY"):
         return 150 / 331 * level / 9
@@ -132,14 +132,12 @@ def _warp(images: Tensor, code_B: Tensor, strength_B: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     amount = strength_B.double()
     shear = torch.where(code_B == CODE["ShearY"], amount, 0.0)
-    zero = torch.zeros_like(shear)
     inverse = inverse_affine(
         torch.where(code_B == CODE["Rotate"], -amount, 0.0),
         translate_x=torch.where(code_B == CODE["TranslateX"], (amount * width).trunc(), 0.0),
         translate_y=torch.where(code_B == CODE["TranslateY"], (amount * height).trunc(), 0.0),
         scale=torch.ones_like(shear),
-        shear_x=zero,
-        shear_y=shear,
+        shear=shear,
         # A shear keeps the left upper corner in place (torchvision's center=[0, 0]); the others do not use the centre.
         center_x=torch.where(shear != 0, -width / 2, 0.0),
         center_y=torch.where(shear != 0, -height / 2, 0.0),

@@ -131,13 +131,11 @@ def equalize(images: Tensor) -> Tensor:
     changes nothing.
     """
     batch, channels, height, width = images.shape
-    level = images.to(torch.int64).view(batch * channels, height * width)
-    place = level + 256 * torch.arange(batch * channels, device=images.device)[:, None]
-    # One dimension: the form of scatter_add that has a deterministic implementation on CUDA.
-    histogram = torch.zeros(batch * channels * 256, dtype=torch.int64, device=images.device)
-    histogram = histogram.scatter_add(0, place.view(-1), torch.ones_like(place).view(-1)).view(-1, 256)
+    level = images.to(torch.int64).reshape(batch * channels, height * width)
+    histogram = torch.zeros(batch * channels, 256, dtype=torch.int64, device=images.device)
+    histogram = histogram.scatter_add(1, level, torch.ones_like(level))
     below = histogram.cumsum(1) - histogram
     step = below.gather(1, level.amax(dim=1, keepdim=True)) // 255
     table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
     table = torch.where(step == 0, torch.arange(256, device=images.device), table)
-    return table.view(-1)[place].to(images.dtype).view_as(images)
+    return table.gather(1, level).to(images.dtype).view_as(images)

@@ -39,8 +39,8 @@ def crop_flip(images: Tensor, top_B: Tensor, left_B: Tensor, flip_B: Tensor, pad
     return padded.gather(2, place).view(batch, channels, height, width)
 
 
-def cutout(images: Tensor, center_y_B: Tensor, center_x_B: Tensor, length: int, value: float = 0.0) -> Tensor:
-    """Set the length x length square around the centre to `value`, clipped at the border (DeVries and Taylor 2017)."""
+def cutout(images: Tensor, center_y_B: Tensor, center_x_B: Tensor, length: int) -> Tensor:
+    """Set the length x length square around the centre to 0, clipped at the border (DeVries and Taylor 2017)."""
     height, width = images.shape[-2:]
     half = length // 2
     rows = torch.arange(height, device=images.device) - center_y_B[:, None]
@@ -48,7 +48,7 @@ def cutout(images: Tensor, center_y_B: Tensor, center_x_B: Tensor, length: int, 
     inside_rows = (rows >= -half) & (rows < half)
     inside_columns = (columns >= -half) & (columns < half)
     hole = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
-    return images.masked_fill(hole, value)
+    return images.masked_fill(hole, 0.0)
 
 
 def inverse_affine(
@@ -57,22 +57,20 @@ def inverse_affine(
     translate_x: Tensor,
     translate_y: Tensor,
     scale: Tensor,
-    shear_x: Tensor,
-    shear_y: Tensor,
+    shear: Tensor,
     center_x: Tensor,
     center_y: Tensor,
 ) -> Tensor:
     """[B, 2, 3] float32: output pixel -> input pixel, both measured from the image centre; torchvision's affine
     inverted.
 
-    angle in degrees, clockwise (as torchvision's affine; its rotate turns the other way); shears are tangents, not
-    angles; translation and centre in pixels from the image centre. Computed in float64.
+    angle in degrees, clockwise (as torchvision's affine; its rotate turns the other way); shear is vertical, a tangent
+    and no angle; translation and centre in pixels from the image centre. Computed in float64.
     """
     rotation = angle_B.double() * (math.pi / 180)
     cos, sin = rotation.cos(), rotation.sin()
-    a, c = cos + sin * shear_y, sin - cos * shear_y
-    b, d = -a * shear_x - sin, -c * shear_x + cos
-    m00, m01, m10, m11 = d / scale, -b / scale, -c / scale, a / scale
+    m00, m01 = cos / scale, sin / scale
+    m10, m11 = (cos * shear - sin) / scale, (cos + sin * shear) / scale
     x, y = -center_x - translate_x, -center_y - translate_y
     m02 = m00 * x + m01 * y + center_x
     m12 = m10 * x + m11 * y + center_y
@@ -130,11 +128,8 @@ def random_boxes(
 
 
 def _fallback_size(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
-    if width / height < ratio[0]:
-        return round(width / ratio[0]), width
-    if width / height > ratio[1]:
-        return height, round(height * ratio[1])
-    return height, width
+    """Height and width of the largest box whose ratio is in range."""
+    return min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
 
 
 def resized_crop(images: Tensor, boxes: Boxes, flip_B: Tensor, size: int) -> Tensor:

@@ -81,7 +81,7 @@ def split_note(sizes: Mapping[str, int], test_from: str) -> str:
 
 
 def shot_groups(counts_C: Tensor) -> Tensor:
-    """Reporting group of each class, LongTensor[C]: 0 many (> 100 training images), 1 medium (20 to 100), 2 few (<
-    20)."""
+    """Reporting group of each class, LongTensor[C]: 0 many (> 100 training images), 1 medium (20 to 100),
+    2 few (< 20)."""
     counts = counts_C.to(torch.int64)
     return torch.where(counts > MANY_ABOVE, 0, torch.where(counts < FEW_BELOW, 2, 1))

@@ -23,15 +23,14 @@ LETTERS = 12
 """A letter is so many times smaller than a tile, and at least 11 pixels high."""
 
 
-def contact_sheet(source: Source, path: str | Path, n: int = 12, epoch: int = 0) -> Path:
+def contact_sheet(source: Source, path: str | Path, n: int = 12) -> Path:
     """Write a PNG with n images of the first training batches, of as many classes as they hold; returns the path.
 
-    The normalisation is undone by `source.mean` and `source.std` where the source has them, else tiles are stretched to
-    the sheet's range. UserError where it cannot be written.
+    UserError where it cannot be written.
     """
     from PIL import Image, ImageDraw
 
-    columns, labels = _collect(source, n, epoch)
+    columns, labels = _collect(source, n)
     names = [source.class_names[label] for label in labels]
     tile = _tile_side(columns)
     font = _font(max(11, tile // LETTERS))
@@ -71,10 +70,10 @@ def _tile_side(columns: list[Tensor]) -> int:
     return side * max(1, round(TILE / side))
 
 
-def _collect(source: Source, n: int, epoch: int) -> tuple[list[Tensor], list[int]]:
+def _collect(source: Source, n: int) -> tuple[list[Tensor], list[int]]:
     """The plain pictures and each view of n chosen images, normalised as they come, on the CPU; and their labels."""
     parts: list[Batch] = []
-    for part in source.train(epoch):
+    for part in source.train(0):
         parts.append(part)
         if sum(len(p.index) for p in parts) >= n:
             break
@@ -87,7 +86,7 @@ def _collect(source: Source, n: int, epoch: int) -> tuple[list[Tensor], list[int
     seen_before = torch.stack([(labels[:i] == label).sum() for i, label in enumerate(labels)])
     chosen = torch.argsort(seen_before * source.num_classes + labels, stable=True)[:n]
     chosen = chosen[torch.argsort(labels[chosen], stable=True)]
-    # Every rank evaluates its own share, so all are asked for and the order is restored by index.
+    # By index: a picture that cannot be decoded is left out.
     plain: dict[int, Tensor] = {}
     for part in source.evaluate("train", indices=index[chosen]):
         plain |= dict(zip(part.index.tolist(), part.views[0].float().cpu(), strict=True))
@@ -98,11 +97,6 @@ def _collect(source: Source, n: int, epoch: int) -> tuple[list[Tensor], list[int
 
 
 def _to_bytes(source: Source, pictures: Tensor) -> list[np.ndarray]:
-    mean, std = getattr(source, "mean", None), getattr(source, "std", None)
-    if mean is not None and std is not None:
-        pictures = pictures * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    else:
-        low, high = pictures.min(), pictures.max()
-        pictures = (pictures - low) / (high - low).clamp(min=1e-6)
+    pictures = pictures * torch.tensor(source.std)[:, None, None] + torch.tensor(source.mean)[:, None, None]
     levels = (pictures * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
     return list(levels.permute(0, 2, 3, 1).numpy())

@@ -13,7 +13,6 @@ import numpy as np
 from ltfast.data.pool import Pool, hold_out_test
 
 TEST_PER_CLASS = 40
-VAL_PER_CLASS = 10
 MIN_PER_CLASS = 2
 
 

@@ -61,11 +61,6 @@ class Finisher:
         """Room for n views of the size of the pictures `like` [.., H, W, 3]."""
         return torch.empty(n, 3, *like.shape[1:3], dtype=torch.float32, device=self.device)
 
-    def levels(self, view: Tensor) -> Tensor:
-        """Back to uint8 levels 0..255 of [n, 3, H, W], for people to look at."""
-        x = view.to(self.device, torch.float32) / self._scale + self._mean
-        return x.round().clamp(0, 255).to(torch.uint8)
-
     def _one_by_one(self, out: Tensor, pictures: Tensor, jitter: Jitter | None, augment: Drawn | None) -> None:
         def colour_one(i: int) -> None:
             one = slice(i, i + 1)

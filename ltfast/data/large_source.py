@@ -24,8 +24,7 @@ from ltfast.data.base import SPLITS, Batch
 from ltfast.data.finish import Finisher
 from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from ltfast.data.lists import ImageList
-from ltfast.data.sampler import Ordered, steps_per_epoch
-from ltfast.data.small import check_batch, check_sampler
+from ltfast.data.sampler import Ordered, check_batch, check_sampler, steps_per_epoch
 from ltfast.errors import UserError
 from ltfast.launch import launched, processes_here
 

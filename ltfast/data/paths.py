@@ -72,11 +72,6 @@ class PathTable(Sequence[str]):
         """CRC-32 of the names in their order."""
         return zlib.crc32(self.offsets.tobytes(), zlib.crc32(self._text))
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of text and offsets in bytes."""
-        return len(self._text) + self.offsets.nbytes
-
 
 def duplicate_indices(table: PathTable, limit: int | None = None) -> list[tuple[int, int]]:
     """(first, repeat) index pairs of names that occur more than once; at most `limit` of them."""

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltfast.data.augment_color import equalize, posterize, solarize
 from ltfast.data.color import adjust_brightness, adjust_contrast, adjust_saturation, on_subset
 
 if TYPE_CHECKING:
@@ -77,35 +78,9 @@ def auto_contrast(x: Tensor, _: Tensor) -> Tensor:
     return (x * scale - torch.where(high > low, low * scale, 0.0) + 1e-3).floor_().clamp_(0, 255)
 
 
-def equalize(x: Tensor, _: Tensor) -> Tensor:
-    """Flattens each channel's histogram with PIL's integer rule; a channel with one or two dominant levels stays."""
-    n, channels, height, width = x.shape
-    levels = x.reshape(n * channels, -1).long()
-    ones = torch.ones_like(levels)
-    histogram = torch.zeros(n * channels, 256, dtype=torch.int64, device=x.device).scatter_add_(1, levels, ones)
-    highest = levels.amax(dim=1, keepdim=True)
-    step = (height * width - histogram.gather(1, highest)) // 255
-    before = histogram.cumsum(1) - histogram
-    table = ((before + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    identity = torch.arange(256, device=x.device).expand_as(table)
-    table = torch.where(step > 0, table, identity)
-    return table.gather(1, levels).view_as(x).to(x.dtype)
-
-
 def invert(x: Tensor, _: Tensor) -> Tensor:
     """255 - x."""
     return 255 - x
-
-
-def posterize(x: Tensor, bits: Tensor) -> Tensor:
-    """Keeps the `bits` highest bits."""
-    step = torch.exp2(8 - bits)[:, None, None, None]
-    return (x / step).floor_() * step
-
-
-def solarize(x: Tensor, threshold: Tensor) -> Tensor:
-    """Inverts levels at or above the threshold."""
-    return torch.where(x < threshold[:, None, None, None], x, 255 - x)
 
 
 def solarize_add(x: Tensor, amount: Tensor) -> Tensor:
@@ -196,7 +171,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor | float]] = {
 GEOMETRIC = frozenset({"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"})
 POINTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": auto_contrast,
-    "Equalize": equalize,
+    "Equalize": lambda x, _: equalize(x),
     "Invert": invert,
     "Posterize": posterize,
     "Solarize": solarize,

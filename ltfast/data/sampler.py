@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ltfast.data.rng import generator
+from ltfast.errors import UserError
 
 SAMPLERS = ("instance", "class-balanced", "sqrt", "progressive", "group-stratified")
 
@@ -35,6 +36,28 @@ def steps_per_epoch(n: int, batch: int) -> int:
     if batch < 1 or batch > n:
         raise ValueError(f"batch must be in 1..{n} (the number of training images), got {batch}")
     return -(-n // batch)
+
+
+def check_batch(batch: int, n: int, world: int, name: str) -> None:
+    """UserError when the global batch is below 1, above the n training images, or no multiple of the number of
+    processes."""
+    if batch < 1:
+        raise UserError(f"--batch {batch}: it must be at least 1")
+    if batch > n:
+        raise UserError(f"--batch {batch} is larger than the {n} training images of {name}; choose at most {n}")
+    if batch % world:
+        raise UserError(
+            f"--batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}, "
+            "or another number of processes"
+        )
+
+
+def check_sampler(sampler: str, epochs_total: int | None) -> None:
+    """UserError for an unknown sampler, or the progressive one without the number of epochs."""
+    if sampler not in SAMPLERS:
+        raise UserError(f"--sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    if sampler == "progressive" and epochs_total is None:
+        raise UserError("--sampler progressive: it needs the number of epochs (--epochs)")
 
 
 def epoch_order(

@@ -17,8 +17,7 @@ from ltfast.data.augment import Plain, View
 from ltfast.data.base import SPLITS, Batch
 from ltfast.data.pool import Splits
 from ltfast.data.rng import epoch_key, uniforms
-from ltfast.data.sampler import SAMPLERS, Ordered, rank_slice, steps_per_epoch, times_before
-from ltfast.errors import UserError
+from ltfast.data.sampler import Ordered, check_batch, check_sampler, rank_slice, steps_per_epoch, times_before
 
 
 class SmallSource(Ordered):
@@ -110,25 +109,3 @@ class SmallSource(Ordered):
         for index in mine.split(batch or self.eval_batch):
             if len(index):
                 yield Batch((self.plain(self.images[split][index]),), self.labels[split][index], index)
-
-
-def check_batch(batch: int, n: int, world: int, name: str) -> None:
-    """UserError when the global batch is below 1, above the n training images, or no multiple of the number of
-    processes."""
-    if batch < 1:
-        raise UserError(f"--batch {batch}: it must be at least 1")
-    if batch > n:
-        raise UserError(f"--batch {batch} is larger than the {n} training images of {name}; choose at most {n}")
-    if batch % world:
-        raise UserError(
-            f"--batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}, "
-            "or another number of processes"
-        )
-
-
-def check_sampler(sampler: str, epochs_total: int | None) -> None:
-    """UserError for an unknown sampler, or the progressive one without the number of epochs."""
-    if sampler not in SAMPLERS:
-        raise UserError(f"--sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    if sampler == "progressive" and epochs_total is None:
-        raise UserError("--sampler progressive: it needs the number of epochs (--epochs)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ltfast.data.base import SHOT_NAMES, shot_groups
+from ltfast.data.base import FEW_BELOW, MANY_ABOVE, SHOT_NAMES, shot_groups
 from ltfast.data.check import distinct
 from ltfast.data.lists import ImageList
 from ltfast.errors import UserError
@@ -90,9 +90,10 @@ def print_stats(stats: list[SplitStats], console: Console | None = None) -> None
         "Gini coefficient": [f"{s.gini:.3f}" for s in stats],
         "share of the largest tenth": [f"{100 * s.top_tenth:.1f} %" for s in stats],
     }
-    for name, bounds in zip(SHOT_NAMES, ("> 100 images", "20 to 100", "< 20"), strict=True):
+    bounds = (f"> {MANY_ABOVE} images", f"{FEW_BELOW} to {MANY_ABOVE}", f"< {FEW_BELOW}")
+    for name, bound in zip(SHOT_NAMES, bounds, strict=True):
         sizes = [s.groups[name] for s in stats]
-        rows[f"{name} ({bounds})"] = [f"{n:,} class{'es' if n != 1 else ''}, {counted(m, 'image')}" for n, m in sizes]
+        rows[f"{name} ({bound})"] = [f"{n:,} class{'es' if n != 1 else ''}, {counted(m, 'image')}" for n, m in sizes]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     (console or RichConsole()).print(table)
@@ -118,7 +119,7 @@ def plot_counts(lists: dict[str, ImageList], path: str | Path) -> None:
     axes.stairs(ordered, edges, color="C0")
     axes.set_yscale("log")
     axes.set_xlim(0.5, len(ordered) + 0.5)
-    for bound, name in ((100, "many"), (20, "few")):
+    for bound, name in ((MANY_ABOVE, "many"), (FEW_BELOW, "few")):
         axes.axhline(bound, color="0.4", linestyle="--", linewidth=0.8)
         side = "bottom" if name == "many" else "top"
         axes.text(edges[-1], bound, f"{name}-shot ", ha="right", va=side, fontsize=8, color="0.3")

@@ -6,7 +6,7 @@ the coefficients of every other step from it. Everything is a few numbers on the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Ascent:
         device = self.device
         self.counts = counts.to(device, torch.float32)
         self.n_groups = counts.numel()
-        self.n_rows = self.n_groups * (2 if self.rule.direction == "friendly" else 1)
+        self.n_rows = self.rule.rows(self.n_groups)
         # Changed in place only, here and below: a CUDA graph finds it where it was.
         self.memory = torch.zeros(self.n_groups, self.n_groups, dtype=torch.float64, device=device)
         self.theta_sq = torch.zeros((), dtype=torch.float64, device=device)
@@ -71,17 +71,9 @@ class Ascent:
 
     def coefficients(self, matrix: Tensor, theta_sq: Tensor | None, shares: Tensor) -> Tensor:
         """[R] for a shared perturbation, [G, R] per group, from the Gram matrix (or its partials) of this step."""
-        rule = self.rule
-        options: dict[str, Any] = {
-            "direction": rule.direction,
-            "objective": rule.objective,
-            "rho": rule.rho,
-            "C": rule.radius_C,
-            "rho_min": rule.rho_min,
-            "rho_max": rule.rho_max,
-            "sigma": rule.sigma * self.seen if rule.direction == "friendly" else rule.sigma,
-            "aggregate": rule.aggregate,
-        }
+        rule, options = self.rule, self.rule.options
+        if rule.direction == "friendly":  # a group without an average yet keeps its whole gradient
+            options["sigma"] = rule.sigma * self.seen
         weights = shares * self.tail if rule.split else shares
         coef, stats = ascent_coefficients(matrix, theta_sq, weights, self.counts, self.n_elements, **options)
         self.stats = stats._asdict()

@@ -161,7 +161,10 @@ class FlatOptimizer(StoredOptimizer):
         if moved or self._layout != self._groups_now():
             if self.climbed or any(block.anchor is not None for block in self.blocks):
                 what = "the model moved to another device" if moved else "the parameters of param_groups were changed"
-                raise RuntimeError(f"{what} in mid-step or with an anchor set")
+                raise RuntimeError(
+                    f"{what} in mid-step or with an anchor set; call restore() and set_anchor(None) first, then set the "
+                    "anchor again"
+                )
             for group in self.param_groups:  # a new one may have come by base_optimizer.add_param_group
                 group |= {name: value for name, value in self.defaults.items() if name not in group}
             self._renew(self._settings(), export_extra(self, base=False))
@@ -265,5 +268,7 @@ class FlatOptimizer(StoredOptimizer):
             return
         if targets is None:
             raise ValueError("targets is None: pass T for each parameter, or set_anchor(None) to remove the anchor")
+        if not self.climbed:
+            self._adopt()  # parameters that were put into, or taken out of, a group by hand
         attach_anchor(self.blocks, self._params(), list(weights), list(targets), strength)
         self.alpha = alpha

@@ -125,9 +125,9 @@ class Engine(Ascent):
         self.climbed = True
         self.flat.data.add_(self.eps)
 
-    def move_to(self, coef: Tensor, rows: Tensor | None = None) -> None:
+    def move_to(self, coef: Tensor) -> None:
         """Put theta + s^2 * coef @ rows into the parameters (theta = `kept`)."""
-        perturb(self.kept, self.rows if rows is None else rows, coef, self.rule.adaptive, out=self.flat.data)
+        perturb(self.kept, self.rows, coef, self.rule.adaptive, out=self.flat.data)
 
     def restore(self) -> None:
         """Bring theta back, bit for bit."""

@@ -108,7 +108,7 @@ class GroupAscent(FlatOptimizer):
 
     def _rows_of(self, block: Block) -> int:
         """Row 0 is the final gradient; a shared perturbation is done with its rows by then and starts there, too."""
-        rows = self._counts.numel() * (2 if self.rule.direction == "friendly" else 1)
+        rows = self.rule.rows(self._counts.numel())
         return self._first_row + rows if self._climbs(block) and self.rule.gram_every == 1 else 1
 
     @property

@@ -330,11 +330,9 @@ class CCSAM(GroupedOptimizer):
         return (losses.detach() * shares).sum()
 
     def _class_coefficients(self, rows: list[Tensor], k: int) -> Tensor:
-        rule = self.rule
         matrix, theta_sq = self._gram(rows)
-        coef, stats = ascent_coefficients(
-            matrix, theta_sq, None, self.ascent.counts[k : k + 1], self.ascent.n_elements, direction="joint",
-            C=rule.radius_C, rho_min=rule.rho_min, rho_max=rule.rho_max,
-        )  # fmt: skip
+        options = self.rule.options | {"direction": "joint", "objective": "shared"}  # of this class alone
+        count = self.ascent.counts[k : k + 1]
+        coef, stats = ascent_coefficients(matrix, theta_sq, None, count, self.ascent.n_elements, **options)
         self.stats = stats._asdict()
         return coef

@@ -102,8 +102,7 @@ class Block:
 
     def bounds(self, first: int, end: int) -> slice:
         """The span of parameters first .. end - 1."""
-        offsets = self.flat.offsets
-        return slice(offsets[first], offsets[end] if end < len(offsets) else self.flat.size)
+        return slice(self.flat.offsets[first], self.flat.offsets[end])
 
     @cached_property
     def spans(self) -> list[tuple[int, slice]]:

@@ -38,7 +38,8 @@ class OverBase(TwoPasses):
             raise ValueError(f"base_optimizer {name} evaluates the loss itself (its step needs a closure): use another")
         if both := sorted(defaults.keys() & self.base_optimizer.defaults.keys()):
             raise ValueError(
-                f"base_optimizer {name} has an option {both[0]} of its own, which would be ours: use another"
+                f"base_optimizer {name} already has an option {both[0]!r}, which this optimizer needs for itself; "
+                "choose another base optimizer"
             )
 
     def _watch_base(self) -> None:

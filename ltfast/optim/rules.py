@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from numbers import Integral
+from typing import Any
 
 DIRECTIONS = ("joint", "none", "orthogonal", "projected", "friendly")
 
@@ -100,6 +101,18 @@ class Rule:
     def independent(self) -> bool:
         """True if a group's perturbation is a matter of its own gradient alone: any number of groups can go in parts."""
         return self.direction == "none" and self.objective == "per_group"
+
+    def rows(self, groups: int) -> int:
+        """Rows that an ascent combines: a gradient for each group and, "friendly", then a moving average for each."""
+        return groups * (2 if self.direction == "friendly" else 1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `ltfast.kernels.ascent_coefficients` asks of a rule, by its names."""
+        return {
+            "direction": self.direction, "objective": self.objective, "rho": self.rho, "C": self.radius_C,
+            "rho_min": self.rho_min, "rho_max": self.rho_max, "sigma": self.sigma, "aggregate": self.aggregate,
+        }  # fmt: skip
 
     @property
     def partial(self) -> bool:

@@ -1,9 +1,9 @@
-"""Grouped knowledge preservation as one quadratic anchor (shared with the update kernels as (A, T, strength)).
+"""Grouped knowledge preservation as one quadratic anchor (given to the update kernels as (A, T, strength)).
 
     L_gkp = (lam / 2) sum_g sum_{j != g} (1 / |G^j|) sum_i F_ji (theta_i - theta*_ji)^2
           = (lam / 2) [ sum_i A_i (theta_i - T_i)^2 + const ]
     c_j = (G - 1) / |G^j|,   A = sum_j c_j F_j,   T = sum_j c_j F_j theta*_j / A  (0 where A = 0)
-    const = sum_i sum_j c_j F_ji (theta*_ji - T_i)^2,   gradient = lam * A * (theta - T)
+    gradient = lam * A * (theta - T)   (const does not depend on theta)
 
 Both are exact. Storing T, not A * T, keeps theta - T exact in float32 near the anchor. Source: arXiv 2603.21217, GKP.
 Legend: G groups, D elements of the flattened encoder, N elements of the whole flat model.
@@ -15,18 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import ltfast.kernels as kernels
-
-BLOCK = 1 << 20  # elements of one float64 temporary in `stream_anchor` (8 MiB): six of them, not six of length D
+BLOCK = 1 << 20  # elements of one float64 temporary in `stream_anchor` (8 MiB): a few of them, not of length D
 
 
 class Anchor(NamedTuple):
-    """weight A >= 0 and target T, float32 [D]; const, float64 scalar; strength lam."""
+    """weight A >= 0 and target T, float32 [D]."""
 
     weight: Tensor
     target: Tensor
-    const: Tensor
-    strength: float
 
     def expanded(self, n_elements: int, start: int = 0) -> "Anchor":
         """The anchor of a flat model of N elements whose encoder begins at `start`; no force on the rest."""
@@ -35,7 +31,7 @@ class Anchor(NamedTuple):
         whole = self.weight.new_zeros(2, n_elements)
         whole[0, start : start + len(self.weight)] = self.weight
         whole[1, start : start + len(self.target)] = self.target
-        return self._replace(weight=whole[0], target=whole[1])
+        return Anchor(whole[0], whole[1])
 
 
 def group_sizes(group_of_class: Tensor, counts_C: Tensor, num_groups: int, normalise: str = "classes") -> Tensor:
@@ -62,15 +58,6 @@ def anchor_coefficients(sizes_G: Tensor) -> Tensor:
     return (len(sizes_G) - 1) / sizes_G.double()
 
 
-def share_coefficients(sizes_G: Tensor, shares_G: Tensor) -> Tensor:
-    """Per-batch weights of the released code, L = sum_g w_g L_gkp^g: c_j = (sum_g w_g - w_j) / |G^j|, float64 [G].
-
-    Shares stay on their device: no host synchronisation. Use with `penalty_by_shares`.
-    """
-    shares = shares_G.double()
-    return (shares.sum() - shares) / sizes_G.to(shares)
-
-
 def critical_weight(lr: float, momentum: float, strength: float) -> float:
     """The largest A that descent draws to its anchor without passing it: lr * strength * A = (1 - sqrt(momentum))^2.
 
@@ -80,60 +67,22 @@ def critical_weight(lr: float, momentum: float, strength: float) -> float:
     return (1 - momentum**0.5) ** 2 / max(lr * strength, 1e-12)
 
 
-def build_anchor(theta_star_GD: Tensor, fisher_GD: Tensor, sizes_G: Tensor, lam: float) -> Anchor:
-    """Collapse G anchors held at once. sizes_G: `group_sizes(...)`; lam: strength (paper: 10)."""
-    coef = anchor_coefficients(sizes_G).to(theta_star_GD.device)
-    weight, target, const = kernels.collapse_anchors(theta_star_GD, fisher_GD, coef)
-    return Anchor(weight, target, torch.as_tensor(const, dtype=torch.float64), lam)
-
-
 @torch.no_grad()
-def stream_anchor(pairs: Iterable[tuple[Tensor, Tensor]], sizes_G: Tensor, lam: float) -> Anchor:
+def stream_anchor(pairs: Iterable[tuple[Tensor, Tensor]], sizes_G: Tensor) -> Anchor:
     """Collapse anchors that come one at a time, as (theta*_j, F_j) in group order; two float64 [D] are held, not G.
 
-    T is a running weighted mean, T += (w / A)(theta* - T), and const the running weighted variance that goes with it:
-    sums of positive terms in float64, so nothing cancels however close the anchors are.
+    T is a running weighted mean, T += (w / A)(theta* - T), in float64: nothing cancels however close the anchors are.
     """
     state: Tensor | None = None
     for (theta, fisher), coef in zip(pairs, anchor_coefficients(sizes_G).tolist(), strict=True):
         if state is None:
             state = torch.zeros(2, len(theta), dtype=torch.float64, device=theta.device)
-            const = state.new_zeros(())
         for total, mean, t, f in zip(*(x.split(BLOCK) for x in (state[0], state[1], theta, fisher)), strict=True):
-            w, gap = f.double() * coef, t.double() - mean
-            before = total.clone()
+            w = f.double() * coef
             total += w
-            share = torch.where(total > 0, w / total, 0.0)
-            mean += share * gap
-            const += (before * share * gap.square_()).sum()
+            mean += torch.where(total > 0, w / total, 0.0) * (t.double() - mean)
     assert state is not None  # anchor_coefficients refuses an empty sizes_G
-    return Anchor(state[0].float(), state[1].float(), const, lam)
-
-
-@torch.no_grad()
-def penalty_value(theta: Tensor, anchor: Anchor) -> Tensor:
-    """L_gkp at theta (same length as the anchor), float64 scalar on its device; no host synchronisation.
-
-    Raises ValueError for another length (of the whole model, say: see `Anchor.expanded`).
-    """
-    if theta.shape != anchor.target.shape:
-        raise ValueError(f"theta: shape {tuple(theta.shape)} must be that of the anchor, {tuple(anchor.target.shape)}")
-    gap = theta - anchor.target
-    quadratic = (anchor.weight * gap * gap).sum(dtype=torch.float64)
-    return 0.5 * anchor.strength * (quadratic + anchor.const.to(theta.device))
-
-
-@torch.no_grad()
-def penalty_gradient(theta: Tensor, anchor: Anchor) -> Tensor:
-    """lam * A * (theta - T): what the fused update adds; use it to log |grad L_gkp|."""
-    return anchor.strength * anchor.weight * (theta - anchor.target)
-
-
-def penalty_by_shares(
-    theta: Tensor, theta_star_GD: Tensor, fisher_GD: Tensor, sizes_G: Tensor, shares_G: Tensor, lam: float
-) -> Tensor:
-    """The G-anchor loss weighted by batch shares (released code), differentiable in theta; needs all G anchors."""
-    return lam * kernels.anchor_penalty(theta, theta_star_GD, fisher_GD, share_coefficients(sizes_G, shares_G))
+    return Anchor(state[0].float(), state[1].float())
 
 
 def check_sizes(sizes_G: Tensor) -> None:

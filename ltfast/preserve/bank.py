@@ -2,12 +2,11 @@
 
 Many classes improve in the same epoch and share one snapshot, so the bank is a table class -> snapshot id plus the
 snapshots themselves, dropped as soon as no class refers to them. Memory is live snapshots * d, never C * d: at most one
-snapshot an epoch lives, and `max_snapshots` bounds it further.
+snapshot an epoch lives.
 
 Legend: C classes, S live snapshots, D elements of the flattened encoder parameters (no BatchNorm buffers).
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ltfast.errors import UserError
 
-log = logging.getLogger(__name__)
 NO_SNAPSHOT = -1
 WEIGHTS = ("snapshot.", "origin")  # how the names of a state's large tensors begin
 
@@ -33,9 +31,7 @@ class MemoryBank:
     """Best snapshot of each class, in host memory.
 
     num_classes: C. dimension: D. origin: the initial weights [D], kept for centred grouping (optional, one snapshot of
-    memory). max_snapshots: None, or the most snapshots to keep; when a new one would exceed it, the snapshot with the
-    fewest classes (the oldest of equals) is dropped and its classes take over the survivor nearest in epoch, keeping
-    their best quality: neighbouring epochs of one run are the closest weights there are.
+    memory).
 
     holds: False on a rank that leaves the weights to rank 0. It follows the table (entries, best quality, epochs) with
     empty snapshots, so that a machine with eight ranks keeps each snapshot once.
@@ -51,14 +47,11 @@ class MemoryBank:
         dimension: int,
         *,
         origin: Tensor | None = None,
-        max_snapshots: int | None = None,
         holds: bool = True,
     ) -> None:
         if num_classes < 1 or dimension < 1:
             raise ValueError(f"num_classes and dimension must be positive, got {num_classes} and {dimension}")
-        if max_snapshots is not None and max_snapshots < 2:
-            raise UserError(f"max_snapshots must be at least 2, got {max_snapshots}; leave it out for no bound")
-        self.num_classes, self.dimension, self.max_snapshots = num_classes, dimension, max_snapshots
+        self.num_classes, self.dimension = num_classes, dimension
         self.holds = holds
         self.entry = torch.full((num_classes,), NO_SNAPSHOT, dtype=torch.int64)
         self.best = torch.full((num_classes,), -torch.inf, dtype=torch.float64)
@@ -97,7 +90,6 @@ class MemoryBank:
             self._settle()
             self.entry[improved], self.best[improved] = self._next, quality[improved]
             self._drop_unreferenced()
-            self._make_room()
             self._store(theta_D.detach(), epoch)
         return count
 
@@ -172,26 +164,7 @@ class MemoryBank:
 
     def _drop_unreferenced(self) -> None:
         for gone in set(self._snapshots) - set(self.entry.tolist()):
-            self._drop(gone)
-
-    def _make_room(self) -> None:
-        if self.max_snapshots is None or len(self._snapshots) < self.max_snapshots:
-            return
-        ids, masses, _ = self.lumps()
-        victim = ids[int(masses.argmin())]
-        heir = min((i for i in ids if i != victim), key=lambda i: abs(self.epochs[i] - self.epochs[victim]))
-        log.info(
-            "memory bank is full (max_snapshots=%d): the %d classes of epoch %d move to epoch %d",
-            self.max_snapshots,
-            int(masses.min()),
-            self.epochs[victim],
-            self.epochs[heir],
-        )
-        self.entry[self.entry == victim] = heir
-        self._drop(victim)
-
-    def _drop(self, snapshot_id: int) -> None:
-        del self._snapshots[snapshot_id], self.epochs[snapshot_id]
+            del self._snapshots[gone], self.epochs[gone]
 
     def _store(self, theta: Tensor, epoch: int) -> None:
         key, self._next = self._next, self._next + 1

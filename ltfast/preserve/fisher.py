@@ -7,7 +7,7 @@ differentiated; the classifier is the model's current one. A network that torch'
 one image in mode "batch", which is the same number, slower.
 
     with swapped_parameters(flat_encoder, theta_star), reestimate_batchnorm(model, images):
-        fisher = fisher_diagonal(model, names, batches, loss_fn)
+        sums, samples = fisher_sums(model, names, batches, loss_fn)      # F = sums / samples
 
 Legend: B batch, D elements of the flattened encoder.
 """
@@ -22,6 +22,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ltfast.modes import evaluating
 from ltfast.preserve.layers import Unlike, known_layers, sample_squares
 
 # Bytes of per-sample gradients held at once when `chunk` is not given: 9 samples of a ResNet-50, 512 of a ResNet-32.
@@ -34,26 +35,6 @@ Flatten = Callable[[Mapping[str, Tensor]], Tensor]  # {name: tensor shaped as th
 def concatenate(tensors: Mapping[str, Tensor]) -> Tensor:
     """The default flattening: all elements one after another in the mapping's order."""
     return torch.cat([t.reshape(-1) for t in tensors.values()])
-
-
-def fisher_diagonal(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss_fn: LossFn,
-    *,
-    mode: str = "per-sample",
-    chunk: int | None = None,
-    flatten: Flatten = concatenate,
-) -> Tensor:
-    """Mean of squared gradients over the samples (or batches) of `batches`, float32, in `flatten`'s order [D].
-
-    Arguments as `fisher_sums`. Raises ValueError if there is no sample.
-    """
-    sums, seen = fisher_sums(model, names, batches, loss_fn, mode=mode, chunk=chunk, flatten=flatten)
-    if not seen:
-        raise ValueError("batches are empty: the Fisher needs at least one sample")
-    return (sums / seen).float()
 
 
 @torch.no_grad()  # torch.func differentiates all the same; no graph of the other parameters is kept
@@ -87,7 +68,7 @@ def fisher_sums(
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in params.items()}
     squares = _sample_squares(model, names, loss_fn, chunk) if mode == "per-sample" else _batch_squares(model, loss_fn)
     seen = 0
-    with _modes(model, training=False):
+    with evaluating(model):
         for images, labels in batches:
             seen += len(labels)
             for name, value in squares(params, images, labels) if len(labels) else ():
@@ -216,7 +197,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> Iterato
 @torch.no_grad()
 def _estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Tensor]) -> None:
     count = 0
-    with _modes(model, training=False):
+    with evaluating(model):
         for m in norms:
             m.reset_running_stats()
             m.momentum = None  # cumulative average
@@ -226,15 +207,3 @@ def _estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[T
             count += 1
     if not count:
         raise ValueError("batches are empty: BatchNorm statistics need at least one batch")
-
-
-@contextmanager
-def _modes(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode, and back into its own afterwards."""
-    saved = [(m, m.training) for m in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for m, mode in saved:
-            m.training = mode

@@ -29,7 +29,6 @@ def collapse_knowledge(
     sizes: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
-    strength: float,
     fisher: str = "per-sample",
     budget: int = 512,
     seed: int = 0,
@@ -41,7 +40,7 @@ def collapse_knowledge(
         bank: rank 0's must hold its weights; the others receive the means from it.
         groups, sizes: group of each class [C] and |G^j| [G] (see `group_sizes`).
         loss: (logits [B, C], labels [B]) -> -log p(y|x) of each sample [B].
-        strength: lambda. fisher: "per-sample" or "batch". budget: images a group for F_j, and for BatchNorm.
+        fisher: "per-sample" or "batch". budget: images a group for F_j, and for BatchNorm.
     """
     ranks = ranks or Ranks()
     span = flat.span(model.encoder.parameters())
@@ -72,7 +71,7 @@ def collapse_knowledge(
             total = ranks.sum_(torch.tensor([float(seen)], dtype=torch.float64, device=sums.device))
             yield theta_star, (ranks.sum_(sums) / total).float()
 
-    return stream_anchor(pairs(), sizes, strength)
+    return stream_anchor(pairs(), sizes)
 
 
 @contextmanager

@@ -22,9 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltfast.models.conv import Conv3x3
 
-AGREE = (
-    0.02  # of the root of the samples' squared gradients: more than TF32 changes their sum, less than a mistake does
-)
+# Of the root of the samples' squared gradients: more than TF32 changes their sum, less than a mistake does.
+AGREE = 0.02
 Gradients = Iterator[tuple[str, Tensor]]  # (parameter of the layer, gradients of B samples [B, *shape])
 
 
@@ -127,9 +126,8 @@ def sample_squares(
                     continue
                 if check and name in sums:
                     raise Unlike(name)
-                squares[name] = gradients.square().sum(
-                    0
-                )  # never in place: gradients of two parameters may share memory
+                # Never in place: gradients of two parameters may share memory.
+                squares[name] = gradients.square().sum(0)
                 if check:
                     sums[name] = gradients.sum(0)
 

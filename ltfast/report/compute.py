@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ltfast.errors import UserError
 from ltfast.report import geometry
 from ltfast.report.budget import Budget, Progress
 from ltfast.report.landscape import side
@@ -68,5 +69,5 @@ def compute_run(name: str, live: Live, result: Computed, budget: Budget, progres
         with progress.part(f"{name}: {part}", ticks) as tick:
             try:
                 setattr(result, part, work(tick))
-            except Missing as reason:
+            except (Missing, UserError) as reason:  # UserError: a picture that cannot be read
                 result.missing[part] = str(reason)

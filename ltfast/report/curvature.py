@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ltfast.modes import evaluating
+
 MatVec = Callable[[Tensor], Tensor]
-BREAKDOWN = (
-    1e-7  # beta below this share of the spectrum's size: the Krylov space is complete (float32 rounding is 6e-8)
-)
+# Beta below this share of the spectrum's size: the Krylov space is complete (float32 rounding is 6e-8).
+BREAKDOWN = 1e-7
 
 
 def hessian_product(
@@ -32,23 +33,21 @@ def hessian_product(
     """v [N] -> H v [N], H the Hessian of the mean of `loss` over all samples of `batches`; N as in `flatten(params)`.
 
     loss: (logits, labels) -> loss of each sample [B]. The model runs in eval mode (BatchNorm on its running statistics,
-    so samples do not mix) and gets its mode back. Double backward, one batch in memory at a time.
+    so samples do not mix); modes are kept. Double backward, one batch in memory at a time.
     """
 
     def product(vector: Tensor) -> Tensor:
         parts = unflatten(vector, params)
         total = torch.zeros_like(vector)
         count = 0
-        was_training = model.training
-        model.eval()
-        for images, labels in batches:
-            value = loss(model(images), labels).sum()
-            grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
-            terms = [(g * v).sum() for g, v in zip(grads, parts, strict=True) if g is not None]
-            second = torch.autograd.grad(torch.stack(terms).sum(), params, allow_unused=True)
-            total += flatten([torch.zeros_like(p) if s is None else s for s, p in zip(second, params, strict=True)])
-            count += len(labels)
-        model.train(was_training)
+        with evaluating(model):
+            for images, labels in batches:
+                value = loss(model(images), labels).sum()
+                grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
+                terms = [(g * v).sum() for g, v in zip(grads, parts, strict=True) if g is not None]
+                second = torch.autograd.grad(torch.stack(terms).sum(), params, allow_unused=True)
+                total += flatten([torch.zeros_like(p) if s is None else s for s, p in zip(second, params, strict=True)])
+                count += len(labels)
         return total / count
 
     return product

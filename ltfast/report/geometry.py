@@ -21,6 +21,7 @@ from ltfast.preserve import reestimate_batchnorm, sample_indices
 from ltfast.report.curvature import Spectrum, flatten, hessian_product, spectrum, unflatten
 from ltfast.report.landscape import LossAt, Plane, Surface, around, moved, surface
 from ltfast.report.runs import CHUNK, OUT_OF_TIME, Live, Missing
+from ltfast.resume import load_bank
 
 SIDES = ("head", "tail")
 IMAGES = 256  # training images a side
@@ -199,8 +200,6 @@ def initial_weights(live: Live) -> Sequence[Tensor]:
 
 def bank_snapshots(live: Live) -> list[tuple[int, Tensor]]:
     """(epoch, encoder as a vector like `live.params`) of the oldest and the newest live snapshot; [] without a bank."""
-    from ltfast.train import load_bank
-
     try:
         bank = load_bank(live.folder.path)
     except UserError:  # no training state, or a method without a bank

@@ -15,6 +15,7 @@ from ltfast.errors import UserError
 from ltfast.observe import head_and_tail
 from ltfast.recipes import needs_groups, rule_of
 from ltfast.report.runs import Missing, RunView
+from ltfast.resume import load_bank
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SMOOTHING = 0.35  # bandwidth of the accuracy curve, in factors of e of the class size
@@ -151,8 +152,8 @@ def cosines(gram: Array) -> Array:
 
 
 def gradient_similarity(view: RunView) -> dict[str, Any]:
-    """Cosines between gradients of many, medium and few by epoch, each group's with the whole training gradient, and
-    the bank groups' cosine matrix at the last probe (None without groups)."""
+    """Cosines between gradients of many, medium and few by epoch, each group's with the whole training gradient, and the
+    gradients' norms."""
     rows = view.kind("probe")
     names = rows[-1]["names"]
     matrices = np.stack([np.stack([array(line) for line in row["shots"]["gram"]]) for row in rows])
@@ -205,8 +206,6 @@ def ascent(view: RunView) -> dict[str, Any]:
 
 def ascent_labels(view: RunView, n: int) -> list[str]:
     """What each of the n directions of the run's rule stands for."""
-    from ltfast.recipes import rule_of
-
     rule = rule_of(view.config)
     kind = "one" if rule is None else rule.groups
     if kind == "class" and n == len(view.counts):
@@ -218,8 +217,6 @@ def ascent_labels(view: RunView, n: int) -> list[str]:
 
 def radius_bounds(view: RunView) -> tuple[float, float] | None:
     """[rho_min, rho_max] of Eq. 13, or None for a rule with a fixed radius."""
-    from ltfast.recipes import rule_of
-
     rule = rule_of(view.config)
     return None if rule is None or rule.rho is not None else (rule.rho_min, rule.rho_max)
 
@@ -239,8 +236,6 @@ def forces(view: RunView) -> dict[str, Any]:
 
 def bank_epochs(view: RunView) -> list[int] | None:
     """Epoch, counted from 1, of each class's entry in the memory bank [C]; None if the state or an entry is missing."""
-    from ltfast.train import load_bank
-
     try:
         bank = load_bank(view.folder.path)
     except UserError:

@@ -80,7 +80,7 @@ def revive(live: Live) -> Trainer:
         trainer.source.set_groups(trainer.groups)
         if config.preserve.gkp:  # its values cost no more and no less than zeros
             nothing = torch.zeros_like(trainer.flat.data)
-            trainer.anchor = Anchor(nothing, nothing, torch.zeros((), dtype=torch.float64), config.preserve.gkp_lambda)
+            trainer.anchor = Anchor(nothing, nothing)
         trainer.make_step()
     trainer.model.train()
     return trainer

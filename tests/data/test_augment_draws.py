@@ -115,7 +115,7 @@ def test_policy_is_torchvisions() -> None:
     assert auto.cifar_policy() == expected
     for name, (values, _) in theirs._AUGMENTATION_SPACE.items():
         magnitudes = values(10, 32, 32)
-        if magnitudes is not None:
+        if magnitudes is not None and name in auto.CODE:  # its CIFAR policy never shears along x
             scale = {"TranslateX": 32, "TranslateY": 32, "Solarize": 1 / 255}.get(name, 1)
             ours = [auto.magnitude(name, level) * scale for level in range(10)]
             np.testing.assert_allclose(ours, magnitudes.numpy(), atol=1e-6)

@@ -245,7 +245,7 @@ def test_contact_sheet(tmp_path) -> None:
 
 def test_contact_sheet_rows_are_one_picture_and_stand_by_class() -> None:
     source = make_source()
-    columns, labels = contact._collect(source, 6, 0)
+    columns, labels = contact._collect(source, 6)
     assert labels == sorted(labels)
     assert set(labels) == set(range(C)), "of as many classes as there are"
     plain = [torch.from_numpy(picture).permute(2, 0, 1) for picture in contact._to_bytes(source, columns[0])]

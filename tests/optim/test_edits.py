@@ -103,6 +103,24 @@ def test_groups_edited_in_mid_step_are_an_error() -> None:
         optimizer.second_step()
 
 
+def test_groups_edited_under_an_anchor_are_an_error_whose_cure_works() -> None:
+    model = support.make()
+    optimizer = SAM(groups_of(model), torch.optim.SGD, lr=0.1)
+
+    def anchor() -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.set_anchor([torch.ones_like(p) for p in params], [p.detach().clone() for p in params])
+
+    anchor()
+    optimizer.param_groups.pop()
+    with pytest.raises(RuntimeError, match=r"call restore\(\) and set_anchor\(None\) first"):
+        support.two_passes(model, optimizer, 0)
+    optimizer.restore()
+    optimizer.set_anchor(None)
+    anchor()
+    support.two_passes(model, optimizer, 0)
+
+
 def test_an_empty_group_may_be_filled_later() -> None:
     model, late = support.make(), nn.Linear(support.CLASSES, support.CLASSES)
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)

@@ -154,7 +154,7 @@ def test_another_methods_state_dict_does_not_change_the_method() -> None:
 
 def test_a_base_optimizer_with_a_rho_of_its_own() -> None:
     model = net()
-    with pytest.raises(ValueError, match="base_optimizer Adadelta has an option rho"):
+    with pytest.raises(ValueError, match=r"base_optimizer Adadelta already has an option 'rho'.*choose another"):
         SAM(model.parameters(), torch.optim.Adadelta, rho=0.05)
     optimizer = GSA(model.parameters(), torch.optim.Adadelta, [100, 10, 2], lr=0.1)
     optimizer.step(lambda: by_class(model(X)))

@@ -116,36 +116,9 @@ def test_load_refuses_and_changes_nothing():
         MemoryBank(7, 33).load_state_dict({k: v for k, v in state.items() if k != gone})
 
 
-def test_cap_drops_the_smallest_and_its_classes_move_to_the_nearest_epoch():
-    bank = MemoryBank(6, 2, max_snapshots=2)
-    inf = -torch.inf
-    bank.update(torch.tensor([0.0, 0.0, 0.0, inf, inf, inf]), torch.full((2,), 10.0), 10)
-    bank.update(torch.tensor([inf, inf, inf, 0.0, inf, inf]), torch.full((2,), 11.0), 11)
-    bank.update(torch.tensor([inf, inf, inf, inf, 5.0, inf]), torch.full((2,), 30.0), 30)
-    assert len(bank) == 2
-    assert sorted(bank.epochs.values()) == [10, 30]
-    assert bank.epochs[int(bank.entry[3])] == 10  # epoch 11 is nearer to 10 than to 30
-    assert bank.epochs[int(bank.entry[4])] == 30
-    assert bank.best[3] == 0.0
-    assert bank.entry[5] == -1
-
-
-def test_cap_holds_over_a_long_run():
-    generator = torch.Generator().manual_seed(4)
-    bank = MemoryBank(200, 3, max_snapshots=5)
-    for epoch in range(60):
-        bank.update(torch.randn(200, generator=generator) + 0.02 * epoch, torch.full((3,), float(epoch)), epoch)
-        assert len(bank) <= 5
-        assert set(bank.entry.tolist()) == set(bank.lumps().ids)
-        for i in bank.lumps().ids:
-            assert (bank.snapshot(i) == bank.epochs[i]).all()
-
-
 def test_bad_arguments():
     with pytest.raises(ValueError, match="positive"):
         MemoryBank(0, 3)
-    with pytest.raises(UserError, match="max_snapshots"):
-        MemoryBank(3, 3, max_snapshots=1)
     bank = MemoryBank(3, 4)
     with pytest.raises(ValueError, match=r"shape \[3\]"):
         bank.update(torch.zeros(2), torch.zeros(4), 0)

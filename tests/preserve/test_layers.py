@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.preserve import fisher
-from ltfast.preserve.fisher import fisher_diagonal
 from ltfast.preserve.layers import known_layers
+from tests.preserve.support import fisher_diagonal
 
 B, C = 7, 5
 

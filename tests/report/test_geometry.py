@@ -103,7 +103,7 @@ def test_bank_snapshots_are_the_encoders_of_their_epochs(runs):
     live = live_of(runs[0])
     bank = geometry.bank_snapshots(live)
     if not bank:  # one epoch of scouting leaves one snapshot
-        from ltfast.train import load_bank
+        from ltfast.resume import load_bank
 
         state = load_bank(Path(runs[0]))
         number, epoch = state["epochs"].tolist()[0]

@@ -237,7 +237,7 @@ def test_groups_and_their_sizes(tmp_path):
 
 def test_the_banks_epoch_of_each_class(tmp_path, monkeypatch):
     bank = {"epochs": torch.tensor([[7, 2], [9, 4]]), "entry": torch.tensor([9, 9, 7, 9, 7])}
-    monkeypatch.setattr("ltfast.train.load_bank", lambda folder: bank)
+    monkeypatch.setattr("ltfast.report.numbers.load_bank", lambda folder: bank)
     view = view_of(tmp_path, [DATA])
     assert numbers.bank_epochs(view) == [5, 5, 3, 5, 3], "counted from 1"
     bank["entry"][0] = 8  # of a snapshot that is no longer there
