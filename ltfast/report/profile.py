@@ -1,4 +1,4 @@
-"""Where one training step's time goes: a few steps of the run's own step, timed bare and then under the profiler.
+"""Where one training step's time goes: steps of the run's own, timed bare and then under the profiler.
 
 Operations are counted to the innermost part they run in: views and loading, forward and loss, backward, and the kernels
 of the ascent and the update. Steps run eager (neither compiled nor recorded as CUDA graphs), so that parts stay apart.
@@ -17,13 +17,14 @@ from ltfast import build, checkpoint
 from ltfast.data.base import Batch
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
+from ltfast.optim.rules import Rule
 from ltfast.plan import predicted_flops
 from ltfast.preserve import Anchor
 from ltfast.progress import Progress
 from ltfast.report.runs import OUT_OF_TIME, Live, Missing
 from ltfast.train import Trainer
 
-WARM, TIMED, PROFILED = 2, 6, 3  # steps
+WARM, TIMED, PROFILED = 2, 6, 3  # steps, the latter two at least: see `whole_cycles`
 DATA, STEP = "ltfast.data", "ltfast.step"
 NAMES = {
     DATA: "data and views", STEP: "forward and loss", "autograd": "backward", "ltfast::gram_partials": "Gram matrix and norms",
@@ -34,7 +35,7 @@ PARTS = tuple(dict.fromkeys(NAMES.values()))
 
 
 def profile(live: Live, stop: Callable[[], bool], tick: Callable[[], None]) -> dict[str, Any]:
-    """{"parts": seconds of a step by part, "measured": seconds of a step, "predicted": the plan's, or None}.
+    """{"parts": mean seconds of a step by part, "measured": of a step, "predicted": the plan's, or None}.
 
     predicted: the plan's FLOPs ratio times a plain step measured here; None for a method that descends plainly.
     Raises Missing if the run cannot be set up again, or the time runs out.
@@ -86,6 +87,12 @@ def revive(live: Live) -> Trainer:
     return trainer
 
 
+def whole_cycles(rule: Rule | None, least: int) -> int:
+    """At least so many steps, in which each kind of step of the rule (exact, remembered, repeated) has its share."""
+    cycle = rule.gram_every * rule.ascent_every if rule is not None else 1
+    return -(-least // cycle) * cycle
+
+
 def endless(trainer: Trainer) -> Iterator[Batch]:
     """Training batches, epoch after epoch."""
     epoch = 0
@@ -97,9 +104,9 @@ def endless(trainer: Trainer) -> Iterator[Batch]:
 def seconds_a_step(
     trainer: Trainer, batches: Iterator[Batch], stop: Callable[[], bool], tick: Callable[[], None]
 ) -> float:
-    """Median seconds of TIMED steps with their data, after WARM others."""
+    """Mean seconds of TIMED steps or more with their data, after WARM others."""
     seconds = []
-    for _ in range(WARM + TIMED):
+    for _ in range(WARM + whole_cycles(trainer.rule, TIMED)):
         if stop():
             raise Missing(OUT_OF_TIME)
         synchronize(trainer.device)
@@ -108,7 +115,7 @@ def seconds_a_step(
         synchronize(trainer.device)
         seconds.append(time.perf_counter() - started)
         tick()
-    return sorted(seconds[WARM:])[TIMED // 2]
+    return sum(seconds[WARM:]) / len(seconds[WARM:])
 
 
 def synchronize(device: torch.device) -> None:
@@ -124,9 +131,10 @@ def parts_of(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, float]:
 
     cuda = trainer.device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints errors where there is no GPU
+    steps = whole_cycles(trainer.rule, PROFILED)
     devices = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profiler(activities=devices, acc_events=True) as found:  # False makes torch 2.11 warn
-        for _ in range(PROFILED):
+        for _ in range(steps):
             with record_function(DATA):
                 batch = next(batches)
             with record_function(STEP):
@@ -137,7 +145,7 @@ def parts_of(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, float]:
         part = part_of(event)
         if part is not None:
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-            sums[part] += microseconds / 1e6 / PROFILED
+            sums[part] += microseconds / 1e6 / steps
     return {name: value for name, value in sums.items() if value > 0}
 
 

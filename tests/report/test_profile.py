@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from ltfast.optim.rules import Rule
 from ltfast.report import profile as module
-from ltfast.report.profile import part_of, profile, revive
+from ltfast.report.profile import part_of, profile, revive, whole_cycles
 from ltfast.report.runs import Missing, open_live, open_runs
 
 
@@ -43,8 +44,16 @@ def test_parts_of_the_default_method_add_up(lives):
     assert sum(found["parts"].values()) == pytest.approx(found["measured"])
     assert found["parts"]["backward"] > found["parts"]["update"]
     assert found["predicted"] > 0
-    assert len(ticks) == 2 * (module.WARM + module.TIMED)
+    assert len(ticks) == 2 * module.WARM + 16 + module.TIMED, "a whole cycle of Gram refreshes, and plain steps"
     assert all(torch.equal(before[k], v) for k, v in lives[0].model.state_dict().items())
+
+
+@pytest.mark.parametrize(("gram", "ascent", "steps"), [(1, 1, 6), (16, 1, 16), (1, 5, 10), (16, 5, 80), (4, 1, 8)])
+def test_every_kind_of_step_has_its_share_of_the_timed_ones(gram, ascent, steps):
+    """gram_every 16 had its only exact step in the warm-up, and the median of ascent_every 5 was that of a repetition."""
+    rule = Rule(gram_every=gram, ascent_every=ascent)
+    assert whole_cycles(rule, 6) == steps
+    assert whole_cycles(None, 6) == 6
 
 
 def test_plain_descent_has_no_ascent_and_no_prediction(lives):
