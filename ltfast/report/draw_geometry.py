@@ -153,13 +153,14 @@ def bars_with_errors(ax: Axes, runs: Sequence[Entry], values: Sequence[Sequence[
         log_ticks(ax.yaxis, "{x:g}")
     for r, ((i, name, _), pairs) in enumerate(zip(runs, values, strict=True)):
         x = np.arange(2) + (r - (len(runs) - 1) / 2) * width
-        errors = [error if error == error else 0.0 for _, error in pairs]
         bars = ax.bar(
-            x, [height for height, _ in pairs], 0.9 * width, yerr=errors, capsize=3, color=colour(i), hatch=hatch(i),
-            edgecolor="white", ecolor=INK, label=name,
+            x, [height for height, _ in pairs], 0.9 * width, yerr=[error for _, error in pairs], capsize=3, color=colour(i),
+            hatch=hatch(i), edgecolor="white", ecolor=INK, label=name,
         )  # fmt: skip
         if len(runs) <= LABELLED:
             labels = [f"{h:.2g}" if abs(h) < 100 else f"{h:,.0f}" for h, _ in pairs]
             ax.bar_label(bars, labels, padding=2, fontsize=7.5)
+    if min(heights) <= 0:
+        ax.margins(y=0.12)
     ax.set_xticks(range(2), SIDES)
     ax.grid(axis="x", visible=False)

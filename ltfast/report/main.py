@@ -216,8 +216,8 @@ def profile(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     found, missing = part(views, computed, "profile")
     caption = (
         "The mean training step of the run's last phase, run again where this report was made, eager; by the part in which "
-        "each operation runs. Where steps differ (--gram-every, --ascent-every) the mean is over a whole cycle. A diamond: "
-        "what the plan predicts from counted FLOPs and the time of a plain step."
+        "each operation runs. Where steps differ (--gram-every, --ascent-every) each kind is timed by itself and counts as often "
+        "as it is taken. A diamond: what the plan predicts from counted FLOPs and the time of a plain step."
     )
     figures = [("", draw_training.draw_profile(found))] if found else []
     rows = [

@@ -16,7 +16,7 @@ from ltfast.report import report
 from ltfast.report.budget import Budget
 from ltfast.report.curvature import Quadrature, Spectrum
 from ltfast.report.draw_classes import draw_class_size, draw_confusion
-from ltfast.report.draw_geometry import WIDTHS, draw_landscapes, draw_spectra, free, width_of
+from ltfast.report.draw_geometry import WIDTHS, bars_with_errors, draw_landscapes, draw_spectra, free, width_of
 from ltfast.report.draw_training import draw_ascent, draw_curves, draw_group_similarity, refreshes
 from ltfast.report.geometry import SIDES, Curvature, Landscape
 from ltfast.report.landscape import Surface
@@ -315,6 +315,16 @@ def test_spectra_have_a_legend_with_markers_and_logarithmic_bars():
     narrow = next(line for line in figure.axes[0].lines if line.get_color() == colour(1) and len(line.get_xdata()) > 1)
     assert np.trapezoid(narrow.get_ydata(), narrow.get_xdata()) == pytest.approx(1, abs=0.01)
     assert (width_of(spectra[0]), width_of(spectra[1])) == pytest.approx((100 / WIDTHS, 0.01 / WIDTHS))
+
+
+def test_a_bar_without_an_error_has_no_whisker():
+    pairs = [[(1.0, 0.2), (20.0, float("nan"))]]
+    with look():
+        _, (ax,) = panels(1)
+        bars_with_errors(ax, [Entry(0, "a", None)], pairs)
+    ends = np.array([line.get_ydata() for line in ax.lines], dtype=np.float64)
+    np.testing.assert_allclose(ends, [[0.8, np.nan], [1.2, np.nan]])
+    assert [text.get_text() for text in ax.texts] == ["1", "20"]
 
 
 def test_a_plane_has_one_scale_and_no_value_under_a_mark():
