@@ -184,7 +184,7 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
         images = f"{item.images} training image{'s' if item.images != 1 else ''}"
         where: dict[str, Any] = {"transform": row[0].transAxes, "fontsize": 9}
         row[0].text(0, 0.62, long[item.label], va="bottom", weight="bold", **where)
-        row[0].text(0, 0.58, f"{item.accuracy:.0f} % right\n{images}", va="top", **where)
+        row[0].text(0, 0.58, f"{int(item.accuracy + 0.5)} % right\n{images}", va="top", **where)
         for ax, mistake in zip(row[1:], item.mistakes, strict=False):
             ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
             ax.set_title(f"as {short[mistake.predicted]}\n{100 * mistake.confidence:.0f} %", fontsize=7.5)
