@@ -3,7 +3,7 @@
 Shapes: C classes, G groups, N flat parameters. Kinds of rows in metrics.jsonl:
     quality  feature quality of every class, each epoch (MBG)
     ascent   radii and clips of each group's ascent, each epoch, from some of its steps (GSA)
-    forces   norms of what moves the weights: loss gradient, weight decay, GKP, each epoch
+    forces   norms of what moves the weights: loss gradient, weight decay of the encoder, GKP, each epoch
     probe    Gram matrix of group gradients on fixed training images, PROBES times a run
 """
 
@@ -152,14 +152,15 @@ def probe_row(trainer: Trainer) -> dict[str, Any]:
 
 @torch.no_grad()
 def forces_row(trainer: Trainer) -> dict[str, Any]:
-    """|weight decay|, |theta|, and of GKP: |gradient| as the update adds it, loss, alpha; one pass over N each.
+    """|weight decay| of the encoder, which is what GKP pulls, |theta|, and of GKP: |gradient| as the update adds it, loss,
+    alpha; one pass over N each.
 
     The loss is what the update minimises, (1 - alpha) lambda / 2 sum A (theta - T)^2 with A as it was capped: L_gkp without
     its constant, which moves nothing.
     """
     update, theta = trainer.update, trainer.flat.data
-    norm = torch.linalg.vector_norm(theta, dtype=torch.float64)
-    row = {"theta": float(norm), "decay": update.weight_decay * float(norm)}
+    norm, encoder = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in (theta, theta[trainer.encoder]))
+    row = {"theta": float(norm), "decay": update.weight_decay * float(encoder)}
     if update.anchor is not None:
         weight, target = update.anchor
         pull, gap = update.strength * weight, theta - target

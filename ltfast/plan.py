@@ -69,6 +69,8 @@ class Plan:
     bank_groups: int
     """Of the memory bank; 0 where nothing needs them."""
     flops_vs_sgd: float
+    scouting_flops: float
+    """FLOPs of a scouting step over those of an SGD step."""
     state_bytes: int
     """Of one process: weights, gradient rows, optimizer state, copies."""
     activation_bytes: float | None
@@ -93,6 +95,12 @@ def ascent_groups(config: Config, classes: int) -> int:
 def predicted_flops(config: Config, classes: int) -> float:
     """FLOPs of the method's step over those of a plain one with the same loss."""
     return flops_ratio(rule_of(config), ascent_groups(config, classes), config.loss.n_views)
+
+
+def scouting_flops(config: Config, classes: int) -> float:
+    """The same of a scouting step: plain descent where the rule waits for the bank's groups, else the method's own step."""
+    rule = rule_of(config)
+    return 1.0 if rule is None or rule.groups == "bank" else predicted_flops(config, classes)
 
 
 def make_plan(config: Config) -> Plan:
@@ -137,6 +145,7 @@ def make_plan(config: Config) -> Plan:
         groups=groups,
         bank_groups=config.preserve.groups if banked else 0,
         flops_vs_sgd=predicted_flops(config, source.num_classes),
+        scouting_flops=scouting_flops(config, source.num_classes),
         state_bytes=FLOAT * flat.size * (1 + rows + slots + kept + anchor),
         activation_bytes=kept_images,
         bank_bytes_max=FLOAT * (span.stop - span.start) * min(source.num_classes, snapshots) if banked else 0,
@@ -161,8 +170,8 @@ def first_missing(source: LargeSource) -> str:
 
 
 def flops_of_run(plan: Plan, epochs: int) -> float:
-    """FLOPs of the whole run over those of SGD on the same batches: an epoch of scouting is plain descent."""
-    return (plan.scouting_epochs + (epochs - plan.scouting_epochs) * plan.flops_vs_sgd) / epochs
+    """FLOPs of the whole run over those of SGD on the same batches."""
+    return (plan.scouting_epochs * plan.scouting_flops + (epochs - plan.scouting_epochs) * plan.flops_vs_sgd) / epochs
 
 
 def print_plan(config: Config) -> None:
@@ -185,7 +194,11 @@ def print_plan(config: Config) -> None:
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": groups,
         "FLOPs a step": f"{plan.flops_vs_sgd:.2f} x an SGD step on the same batch"
-        + (f" (after scouting; {flops_of_run(plan, config.optim.epochs):.2f} x over the run)" if scouts else ""),
+        + (
+            f" (after scouting; {flops_of_run(plan, config.optim.epochs):.2f} x over the run)"
+            if scouts and plan.scouting_flops != plan.flops_vs_sgd
+            else ""
+        ),
         "memory": f"{plan.state_bytes / GIB:.3f} GiB a process for weights, gradients, optimizer state and anchor"
         + (
             " (without activations)"

@@ -14,7 +14,7 @@ from ltfast.errors import UserError
 from ltfast.memory import GIB, OVERHEAD, Activations, activations, available_memory, kept_bytes, state_bytes, too_large
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.objective import Objective
-from ltfast.plan import flops_of_run, make_plan
+from ltfast.plan import flops_of_run, make_plan, print_plan
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
 from ltfast.train import Trainer, train
@@ -131,7 +131,18 @@ def test_a_plan_counts_scouting_and_what_it_remembers() -> None:
     assert (plan.processes, plan.images_a_process, plan.scouting_epochs, plan.bank_groups) == (4, 16, 3, 4)
     assert plan.flops_vs_sgd == pytest.approx(4)
     assert flops_of_run(plan, 6) == pytest.approx((3 * 1 + 3 * 4) / 6)
+    assert plan.scouting_flops == 1
     assert plan.bank_bytes_max / (4 * plan.encoder_parameters) == pytest.approx(3, rel=0.02)
     plan = make_plan(config.with_(regroup=1))
     assert plan.bank_bytes_max / (4 * plan.encoder_parameters) == pytest.approx(6, rel=0.02)
     assert make_plan(build_config("digits-lt", "bcl+sam", {}, {})).bank_groups == 0
+
+
+def test_a_rule_without_groups_of_the_bank_climbs_while_scouting(capsys: pytest.CaptureFixture[str]) -> None:
+    config = build_config("digits-lt", "bcl+sam+gkp", {}, {"epochs": 6, "scout": 0.5})
+    plan = make_plan(config)
+    assert (plan.scouting_epochs, plan.flops_vs_sgd, plan.scouting_flops, flops_of_run(plan, 6)) == (3, 2, 2, 2)
+    print_plan(config)
+    assert "2.00 x an SGD step on the same batch\n" in capsys.readouterr().out
+    print_plan(build_config("digits-lt", "gsa-exact", {}, {"epochs": 6, "scout": 0.5}))
+    assert "4.00 x an SGD step on the same batch (after scouting; 2.50 x over the run)\n" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ltfast.modes import evaluating
 
 MatVec = Callable[[Tensor], Tensor]
+TRACE_LEAST = 8  # probes: the spread of fewer says too little about the error of their mean
 # Beta below this share of the spectrum's size: the Krylov space is complete (float32 rounding is 6e-8).
 BREAKDOWN = 1e-7
 
@@ -66,12 +67,14 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 class Quadrature(NamedTuple):
     """Float64 [m]: nodes (Ritz values, increasing), weights (they sum to 1) and residuals: each node lies within its
-    residual (with the rounding of the vectors' dtype) of an eigenvalue. first: v'Hv / v'v."""
+    residual of an eigenvalue of the matrix that `matvec` multiplies by, if it does so exactly. first: v'Hv / v'v; vector:
+    the unit Ritz vector [N] of the largest node."""
 
     nodes: Tensor
     weights: Tensor
     residuals: Tensor
     first: float
+    vector: Tensor
 
 
 @torch.no_grad()
@@ -99,7 +102,16 @@ def lanczos(matvec: MatVec, start: Tensor, steps: int, stop: Callable[[], bool] 
     matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
     nodes, vectors = torch.linalg.eigh(matrix)
     rounding = torch.finfo(start.dtype).eps * scale
-    return Quadrature(nodes, vectors[0].square(), betas[-1] * vectors[-1].abs() + rounding, alphas[0])
+    top = basis[:m].T @ vectors[:, -1].to(basis)
+    return Quadrature(nodes, vectors[0].square(), betas[-1] * vectors[-1].abs() + rounding, alphas[0], top)
+
+
+def residual(matvec: MatVec, vector: Tensor) -> tuple[float, float]:
+    """(v'Hv / v'v, error): an eigenvalue of H lies within `error` of it, however v [N] was found."""
+    v = vector / norm(vector)
+    w = matvec(v)
+    value = dot(w, v)
+    return value, norm(w - value * v)
 
 
 def norm(v: Tensor) -> float:
@@ -126,10 +138,14 @@ class Spectrum:
 
     @property
     def top(self) -> tuple[float, float]:
-        """(lambda_max, error): the largest Ritz value over the probes; an eigenvalue lies within `error` of it, and no
-        Ritz value exceeds the true maximum."""
-        best = max(self.quadratures, key=lambda q: float(q.nodes[-1]))
-        return float(best.nodes[-1]), float(best.residuals[-1])
+        """(lambda_max, error): the largest Ritz value over the probes; with exact products an eigenvalue lies within `error`
+        of it, and no Ritz value exceeds the true maximum. Rounding of float32 losses may exceed it: see `residual`."""
+        return float(self.best.nodes[-1]), float(self.best.residuals[-1])
+
+    @property
+    def best(self) -> Quadrature:
+        """The probe with the largest Ritz value."""
+        return max(self.quadratures, key=lambda q: float(q.nodes[-1]))
 
     @property
     def bottom(self) -> tuple[float, float]:
@@ -139,9 +155,10 @@ class Spectrum:
 
     @property
     def trace(self) -> tuple[float, float]:
-        """(trace, standard error over the probes; NaN for a single probe)."""
+        """(trace, standard error over the probes; NaN for fewer than TRACE_LEAST)."""
         forms = torch.tensor(self.quadratic_forms, dtype=torch.float64) * self.size
-        return float(forms.mean()), float(forms.std() / len(forms) ** 0.5) if len(forms) > 1 else float("nan")
+        known = len(forms) >= TRACE_LEAST
+        return float(forms.mean()), float(forms.std() / len(forms) ** 0.5) if known else float("nan")
 
     def density(self, grid: Tensor, sigma: float) -> Tensor:
         """Density of the eigenvalues on `grid` (integral 1), smoothed by a Gaussian of width `sigma`; float64."""

@@ -45,7 +45,7 @@ def draw_class_size(runs: Runs) -> Figure:
     figure, (ax,) = panels(1, width=7.2, height=3.4)
     for i, name, run in runs:
         size, accuracy = run["size"], run["accuracy"]
-        many = len(size) > 100
+        many = len(size) >= 100
         if len(size) > CLASS_MARKS:
             size, accuracy = mean_of_each_size(size, accuracy)
         ax.scatter(
@@ -54,7 +54,7 @@ def draw_class_size(runs: Runs) -> Figure:
         )  # fmt: skip
         look: dict[str, Any] = {"linestyle": line(i), "color": colour(i)}
         (drawn,) = ax.plot(run["curve_x"], run["curve_y"], zorder=4, **look)  # marks on it would pass for classes
-        drawn.set_path_effects([Stroke(linewidth=4, foreground="white"), Normal()] if many else [])
+        drawn.set_path_effects([Stroke(linewidth=4, foreground="white", alpha=0.5), Normal()] if many else [])
         ax.plot([], [], marker=marker(i), label=name, **look)
     ax.set(xscale="log", ylim=(-4, 104), xlabel="training images of the class", ylabel="test accuracy (%)")
     low, high = ax.get_xlim()
@@ -119,9 +119,8 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
         for i, j in np.ndindex(found.shares.shape):
             value = found.shares[i, j]
             if value >= 0.5:
-                ax.text(
-                    j, i, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="white" if value > 55 else INK
-                )
+                look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
+                ax.text(j, i, str(int(value + 0.5)), color="white" if value > 55 else INK, **look)
         for i, row in enumerate(found.rows):
             if row in found.columns:
                 ax.add_patch(frame(found.columns.index(row), i))
@@ -185,7 +184,7 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
         images = f"{item.images} training image{'s' if item.images != 1 else ''}"
         where: dict[str, Any] = {"transform": row[0].transAxes, "fontsize": 9}
         row[0].text(0, 0.62, long[item.label], va="bottom", weight="bold", **where)
-        row[0].text(0, 0.58, f"{item.accuracy:.0f} % right\n{images}", va="top", **where)
+        row[0].text(0, 0.58, f"{int(item.accuracy + 0.5)} % right\n{images}", va="top", **where)
         for ax, mistake in zip(row[1:], item.mistakes, strict=False):
             ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
             ax.set_title(f"as {short[mistake.predicted]}\n{100 * mistake.confidence:.0f} %", fontsize=7.5)

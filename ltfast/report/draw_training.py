@@ -83,7 +83,8 @@ def draw_quality(runs: Runs) -> Figure:
     """Quality, spread and distance of features by epoch: head solid with open markers, tail dashed with full ones."""
     figure, axes = panels(3, height=3.3)
     titles = {
-        "quality": "quality Q = -1/D - log V", "variance": "spread V within a class", "distance": "distance D to the nearest class",
+        "quality": "quality Q = -1/D - lambda_q log V", "variance": "spread V within a class",
+        "distance": "distance D to the nearest class",
     }  # fmt: skip
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for i, name, run in runs:
@@ -122,18 +123,17 @@ def draw_similarity(runs: Runs) -> Figure:
 
 def draw_group_similarity(runs: Runs) -> Figure:
     """Cosine matrix of the groups' gradients at the last probe, and each group's cosine with the whole gradient."""
-    figure, axes = panels(2, len(runs), height=3.0)
-    for (_, name, run), left, right in zip(runs, axes[::2], axes[1::2], strict=True):
-        matrix = run["matrix"]
-        between = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)  # ones would take up the whole scale
-        reach = max(0.2, float(np.nanmax(np.abs(between), initial=0)))
-        image = left.imshow(between, cmap=MAP, vmin=-reach, vmax=reach)
+    figure, axes = panels(2, len(runs), height=3.0, width_ratios=[1, 1.7])
+    between = [np.where(np.eye(len(run["matrix"]), dtype=bool), np.nan, run["matrix"]) for _, _, run in runs]
+    reach = max(0.2, *(float(np.nanmax(np.abs(matrix), initial=0)) for matrix in between))  # without the ones
+    for (_, name, run), matrix, left, right in zip(runs, between, axes[::2], axes[1::2], strict=True):
+        image = left.imshow(matrix, cmap=MAP, vmin=-reach, vmax=reach)
         left.grid(False)
         ticks = np.arange(len(matrix))
         title = f"{shorten(name)}: cosines, epoch {int(run['epoch'][-1])}"
         left.set(title=title, xticks=ticks, yticks=ticks, xlabel="group", ylabel="group")
         for i, j in np.ndindex(matrix.shape):
-            if len(matrix) <= 8 and np.isfinite(between[i, j]):
+            if len(matrix) <= 8 and np.isfinite(matrix[i, j]):
                 ink = "black" if matrix[i, j] > 0.2 * reach else "white"
                 left.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=8)
         figure.colorbar(image, ax=left, shrink=0.85)
@@ -146,36 +146,58 @@ def draw_group_similarity(runs: Runs) -> Figure:
 
 
 def draw_ascent(runs: Runs) -> Figure:
-    """One row a run: radii of Eq. 13 by group against their bounds, shares clipped, norms, refresh cosines."""
-    figure, axes = panels(4, len(runs), height=2.5)
-    for r, (_, name, run) in enumerate(runs):
-        radius, clipped, norm, last = axes[4 * r : 4 * r + 4]
-        n = len(run["labels"])
-        shown = range(n) if n <= ASCENT_LINES else np.linspace(0, n - 1, ASCENT_LINES).round().astype(int).tolist()
-        for i, k in enumerate(shown):
-            label = run["labels"][k]
-            plot(radius, run["epoch"], run["radius"][:, k], i, label)
-            plot(clipped, run["epoch"], 100 * (run["above"] + run["below"])[:, k], i, label)
-            plot(norm, run["epoch"], run["norm"][:, k], i, label)
-        if run["bounds"] is not None:
-            radius.axhspan(*run["bounds"], color=FAINT, zorder=0)
-            radius.set_yscale("log")
-            log_ticks(radius.yaxis, "{x:g}")
-        else:
-            radius.set_ylim(0, 1.5 * radius.get_ylim()[1])
-        norm.set_yscale("log")
+    """One row a run: radii of Eq. 13 by group against their bounds, shares clipped, norms, refresh cosines; of a fixed radius
+    its value."""
+    columns = 4 if any(run["bounds"] is not None for _, _, run in runs) else 3
+    figure, axes = panels(columns, len(runs), height=2.5)
+    directions = [ascent_directions(run) for _, _, run in runs]
+    labels = dict.fromkeys(label for shown in directions for label in shown)
+    # Groups first: they have the colours that they have in other figures.
+    place = {label: i for i, label in enumerate(sorted(labels, key=lambda label: not label.startswith("group ")))}
+    for r, ((_, name, run), shown) in enumerate(zip(runs, directions, strict=True)):
+        radius, *between, norm, last = axes[columns * r : columns * (r + 1)]
+        for label, k in shown.items():
+            plot(norm, run["epoch"], run["norm"][:, k], place[label], label)
+        norm.set(title="|direction| before scaling", xlabel="epoch", yscale="log")
         log_ticks(norm.yaxis, "{x:g}")
-        radius.set(title=f"{shorten(name)}: radius rho_k", xlabel="epoch")
-        clipped.set(title="radii clipped (%)", xlabel="epoch", ylim=(-4, 104))
-        norm.set(title="|direction| before scaling", xlabel="epoch")
+        if run["bounds"] is None:
+            for ax in (radius, *between):
+                ax.set_axis_off()
+            radius.set_title(shorten(name))
+            radius.text(0.5, 0.5, f"fixed radius {run['rho']:g}", ha="center", transform=radius.transAxes)
+        else:
+            radii(radius, between[0], run, {place[label]: k for label, k in shown.items()})
+            radius.set_title(f"{shorten(name)}: radius rho_k")
         if np.isfinite(run["refresh_cos"]).any():
             refreshes(last, run)
         else:
-            for i, k in enumerate(shown):
-                plot(last, run["epoch"], run["length"][:, k], i, run["labels"][k])
-            last.set(title="norm of the perturbation", xlabel="epoch", ylim=(0, 1.3 * last.get_ylim()[1]))
+            for label, k in shown.items() if run["shared"] is None else ():
+                plot(last, run["epoch"], run["length"][:, k], place[label], label)
+            if run["shared"] is not None:
+                whole_epochs(last)
+                last.plot(run["epoch"], run["shared"], color=INK)
+            which = "perturbation" if run["shared"] is None else "shared perturbation"
+            last.set(title=f"norm of the {which}", xlabel="epoch", ylim=(0, 1.3 * last.get_ylim()[1]))
     legend_below(figure, axes, columns=8)
     return figure
+
+
+def ascent_directions(run: dict[str, Any]) -> dict[str, int]:
+    """Label and number of the directions that are shown: all, or ASCENT_LINES of them."""
+    n = len(run["labels"])
+    shown = range(n) if n <= ASCENT_LINES else np.linspace(0, n - 1, ASCENT_LINES).round().astype(int).tolist()
+    return {run["labels"][k]: k for k in shown}
+
+
+def radii(radius: Axes, clipped: Axes, run: dict[str, Any], shown: dict[int, int]) -> None:
+    """Radii by epoch with their bounds as a band, and the share outside; shown: place among colours -> direction."""
+    for i, k in shown.items():
+        plot(radius, run["epoch"], run["radius"][:, k], i, run["labels"][k])
+        plot(clipped, run["epoch"], 100 * (run["above"] + run["below"])[:, k], i, run["labels"][k])
+    radius.axhspan(*run["bounds"], color=FAINT, zorder=0)
+    radius.set(xlabel="epoch", yscale="log")
+    log_ticks(radius.yaxis, "{x:g}")
+    clipped.set(title="radii clipped (%)", xlabel="epoch", ylim=(-4, 104))
 
 
 def refreshes(ax: Axes, run: dict[str, Any]) -> None:
@@ -235,7 +257,9 @@ def group_bars(ax: Axes, run: dict[str, Any]) -> None:
         short = distinct(run["names"], 10)
         names = [short[c] for c in order]
         ax.set_xticks(range(len(order)), names, rotation=0 if max(map(len, names)) < 4 else 60)
-        for x, c in enumerate(order if run["entries"] is not None else []):
+        for x, c in enumerate(order if run["entries"] else []):
+            if run["entries"][c] is None:
+                continue
             where: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "fontsize": 7}
             ax.annotate(f"e{run['entries'][c]}", (x, run["counts"][c]), **where)
 

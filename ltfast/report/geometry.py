@@ -7,6 +7,7 @@ Legend: K = 2 sides (head, tail), N parameters of encoder and classifier.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from ltfast import checkpoint
 from ltfast.errors import UserError
 from ltfast.flat import FlatParameters
 from ltfast.preserve import reestimate_batchnorm, sample_indices
-from ltfast.report.curvature import Spectrum, flatten, hessian_product, spectrum, unflatten
+from ltfast.report.curvature import Spectrum, flatten, hessian_product, residual, spectrum, unflatten
 from ltfast.report.landscape import LossAt, Plane, Surface, around, moved, surface
-from ltfast.report.runs import CHUNK, OUT_OF_TIME, Live, Missing
+from ltfast.report.runs import CHUNK, OUT_OF_TIME, Live, Missing, epoch_of_last
 from ltfast.resume import load_bank
 
 SIDES = ("head", "tail")
@@ -36,10 +37,12 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Curvature:
-    """Spectra by side, and the images each was computed on."""
+    """Spectra by side, the images each was computed on, and the largest eigenvalue with its error, from one product in
+    float64 (products in float32 are off by far more than Lanczos is)."""
 
     spectra: dict[str, Spectrum]
     images: dict[str, int]
+    tops: dict[str, tuple[float, float]]
 
 
 def curvature(live: Live, share: Callable[[], Stop], tick: Tick) -> Curvature:
@@ -50,7 +53,9 @@ def curvature(live: Live, share: Callable[[], Stop], tick: Tick) -> Curvature:
     params = live.params
     size = sum(p.numel() for p in params)
     steps = max(2, min(LANCZOS_STEPS, BASIS_BYTES // (4 * size)))
-    spectra, images = {}, {}
+    spectra, images, tops = {}, {}, {}
+    exact = copy.deepcopy(live.model).double()
+    exact_params = [*exact.encoder.parameters(), *exact.classifier.parameters()]
     for side in SIDES:
         x, y = live.fetch("train", live.indices(side, IMAGES))
         batches = list(zip(x.split(CHUNK), y.split(CHUNK), strict=True))
@@ -68,7 +73,11 @@ def curvature(live: Live, share: Callable[[], Stop], tick: Tick) -> Curvature:
         if len(spectra[side].quadratures[0].nodes) < LANCZOS_MINIMUM and stop():
             raise Missing(OUT_OF_TIME)
         images[side] = len(y)
-    return Curvature(spectra, images)
+        halves = [(a.double(), b) for a, b in zip(x.split(CHUNK // 2), y.split(CHUNK // 2), strict=True)]
+        tops[side] = residual(
+            hessian_product(exact, exact_params, live.loss, halves), spectra[side].best.vector.double()
+        )
+    return Curvature(spectra, images, tops)
 
 
 def products() -> int:
@@ -145,11 +154,11 @@ def plane_landscape(live: Live, stop: Stop, tick: Tick) -> Landscape:
 def three_points(live: Live) -> tuple[list[Tensor], list[str], str]:
     """theta(t0), theta(t1), theta(t2) as vectors [N], their labels, and a note on where they come from.
 
-    t2 is the end of the run. t0 and t1: the weights kept at marked epochs; or else the oldest and the newest snapshot of
+    t2: the last weights. t0 and t1: the weights kept at marked epochs; or else the oldest and the newest snapshot of
     the memory bank (encoder only, with the final classifier); or else initial and best weights.
     """
     last = flatten(live.params)
-    final = f"t2: end, epoch {live.config.optim.epochs}"
+    final = f"t2: {'end' if live.folder.metrics('test') else 'last weights'}, epoch {epoch_of_last(live.folder)}"
     kept = sorted(live.folder.checkpoints.glob("epoch-*.safetensors"), key=epoch_of)
     if len(kept) >= 2:
         chosen = (kept[0], kept[-1])

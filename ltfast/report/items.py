@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ltfast.plan import predicted_flops
+from ltfast.observe import PROBE_IMAGES
+from ltfast.plan import predicted_flops, scouting_flops
 from ltfast.recipes import rule_of
 from ltfast.report import draw_classes, draw_training, numbers
 from ltfast.report.page import Entry, Item, Table
@@ -41,7 +42,8 @@ def simple(
 def curves(views: Sequence[RunView]) -> Item:
     caption = (
         "Mean loss over each epoch's steps (with its contrastive part, where the method has one), learning rate, and "
-        "accuracy on the images held out of training. A dotted vertical line: classes were grouped, scouting ended."
+        "accuracy on the images held out of training. Dotted vertical lines, in the run's colour: scouting ended and the "
+        "classes were grouped (the first), or were grouped again (the others, with --regroup)."
     )
     item = simple(views, "curves", "Training", "Training curves", caption, numbers.curves, draw_training.draw_curves)
     blind = [name for name, run in item.data.items() if np.isnan(run["top1"]).all()]
@@ -51,8 +53,8 @@ def curves(views: Sequence[RunView]) -> Item:
 
 def class_size(views: Sequence[RunView]) -> Item:
     caption = (
-        "One mark a class (of more than 1,000 classes one a class size, the mean of its classes), test split, last weights; the "
-        "line is a local linear fit over the logarithm of the class size. A method for long tails lifts the left end."
+        "One mark a class (of more than 1,000 classes one a class size, the mean of its classes), test split, last weights; "
+        "the line is a local linear fit over the logarithm of the class size. A method for long tails lifts the left end."
     )
     title = "Accuracy against class size"
     item = simple(views, "class-size", "Classes", title, caption, numbers.by_class_size, draw_classes.draw_class_size)
@@ -81,8 +83,8 @@ def shots(views: Sequence[RunView]) -> Item:
 def confusion(views: Sequence[RunView]) -> Item:
     caption = (
         "Where the test images of tail classes go, in %; a frame marks the right class. Tail: few-shot classes (the third "
-        "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate. Where shortened names "
-        "would be the same, the class's number stands before them."
+        "with the fewest images, if there are no many- or few-shot ones); at most the ten least accurate, of equal ones "
+        "those with the lowest number. Where shortened names would be the same, the class's number stands before them."
     )
     found, missing = collect(views, lambda v: (numbers.tail_confusion(v), v.class_names, v.counts.tolist()))
     runs = [(entry.name, *entry.data) for entry in found]
@@ -103,6 +105,9 @@ def quality(views: Sequence[RunView]) -> Item:
         "training features' quality, spread and distance, as the memory bank scores them (Fig. 2 of the paper). Where the "
         "curves of head and tail part, the epoch that suits one does not suit the other: that is what the bank is for."
     )
+    weights = {view.name: view.config.preserve.lambda_q for view in views}
+    if set(weights.values()) != {1.0}:
+        caption += " lambda_q: " + ", ".join(f"{name} {value:g}" for name, value in weights.items()) + "."
     return simple(
         views,
         "quality",
@@ -117,8 +122,8 @@ def quality(views: Sequence[RunView]) -> Item:
 def groups(views: Sequence[RunView]) -> Item:
     caption = (
         "Classes by size, in the colour and hatch of their group. Groups are numbered by decreasing mean class size; they "
-        "come from which epoch's weights served each class best (e21: epoch 21), and from the sizes only where those weights "
-        "tell fewer groups apart."
+        "come from which epoch's weights served each class best (e21: epoch 21; no number where the bank has taken later ones "
+        "since), and from the sizes only where those weights tell fewer groups apart."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
@@ -137,9 +142,10 @@ def groups(views: Sequence[RunView]) -> Item:
 
 def forces(views: Sequence[RunView]) -> Item:
     caption = (
-        "Norms at the end of each epoch of what moves the weights: the loss gradient as the update uses it (mean over the "
-        "epoch, times alpha), the pull of GKP, and weight decay. GKP that lies far below weight decay does nothing. An anchor "
-        "far from the weights, over their norm, can undo what was learnt since (docs/findings.md)."
+        "Norms at the end of each epoch of what moves the weights: the loss gradient of all parameters before clipping "
+        "(mean over the epoch, times alpha), the pull of GKP on the encoder, and weight decay of the encoder. GKP that lies "
+        "far below weight decay does nothing. An anchor far from the weights, over their norm, can undo what was learnt "
+        "since (docs/findings.md)."
     )
     title = "Strength of GKP against loss and weight decay"
     item = simple(views, "forces", "Knowledge", title, caption, numbers.forces, draw_training.draw_forces)
@@ -164,7 +170,9 @@ def similarity(views: Sequence[RunView]) -> Item:
 def group_similarity(views: Sequence[RunView]) -> Item:
     caption = (
         "The same for the memory bank's groups: cosines between their gradients at the last probe, and of each with the "
-        "whole gradient, which is the part that the orthogonal direction of GSA takes away (Eq. 12)."
+        "whole gradient. An estimate from at most "
+        f"{PROBE_IMAGES} training images a group: plain gradients of the classification loss alone, by all parameters, in "
+        "evaluation mode; the ascent of GSA sees batches, its own loss and (if adaptive) gradients times |theta|."
     )
     return simple(
         views, "group-similarity", "Sharpness", "Gradient similarity between groups", caption, numbers.group_similarity,
@@ -175,9 +183,12 @@ def group_similarity(views: Sequence[RunView]) -> Item:
 def ascent(views: Sequence[RunView]) -> Item:
     caption = (
         "Means over sampled steps of each epoch. Radius: Eq. 13 before clipping, with its bounds as a band; a radius "
-        "outside them is set to the bound. Direction: the norm of what is left of a group's gradient (Eq. 12). Perturbation: "
-        "its norm in units of |theta| for adaptive rules. At a refresh of the Gram matrix, the direction that the old matrix "
-        "gives is compared with the exact one (a point: mean of the epoch; the line below it: down to the smallest)."
+        "outside them is set to the bound. Direction: the norm of what is left of a group's gradient (Eq. 12), times "
+        "|theta| for adaptive rules. Perturbation: its norm, in units of |theta| for adaptive rules; a shared one has one "
+        "line, of the group that most sampled steps had. With --gram-every above 1 (gsa-full) radii and directions come "
+        "mostly from the remembered Gram matrix, not from the step's own gradients. At a refresh of the Gram matrix, the "
+        "direction that the old matrix gives is compared with the exact one (a point: mean of the epoch; the line below it: "
+        "down to the smallest)."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def ascent(views: Sequence[RunView]) -> Item:
     )
     rows = []
     for name, run in item.data.items():
-        clipped = numbers.mean((run["above"] + run["below"]).ravel())
+        clipped = np.nan if run["bounds"] is None else numbers.mean((run["above"] + run["below"]).ravel())
         rows.append(
             (
                 name,
@@ -206,9 +217,10 @@ def ascent(views: Sequence[RunView]) -> Item:
 
 def times(views: Sequence[RunView]) -> Item:
     caption = (
-        "Seconds as logged; grouping includes Fisher and anchor, compiling is told apart. Right: the median training epoch over "
-        "the median scouting epoch, beside the ratio that the plan predicts from counted FLOPs; small networks are bound by the "
-        "number of operations instead, and cost more."
+        "Seconds of what is logged: grouping includes Fisher and anchor, compiling is told apart; validation, test, "
+        "gradient probes, checkpoints and the start are not among them. Right: the median training epoch over the median "
+        "scouting epoch (which climbs as well where the method's ascent needs no groups of the bank), beside the ratio that "
+        "the plan predicts from counted FLOPs; small networks are bound by the number of operations instead, and cost more."
     )
 
     def compute(view: RunView) -> dict[str, Any]:
@@ -217,7 +229,8 @@ def times(views: Sequence[RunView]) -> Item:
             raise Missing("no finished epoch")
         rule = rule_of(view.config)
         ratio = numbers.epoch_ratio(view) if rule is not None else None
-        predicted = predicted_flops(view.config, len(view.counts)) if rule else None
+        classes = len(view.counts)
+        predicted = predicted_flops(view.config, classes) / scouting_flops(view.config, classes) if rule else None
         return {"parts": parts, "measured": ratio, "predicted": predicted}
 
     item = simple(views, "times", "Time", "Where the time went", caption, compute, draw_training.draw_times)

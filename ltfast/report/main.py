@@ -14,13 +14,23 @@ from ltfast.config import SECTIONS
 from ltfast.report import draw_classes, draw_geometry, draw_training, items
 from ltfast.report.budget import Budget
 from ltfast.report.compute import Computed, compute_all
+from ltfast.report.curvature import TRACE_LEAST
+from ltfast.report.draw_geometry import WIDTHS
 from ltfast.report.geometry import SIDES
 from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table
-from ltfast.report.runs import Missing, RunView, open_runs
+from ltfast.report.runs import Missing, RunView, epoch_of_last, open_runs
 from ltfast.report.style import look, save
 from ltfast.runs import cannot_write, to_json
 
 PAGE, NUMBERS = "index.html", "report.json"
+LEAD = "What happened in training, which classes gained, and how the loss looks around the solution."
+TERMS = (
+    'GKP, grouped knowledge preservation, and GSA, grouped sharpness-aware minimisation, are the methods of "Reframing '
+    'Long-Tailed Learning via Loss Landscape Geometry" (CVPR 2026), whose figures and equations the captions cite (Fig. 2, '
+    "Eq. 12 and 13; ltfast's docs/method.md has them all). Scouting is the first part of training: it fills the memory bank "
+    "with the encoder of each class's best epoch, by which the classes are grouped; GKP then holds the encoder to an anchor, "
+    "a mean of those encoders weighted by Fisher information."
+)
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
 LATER = 0.6  # time that drawing the computed figures takes, over that of the log's: there are half as many
 SECTION_ORDER = ("Classes", "Training", "Knowledge", "Sharpness", "Geometry", "Time")
@@ -77,11 +87,10 @@ def report(
     (folder / NUMBERS).write_text(to_json({item.id: item.data for item in entries}, indent=1) + "\n")
     seconds = time.monotonic() - started
     names = ", ".join(view.name for view in views)
-    lead = "What happened in training, which classes gained, and how the loss looks around the solution."
     footer = (
         f"Made by ltfast {ltfast.__version__} in {seconds:.0f} s on {time.strftime('%Y-%m-%d')}; numbers: {NUMBERS}."
     )
-    (folder / PAGE).write_text(render_page(f"ltfast report: {names}", lead, blocks, footer))
+    (folder / PAGE).write_text(render_page(f"ltfast report: {names}", (LEAD, TERMS), blocks, footer))
     if interrupted:
         print(f"report: interrupted; {folder / PAGE} holds what there was", file=sys.stderr, flush=True)
         raise KeyboardInterrupt
@@ -108,7 +117,7 @@ def save_figures(item: Item, folder: Path) -> list[tuple[str, bytes]]:
 
 
 def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> tuple[list[Entry], list[str]]:
-    """One part of the runs that have it, and a line for each run that lacks it."""
+    """One part of the runs that have it, and a line for each run that lacks it, or whose weights are not its final ones."""
     found, missing = [], []
     for place, (view, result) in enumerate(zip(views, computed, strict=True)):
         value = getattr(result, name)
@@ -116,6 +125,10 @@ def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> t
             missing.append(f"{view.name}: {result.missing.get(name, 'not computed')}.")
         else:
             found.append(Entry(place, view.name, value))
+            if not view.ended:
+                missing.append(
+                    f"{view.name}: it has not ended; this is of its last weights, epoch {epoch_of_last(view.folder)}."
+                )
     return found, missing
 
 
@@ -137,8 +150,8 @@ def worst(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     found, missing = part(views, computed, "predictions")
     names = {view.name: view.class_names for view in views}
     caption = (
-        "The least accurate classes on the test split, of equal ones those with the most training images; over each picture, what "
-        "it was taken for and how confidently."
+        "The least accurate classes on the test split, of equal ones those with the most training images; over each "
+        "picture, what it was taken for and how confidently."
     )
     figures = [(name, draw_classes.draw_worst(name, p, names[name])) for _, name, p in found if p.worst]
     data = {name: [(w.label, w.accuracy, w.images) for w in p.worst] for _, name, p in found}
@@ -175,10 +188,11 @@ def plane(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
 def curvature(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     found, missing = part(views, computed, "curvature")
     caption = (
-        "Eigenvalue density of the Hessian of the classification loss on training images of head and tail, smoothed, by "
-        "stochastic Lanczos quadrature with full reorthogonalisation; encoder and classifier parameters, BatchNorm on "
-        "running statistics. Marks on the axis: the largest eigenvalue. Whiskers: its error bound, and the standard error of "
-        "the trace."
+        "Eigenvalue density of the Hessian of the classification loss on training images of head and tail, by stochastic "
+        "Lanczos quadrature with full reorthogonalisation; encoder and classifier parameters, BatchNorm on running statistics. "
+        f"Each density is smoothed by a Gaussian of 1/{WIDTHS} of its own range (widths in the table), so head and tail have "
+        "other axes and other widths. Marks on the axis: the largest eigenvalue. Whiskers: how far from it an eigenvalue may "
+        f"lie (one product in float64), and the standard error of the trace over its probes, of {TRACE_LEAST} or more."
     )
     figures = [("", draw_geometry.draw_spectra(found))] if found else []
     rows: list[tuple[Any, ...]] = []
@@ -187,17 +201,23 @@ def curvature(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
         data[name] = {}
         for side in SIDES:
             s = run.spectra[side]
-            rows.append((name, side, run.images[side], *s.top, *s.trace, s.bottom[0], len(s.quadratures[0].nodes)))
-            data[name][side] = {"top": s.top, "trace": s.trace, "bottom": s.bottom, "images": run.images[side]}
-    head = ("run", "side", "images", "largest", "error", "trace", "std. error", "smallest", "Lanczos steps")
+            top, probes, steps = run.tops[side], len(s.quadratic_forms), len(s.quadratures[0].nodes)
+            width = draw_geometry.width_of(s)
+            rows.append((name, side, run.images[side], *top, *s.trace, probes, s.bottom[0], steps, width))
+            data[name][side] = {"top": top, "trace": s.trace, "probes": probes, "bottom": s.bottom}
+            data[name][side] |= {"images": run.images[side], "width": width}
+    head = (
+        "run", "side", "images", "largest", "error", "trace", "std. error", "probes", "smallest", "Lanczos steps", "width",
+    )  # fmt: skip
     return Item("curvature", "Geometry", "Hessian spectrum", caption, figures, missing, Table(head, rows), data)
 
 
 def profile(views: Sequence[RunView], computed: Sequence[Computed]) -> Item:
     found, missing = part(views, computed, "profile")
     caption = (
-        "One training step of the run's last phase, run again where this report was made, eager; by the part in which each "
-        "operation runs. A diamond: what the plan predicts from counted FLOPs and the time of a plain step."
+        "The mean training step of the run's last phase, run again where this report was made, eager; by the part in which "
+        "each operation runs. Where steps differ (--gram-every, --ascent-every) each kind is timed by itself and counts as often "
+        "as it is taken. A diamond: what the plan predicts from counted FLOPs and the time of a plain step."
     )
     figures = [("", draw_training.draw_profile(found))] if found else []
     rows = [
@@ -247,10 +267,10 @@ def overview_row(view: RunView, result: Computed) -> tuple[Any, ...]:
         test = view.test
     except Missing:
         test = {}
-    tops = [result.curvature.spectra[side].top[0] if result.curvature else None for side in SIDES]
+    tops = [result.curvature.tops[side][0] if result.curvature else None for side in SIDES]
     config = view.config
     figures = [None if test.get(k) is None else f"{test[k]:.1f}" for k in ("top1", "many", "medium", "few", "ece")]
-    return (view.name, config.method, config.data.dataset, config.optim.epochs, str(config.run.seed), *figures, *tops)
+    return (view.name, config.method, config.data.dataset, view.epochs, str(config.run.seed), *figures, *tops)
 
 
 def differences(views: Sequence[RunView]) -> list[tuple[Any, ...]]:

@@ -188,8 +188,10 @@ def to_whole(grams: Array, shares: Array, k: int) -> Array:
 
 
 def ascent(view: RunView) -> dict[str, Any]:
-    """Statistics of the ascent [E, G]: radius, above, below, norm, length, fallback, steps; Gram refresh cosines [E]."""
-    if view.config.sharpness.sharpness == "none":
+    """Statistics of the ascent [E, G]: radius, above, below, norm, length, fallback, steps; Gram refresh cosines [E]; rho:
+    a fixed radius or None; shared: the norm [E] of the one perturbation of all groups, None where each has its own."""
+    rule = rule_of(view.config)
+    if rule is None:
         raise Missing(f"its method, {view.config.method}, has no ascent")
     rows = view.kind("ascent")
     width = max(len(row["radius"]) for row in rows)
@@ -201,6 +203,10 @@ def ascent(view: RunView) -> dict[str, Any]:
     for key in ("radius", "above", "below", "fallback", "norm", "length"):
         result[key][absent] = np.nan
     result["refresh_cos"], result["refresh_min"] = column(rows, "refresh_cos"), column(rows, "refresh_min")
+    # Groups' means of one shared perturbation differ by the steps that they were in: the fullest group's has the most.
+    fullest = np.nan_to_num(result["steps"]).argmax(1)[:, None]
+    result["shared"] = np.take_along_axis(result["length"], fullest, 1)[:, 0] if rule.objective == "shared" else None
+    result["rho"] = rule.rho
     return result
 
 
@@ -222,8 +228,8 @@ def radius_bounds(view: RunView) -> tuple[float, float] | None:
 
 
 def forces(view: RunView) -> dict[str, Any]:
-    """Norms by epoch [E] of what moves the weights: loss gradient (as used, times alpha), GKP, weight decay; anchors as rows
-    (epoch, how far away over the norm of the encoder's weights, capped share)."""
+    """Norms by epoch [E] of what moves the weights: loss gradient (before clipping, times alpha), GKP, weight decay of the
+    encoder; anchors as rows (epoch, how far away over the norm of the encoder's weights, capped share)."""
     rows = view.kind("forces")
     gradient = {row["epoch"]: row.get("grad_norm") for row in view.rows.get("epoch", [])}
     alpha = np.nan_to_num(column(rows, "alpha"), nan=1.0)
@@ -246,8 +252,8 @@ def bank_epochs(view: RunView) -> list[int] | None:
 
 
 def groups(view: RunView) -> dict[str, Any]:
-    """Group of each class [C] at the last grouping, its epoch, class sizes, the bank's epoch of each class (None if not
-    kept), and images and classes a group."""
+    """Group of each class [C] at the last grouping, its epoch, class sizes, the epoch of each class's bank entry (None if
+    not kept, or of an entry that was not there yet), and images and classes a group."""
     if not view.rows.get("group"):
         raise Missing(
             "it has not grouped its classes yet"
@@ -257,15 +263,18 @@ def groups(view: RunView) -> dict[str, Any]:
     row, counts = view.rows["group"][-1], view.counts.numpy()
     group = np.array(row["groups"])
     size = group.max() + 1
+    entries: Sequence[int | None] | None = bank_epochs(view)
+    if entries and view.config.preserve.regroup:
+        entries = [epoch if epoch is not None and epoch <= row["epoch"] else None for epoch in entries]
     return {
-        "group": group, "epoch": row["epoch"], "counts": counts, "entries": bank_epochs(view),
+        "group": group, "epoch": row["epoch"], "counts": counts, "entries": entries,
         "classes": np.bincount(group, minlength=size), "images": np.bincount(group, weights=counts, minlength=size),
     }  # fmt: skip
 
 
 def times(view: RunView) -> dict[str, float]:
-    """Seconds of the run by part: epochs of scouting and of training, without those of them that went into compiling;
-    grouping with Fisher and anchor."""
+    """Logged seconds of the run by part: epochs of scouting and of training, without those of them that went into
+    compiling; grouping with Fisher and anchor. Validation, test, probes and checkpoints are not logged."""
     rows = view.kind("epoch")
     parts = {
         "compiling": sum(r.get("compiling", 0.0) for r in rows),

@@ -127,7 +127,7 @@ def render_item(item: Item, pictures: Sequence[tuple[str, bytes]]) -> str:
         source = base64.b64encode(png).decode("ascii")
         width = int.from_bytes(png[16:20], "big") * 96 // DPI  # PNG header: width in pixels
         parts.append(f'<figure><img alt="{alt}" width="{width}" src="data:image/png;base64,{source}"></figure>')
-    if item.caption and (pictures or item.table):
+    if item.caption and (pictures or (item.table and item.table.rows)):
         parts.append(f"<figcaption>{html.escape(item.caption)}</figcaption>")
     parts += [f'<p class="missing">{html.escape(line)}</p>' for line in item.missing]
     if item.table is not None and item.table.rows:
@@ -136,9 +136,10 @@ def render_item(item: Item, pictures: Sequence[tuple[str, bytes]]) -> str:
     return "".join([*parts, "</section>"])
 
 
-def render_page(title: str, lead: str, blocks: Sequence[tuple[str, str]], footer: str) -> str:
-    """The whole page; blocks: (section heading, HTML of its entries)."""
+def render_page(title: str, lead: Sequence[str], blocks: Sequence[tuple[str, str]], footer: str) -> str:
+    """The whole page; lead: paragraphs; blocks: (section heading, HTML of its entries)."""
     anchors = [(heading, heading.lower().replace(" ", "-")) for heading, _ in blocks]
+    opening = "".join(f"<p>{html.escape(text)}</p>" for text in lead)
     nav = "".join(f'<a href="#s-{anchor}">{html.escape(heading)}</a>' for heading, anchor in anchors)
     body = "".join(
         f'<h2 id="s-{anchor}">{html.escape(heading)}</h2>{content}'
@@ -147,7 +148,7 @@ def render_page(title: str, lead: str, blocks: Sequence[tuple[str, str]], footer
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style></head><body><header><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p></header>"
+        f"<style>{STYLE}</style></head><body><header><h1>{html.escape(title)}</h1>{opening}</header>"
         f'<nav>{nav}</nav><main>{body}</main><footer>{html.escape(footer)}</footer><dialog><img alt=""></dialog>'
         f"<script>{SCRIPT}</script></body></html>\n"
     )

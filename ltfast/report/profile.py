@@ -1,12 +1,14 @@
-"""Where one training step's time goes: a few steps of the run's own step, timed bare and then under the profiler.
+"""Where one training step's time goes: steps of the run's own, timed bare and then under the profiler.
 
 Operations are counted to the innermost part they run in: views and loading, forward and loss, backward, and the kernels
-of the ascent and the update. Steps run eager (neither compiled nor recorded as CUDA graphs), so that parts stay apart.
+of the ascent and the update. Where a rule has several kinds of step (exact, remembered, repeated), each is timed by itself
+and counts by its share of all steps. Steps run eager (neither compiled nor recorded as CUDA graphs), so that parts stay apart.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,13 +19,15 @@ from ltfast import build, checkpoint
 from ltfast.data.base import Batch
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
+from ltfast.optim.engine import EXACT, REPEAT, STALE
+from ltfast.optim.rules import Rule
 from ltfast.plan import predicted_flops
 from ltfast.preserve import Anchor
 from ltfast.progress import Progress
 from ltfast.report.runs import OUT_OF_TIME, Live, Missing
 from ltfast.train import Trainer
 
-WARM, TIMED, PROFILED = 2, 6, 3  # steps
+WARM, TIMED, PROFILED = 2, 6, 2  # steps of each kind
 DATA, STEP = "ltfast.data", "ltfast.step"
 NAMES = {
     DATA: "data and views", STEP: "forward and loss", "autograd": "backward", "ltfast::gram_partials": "Gram matrix and norms",
@@ -34,7 +38,7 @@ PARTS = tuple(dict.fromkeys(NAMES.values()))
 
 
 def profile(live: Live, stop: Callable[[], bool], tick: Callable[[], None]) -> dict[str, Any]:
-    """{"parts": seconds of a step by part, "measured": seconds of a step, "predicted": the plan's, or None}.
+    """{"parts": mean seconds of a step by part, "measured": of a step, "predicted": the plan's, or None}.
 
     predicted: the plan's FLOPs ratio times a plain step measured here; None for a method that descends plainly.
     Raises Missing if the run cannot be set up again, or the time runs out.
@@ -86,6 +90,22 @@ def revive(live: Live) -> Trainer:
     return trainer
 
 
+def kinds(rule: Rule | None) -> dict[str, float]:
+    """The kinds of step that the rule takes, and each one's share of all steps."""
+    if rule is None:
+        return {EXACT: 1.0}
+    climbing = 1 / rule.ascent_every
+    exact = climbing / rule.gram_every
+    return {kind: x for kind, x in ((EXACT, exact), (STALE, climbing - exact), (REPEAT, 1 - climbing)) if x > 0}
+
+
+def take(trainer: Trainer, kind: str, batch: Batch) -> None:
+    """One step of this kind, whichever is due."""
+    trainer.step.take(kind, batch.labels, *batch.views)
+    if trainer.step.engine is not None:
+        trainer.step.engine.taken(kind)
+
+
 def endless(trainer: Trainer) -> Iterator[Batch]:
     """Training batches, epoch after epoch."""
     epoch = 0
@@ -97,18 +117,21 @@ def endless(trainer: Trainer) -> Iterator[Batch]:
 def seconds_a_step(
     trainer: Trainer, batches: Iterator[Batch], stop: Callable[[], bool], tick: Callable[[], None]
 ) -> float:
-    """Median seconds of TIMED steps with their data, after WARM others."""
-    seconds = []
-    for _ in range(WARM + TIMED):
-        if stop():
-            raise Missing(OUT_OF_TIME)
-        synchronize(trainer.device)
-        started = time.perf_counter()
-        trainer.step(next(batches))
-        synchronize(trainer.device)
-        seconds.append(time.perf_counter() - started)
-        tick()
-    return sorted(seconds[WARM:])[TIMED // 2]
+    """Mean seconds of a step with its data: of each kind the median of TIMED steps after WARM others."""
+    mean = 0.0
+    for kind, share in kinds(trainer.rule).items():
+        seconds = []
+        for _ in range(WARM + TIMED):
+            if stop():
+                raise Missing(OUT_OF_TIME)
+            synchronize(trainer.device)
+            started = time.perf_counter()
+            take(trainer, kind, next(batches))
+            synchronize(trainer.device)
+            seconds.append(time.perf_counter() - started)
+            tick()
+        mean += share * statistics.median(seconds[WARM:])
+    return mean
 
 
 def synchronize(device: torch.device) -> None:
@@ -118,26 +141,27 @@ def synchronize(device: torch.device) -> None:
 
 
 def parts_of(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, float]:
-    """Profiled seconds of a step by part: of the device on CUDA, of the host otherwise."""
+    """Profiled seconds of a mean step by part: of the device on CUDA, of the host otherwise."""
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiler
 
     cuda = trainer.device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints errors where there is no GPU
     devices = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profiler(activities=devices, acc_events=True) as found:  # False makes torch 2.11 warn
-        for _ in range(PROFILED):
-            with record_function(DATA):
-                batch = next(batches)
-            with record_function(STEP):
-                trainer.step(batch)
-        synchronize(trainer.device)
     sums = dict.fromkeys(PARTS, 0.0)
-    for event in found.events() or ():
-        part = part_of(event)
-        if part is not None:
-            microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-            sums[part] += microseconds / 1e6 / PROFILED
+    for kind, share in kinds(trainer.rule).items():
+        with profiler(activities=devices, acc_events=True) as found:  # False makes torch 2.11 warn
+            for _ in range(PROFILED):
+                with record_function(DATA):
+                    batch = next(batches)
+                with record_function(STEP):
+                    take(trainer, kind, batch)
+            synchronize(trainer.device)
+        for event in found.events() or ():
+            part = part_of(event)
+            if part is not None:
+                microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+                sums[part] += share * microseconds / 1e6 / PROFILED
     return {name: value for name, value in sums.items() if value > 0}
 
 

@@ -65,12 +65,30 @@ class RunView:
         return torch.tensor(self.kind("data")[-1]["counts"])
 
     @property
+    def ended(self) -> bool:
+        """True if the run has trained to its end."""
+        return bool(self.rows.get("test"))
+
+    @property
+    def epochs(self) -> int | str:
+        """Epochs of the run, or "14 of 60"."""
+        whole, done = self.config.optim.epochs, [row["epoch"] + 1 for row in self.rows.get("epoch", [])]
+        return whole if self.ended else f"{max(done, default=0)} of {whole}"
+
+    @property
     def test(self) -> dict[str, Any]:
         """Figures of the last weights on the test split. Raises Missing for a run that did not end."""
         try:
             return dict(self.kind("test")[-1]["last"])
         except Missing:
             raise Missing("it has not ended, so there is no test result yet") from None
+
+
+def epoch_of_last(folder: RunFolder) -> int:
+    """The epoch, counted from 1, that the last weights are of; one that was broken off counts."""
+    whole = int(checkpoint.load_meta(folder.last).get("epoch", 0))
+    states = [checkpoint.load_meta(p).get("run", {}) for p in folder.checkpoints.glob("state-*.safetensors")]
+    return whole + any(state.get("epoch") == whole and state.get("batch", 0) > 0 for state in states)
 
 
 def open_runs(paths: Sequence[str]) -> list[RunView]:

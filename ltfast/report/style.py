@@ -92,7 +92,8 @@ def panels(
 
 
 def log_ticks(axis: Any, text: str = "{x:,.0f}") -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., written as numbers; the default suits counts.
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ... (and 3, 30, ... where that makes fewer than four), written as numbers;
+    the default suits counts.
 
     Call it once the data is drawn: over more than four decades only powers of ten have a tick, and where not two of those
     numbers are in view (losses from 8 to 12), ticks are those of a linear axis.
@@ -100,8 +101,11 @@ def log_ticks(axis: Any, text: str = "{x:,.0f}") -> None:
     from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    locator = LogLocator(10, subs=(1, 2, 5) if high <= 1e4 * low else (1,))
-    in_view = sum(low <= tick <= high for tick in locator.tick_values(low, high))
+    for subs in [(1,)] if high > 1e4 * low else [(1, 2, 5), (1, 2, 3, 5)]:
+        locator = LogLocator(10, subs=subs)
+        in_view = sum(low <= tick <= high for tick in locator.tick_values(low, high))
+        if in_view >= 4:
+            break
     axis.set_major_locator(locator if in_view > 1 else AutoLocator())
     axis.set_major_formatter(text)
     axis.set_minor_formatter(NullFormatter())

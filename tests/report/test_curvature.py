@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from ltfast.report.curvature import Spectrum, flatten, hessian_product, lanczos, spectrum, unflatten
+from ltfast.report.curvature import (
+    TRACE_LEAST,
+    Spectrum,
+    flatten,
+    hessian_product,
+    lanczos,
+    residual,
+    spectrum,
+    unflatten,
+)
 
 
 def small_net(bn=False):
@@ -158,6 +167,29 @@ def test_stop_ends_early_with_what_there_is():
     assert len(found.quadratures[0].nodes) == 3
     assert found.trace[0] == pytest.approx(465, rel=1e-9)  # diagonal matrix: every sign vector gives the trace exactly
     assert found.trace[1] != found.trace[1]
+
+
+def test_the_residual_holds_where_products_are_rounded(problem):
+    """Lanczos bounds its own error alone: products off by 1e-3, as those of float32 are by less, leave that bound far behind."""
+    _, _, hessian = problem
+    values, size = torch.linalg.eigvalsh(hessian), len(hessian)
+    noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).triu(1)
+    rounded = hessian + 1e-3 * values[-1] * (noise + noise.T) / (2 * size) ** 0.5
+    found = spectrum(lambda v: rounded @ v, flatten([hessian[0]]), probes=1, steps=size)
+    lanczos_value, lanczos_error = found.top
+    assert abs(lanczos_value - float(values[-1])) > 10 * lanczos_error
+    value, error = residual(lambda v: hessian @ v, found.best.vector)
+    assert float((values - value).abs().min()) <= error < 0.01 * value
+    assert abs(value - float(values[-1])) < abs(lanczos_value - float(values[-1]))
+
+
+def test_a_trace_of_few_probes_has_no_standard_error():
+    for probes in (1, TRACE_LEAST - 1, TRACE_LEAST):
+        found = spectrum(
+            lambda v: v.flip(0), torch.zeros(9, dtype=torch.float64), steps=3, probes=1, trace_probes=probes - 1
+        )
+        assert len(found.quadratic_forms) == probes
+        assert (found.trace[1] == found.trace[1]) == (probes >= TRACE_LEAST)
 
 
 def test_zero_hessian_breaks_down_at_once():

@@ -1,11 +1,13 @@
 """Curvature and landscapes of a real run: the numbers belong to its weights, and the weights stay as they are."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from ltfast import checkpoint
 from ltfast.report import geometry
 from ltfast.report.runs import Missing, open_live, open_runs
 
@@ -70,6 +72,9 @@ def test_curvature_of_both_sides(live):
         top, error = found.spectra[side].top
         assert top > 0
         assert error < top
+        value, bound = found.tops[side]
+        assert value == pytest.approx(top, rel=1e-3)
+        assert 0 < bound < top
         assert found.spectra[side].size == sum(p.numel() for p in live.params)
 
 
@@ -86,6 +91,30 @@ def copy_without(run, target, pattern):
     for path in (target / "checkpoints").glob(pattern):
         path.unlink()
     return live_of(str(target))
+
+
+def stopped_copy(run, target, epoch, batch):
+    """A copy that was broken off in (batch > 0) or before (0) epoch number `epoch`, counted from 0."""
+    shutil.copytree(run, target)
+    rows = [json.loads(row) for row in (target / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] != "test" and row.get("epoch", 0) < epoch]
+    (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in (target / "checkpoints").glob("state-*"):
+        path.unlink()
+    last = target / "checkpoints" / "last.safetensors"
+    checkpoint.save(last, checkpoint.load(last)[0], {"epoch": epoch, "model": "resnet8"})
+    state = {"run": {"epoch": epoch, "batch": batch}}
+    checkpoint.save(target / "checkpoints" / "state-000000001.safetensors", {"x": torch.zeros(1)}, state)
+    return str(target)
+
+
+@pytest.mark.parametrize(("batch", "label"), [(3, "epoch 3"), (0, "epoch 2")])
+def test_weights_of_a_stopped_run_are_not_its_end(runs, tmp_path, batch, label):
+    run = stopped_copy(runs[0], tmp_path / "run", 2, batch)
+    assert geometry.three_points(live_of(run))[1][2] == f"t2: last weights, {label}"
+    view = open_runs([run])[0]
+    assert (view.ended, view.epochs) == (False, "2 of 3")
+    assert open_runs([runs[0]])[0].epochs == 3
 
 
 def test_three_points_fall_back_to_the_bank(runs, tmp_path):

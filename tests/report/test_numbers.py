@@ -8,7 +8,8 @@ import torch
 
 from ltfast.config import Config
 from ltfast.errors import UserError
-from ltfast.report import numbers
+from ltfast.recipes import method_values
+from ltfast.report import items, numbers
 from ltfast.report.runs import Missing, RunView, one_an_epoch, open_runs
 from ltfast.runs import RunFolder
 
@@ -186,10 +187,20 @@ def test_ascent_marks_absent_groups(tmp_path):
     np.testing.assert_array_equal(found["radius"], [[0.1, np.nan], [0.1, 0.2]])
     np.testing.assert_array_equal(found["refresh_cos"], [0.9, np.nan])
     assert numbers.radius_bounds(view) == (2e-3, 3e-3)
+    assert found["rho"] is None
+    assert found["shared"].tolist() == [3, 3], "of one perturbation for all, by the group that was in the most steps"
+    own = numbers.ascent(view_of(tmp_path, [DATA, *rows], sharpness="gsa-paper"))
+    assert own["shared"] is None
     with pytest.raises(Missing, match="has no ascent"):
         numbers.ascent(view_of(tmp_path, [DATA]))
     fixed = view_of(tmp_path, [DATA], sharpness="sam")
     assert numbers.radius_bounds(fixed) is None
+    one = {"kind": "ascent", "epoch": 0, "steps": [2], "radius": [0.05], "above": [0], "below": [0], "fallback": [0]}
+    fixed = view_of(tmp_path, [DATA, {**one, "norm": [1], "length": [0.05]}], sharpness="sam")
+    assert numbers.ascent(fixed)["rho"] == 0.05
+    item = items.ascent([fixed])
+    assert np.isnan(item.table.rows[0][1]), "no share of radii outside bounds that there are none of"
+    assert [text.get_text() for ax in item.figures[0][1].axes for text in ax.texts] == ["fixed radius 0.05"]
     assert numbers.ascent_labels(fixed, 1) == ["whole batch"]
     assert numbers.ascent_labels(view_of(tmp_path, [DATA], sharpness="imbsam"), 1) == ["tail"]
     assert numbers.ascent_labels(view_of(tmp_path, [DATA], sharpness="cc-sam"), 5)[3] == "class d"
@@ -211,6 +222,25 @@ def test_forces_scale_the_gradient_by_alpha(tmp_path):
     np.testing.assert_array_equal(found["gkp_loss"], [np.nan, 3.0])
     assert found["anchors"] == [(2, 0.4, 0.25), (4, None, 0.5)]
     assert numbers.times(view) == {"scouting": 1.5, "training": 2.0}
+
+
+@pytest.mark.parametrize(("method", "predicted"), [("gsa-exact+gkp", 4), ("bcl+sam+gkp", 1), ("sam", 1)])
+def test_predicted_cost_is_in_steps_of_the_scouting(tmp_path, method, predicted):
+    """SAM climbs from the first step on: a step after the grouping costs what one before it does."""
+    rows = [
+        {"kind": "epoch", "epoch": e, "seconds": 1.0 + e, "phase": "scout" if e < 2 else "train", "loss": 1.0}
+        for e in range(4)
+    ]
+    view = view_of(tmp_path, [DATA, *rows], **method_values(method))
+    assert items.times([view]).data["r"]["predicted"] == pytest.approx(predicted)
+
+
+def test_captions_name_the_weight_of_log_v_where_it_is_not_one(tmp_path):
+    row = {"kind": "quality", "epoch": 0, **dict.fromkeys(("quality", "variance", "distance"), [1.0] * 5)}
+    plain, other = (view_of(tmp_path, [DATA, row], lambda_q=weight) for weight in (1.0, 0.3))
+    other.name = "s"
+    assert "lambda_q" not in items.quality([plain]).caption
+    assert items.quality([plain, other]).caption.endswith(" lambda_q: r 1, s 0.3.")
 
 
 def test_compiling_is_a_part_of_its_own(tmp_path):
@@ -242,6 +272,17 @@ def test_the_banks_epoch_of_each_class(tmp_path, monkeypatch):
     assert numbers.bank_epochs(view) == [5, 5, 3, 5, 3], "counted from 1"
     bank["entry"][0] = 8  # of a snapshot that is no longer there
     assert numbers.bank_epochs(view) is None
+
+
+def test_entries_that_came_after_the_grouping_have_no_label(tmp_path, monkeypatch):
+    bank = {"epochs": torch.tensor([[7, 2], [9, 4]]), "entry": torch.tensor([9, 9, 7, 9, 7])}
+    monkeypatch.setattr("ltfast.train.load_bank", lambda folder: bank)
+    grouping = {"kind": "group", "epoch": 4, "groups": [0, 1, 0, 2, 2]}
+    assert numbers.groups(view_of(tmp_path, [DATA, grouping], regroup=1))["entries"] == [None, None, 3, None, 3]
+    later = numbers.groups(view_of(tmp_path, [DATA, {**grouping, "epoch": 5}], regroup=1))
+    assert later["entries"] == [5, 5, 3, 5, 3]
+    with_a_bank = numbers.groups(view_of(tmp_path, [DATA, {**grouping, "epoch": 0}]))
+    assert with_a_bank["entries"] == [5, 5, 3, 5, 3], "epochs of the run that filled it"
 
 
 def test_figures_are_those_of_the_last_weights_and_the_last_start(tmp_path):

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from ltfast.flat import FlatParameters
+from ltfast.optim.engine import EXACT, REPEAT, STALE, Engine
+from ltfast.optim.rules import Rule
 from ltfast.report import profile as module
 from ltfast.report.profile import part_of, profile, revive
 from ltfast.report.runs import Missing, open_live, open_runs
@@ -43,8 +46,39 @@ def test_parts_of_the_default_method_add_up(lives):
     assert sum(found["parts"].values()) == pytest.approx(found["measured"])
     assert found["parts"]["backward"] > found["parts"]["update"]
     assert found["predicted"] > 0
-    assert len(ticks) == 2 * (module.WARM + module.TIMED)
+    assert len(ticks) == 3 * (module.WARM + module.TIMED), "exact, remembered and plain steps"
     assert all(torch.equal(before[k], v) for k, v in lives[0].model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("gram", "ascent", "shares"),
+    [(1, 1, {EXACT: 1}), (16, 1, {EXACT: 1 / 16, STALE: 15 / 16}), (4, 5, {EXACT: 0.05, STALE: 0.15, REPEAT: 0.8})],
+)
+def test_kinds_of_step_count_as_often_as_they_are_taken(gram, ascent, shares):
+    rule = Rule(gram_every=gram, ascent_every=ascent)
+    assert module.kinds(rule) == pytest.approx(shares)
+    assert module.kinds(None) == {EXACT: 1.0}
+    engine = Engine(FlatParameters([torch.nn.Parameter(torch.ones(3))]), rule, torch.ones(1))
+    taken = []
+    for _ in range(gram * ascent):
+        taken.append(engine.next_branch())
+        engine.taken(taken[-1])
+    assert {kind: taken.count(kind) / len(taken) for kind in set(taken)} == pytest.approx(shares)
+
+
+def test_the_mean_step_weighs_each_kind(lives, monkeypatch):
+    """gram_every 16 had its only exact step in the warm-up, and the median of ascent_every 5 was that of a repetition."""
+    clock, cost = [0.0], {EXACT: 9.0, STALE: 3.0, REPEAT: 1.0}
+
+    def take(trainer, kind, batch):
+        clock[0] += cost[kind]
+
+    monkeypatch.setattr(module, "take", take)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    trainer = revive(lives[0])
+    trainer.rule = Rule(gram_every=4, ascent_every=5)
+    found = module.seconds_a_step(trainer, iter([None] * 99), lambda: False, lambda: None)
+    assert found == pytest.approx(0.05 * 9 + 0.15 * 3 + 0.8 * 1)
 
 
 def test_plain_descent_has_no_ascent_and_no_prediction(lives):

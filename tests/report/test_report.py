@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ltfast.errors import UserError
 from ltfast.report import report
 from ltfast.report.budget import Budget
+from ltfast.report.curvature import Quadrature, Spectrum
 from ltfast.report.draw_classes import draw_class_size, draw_confusion
-from ltfast.report.draw_training import draw_curves, refreshes
+from ltfast.report.draw_geometry import WIDTHS, bars_with_errors, draw_landscapes, draw_spectra, free, width_of
+from ltfast.report.draw_training import draw_ascent, draw_curves, draw_group_similarity, refreshes
+from ltfast.report.geometry import SIDES, Curvature, Landscape
+from ltfast.report.landscape import Surface
 from ltfast.report.page import Entry, Item, Table, cell, render_item, render_table
-from ltfast.report.style import log_ticks, look, panels, save
+from ltfast.report.style import colour, log_ticks, look, panels, save
 
 IDS = (
     "curves", "shots", "class-size", "confusion", "quality", "groups", "forces", "similarity", "group-similarity", "ascent",
@@ -144,6 +149,18 @@ def test_run_that_did_not_end(runs, tmp_path):
     assert "it has not ended" in path.read_text()
 
 
+def test_figures_of_a_stopped_run_say_so(runs, tmp_path, small):
+    """Calibration, curvature and landscapes come of weights that the run would have trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"kind": "test"' not in line]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    text = report([str(run)], quiet=True).read_text()
+    said = "run: it has not ended; this is of its last weights, epoch 3."
+    assert [text.count(said), text.count("so there is no test result yet")] == [6, 3]
+    assert "<td>3 of 3</td>" in text
+
+
 def test_run_without_validation_says_so(runs, tmp_path):
     target = tmp_path / "blind"
     target.mkdir()
@@ -203,6 +220,12 @@ def test_text_is_escaped_and_cells_are_readable():
     assert render_table(Table(("a", "b"), [(1, 2.5)])).count("<td>") == 2
 
 
+def test_an_entry_without_numbers_has_no_caption():
+    empty = Item("x", "s", "title", "caption", missing=["run: no."], table=Table(("run",), []))
+    assert "caption" not in render_item(empty, [])
+    assert "<figcaption>caption" in render_item(Item("x", "s", "title", "caption", table=Table(("run",), [(1,)])), [])
+
+
 @pytest.fixture
 def entries():
     """Two runs of 24 classes: a confusion of the last three, whose names are alike or no formula of TeX."""
@@ -227,6 +250,94 @@ def test_names_are_drawn_as_they_are_and_stay_apart(entries, tmp_path):
     assert len(set(labels)) == 3
     assert labels[1].startswith("1: ")
     assert labels[2] == r"$\frac{$ 10_$ (3)"
+
+
+def test_shares_are_rounded_half_up():
+    from ltfast.report.numbers import Confusion
+
+    shares = np.array([[12.5, 87.5], [0.4, 99.6]])
+    with look():
+        (ax, *_) = draw_confusion([("a", Confusion(shares, [0, 1], [0, 1]), ["x", "y"], [3, 3])]).axes
+    assert [text.get_text() for text in ax.texts] == ["13", "88", "100"]
+
+
+def test_group_similarity_has_one_scale_for_all_runs():
+    run = {"epoch": np.array([4.0]), "whole": np.zeros((1, 2))}
+    runs = [Entry(i, "ab"[i], {**run, "matrix": np.array([[1, c], [c, 1]])}) for i, c in enumerate((0.9, 0.1))]
+    with look():
+        axes = draw_group_similarity(runs).axes
+    assert [ax.images[0].get_clim() for ax in axes if ax.images] == [(-0.9, 0.9)] * 2
+
+
+def ascent_run(labels, **values):
+    """Two epochs of an ascent with these directions."""
+    shape = (2, len(labels))
+    run = {"epoch": np.array([1.0, 2.0]), "labels": labels, "refresh_cos": np.full(2, np.nan)}
+    run |= {key: np.full(shape, 0.1) for key in ("radius", "above", "below", "norm", "length")}
+    return {**run, "shared": np.full(2, 0.3), "rho": None, "bounds": (0.02, 0.03), **values}
+
+
+def test_directions_of_an_ascent_look_the_same_in_all_rows_and_different_from_others():
+    runs = [
+        Entry(0, "a", ascent_run(["whole batch"], bounds=None, rho=0.05)),
+        Entry(1, "b", ascent_run(["group 0", "group 1"])),
+        Entry(2, "c", ascent_run(["group 0", "group 1"], shared=None)),
+    ]
+    with look():
+        figure = draw_ascent(runs)
+    looks = {
+        (line.get_label(), line.get_color()) for ax in figure.axes for line in ax.lines if line.get_label()[0] != "_"
+    }
+    assert looks == {("group 0", colour(0)), ("group 1", colour(1)), ("whole batch", colour(2))}
+    assert [len(figure.axes[place].lines) for place in (7, 11)] == [1, 2], "a shared perturbation has one line"
+    assert not any(ax.lines or ax.axison for ax in figure.axes[:2])
+    with look():
+        assert len(draw_ascent(runs[:1]).axes) == 3
+
+
+def test_spectra_have_a_legend_with_markers_and_logarithmic_bars():
+    """A narrow spectrum beside a wide one is smoothed by its own width."""
+    nodes, weights = torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([0.9, 0.1], dtype=torch.float64)
+    spectra = [Spectrum(9, (Quadrature(nodes * scale, weights, nodes, 0.1, nodes),), (0.1,)) for scale in (100, 0.01)]
+    runs = [
+        Entry(
+            i,
+            "ab"[i],
+            Curvature(dict.fromkeys(SIDES, s), dict.fromkeys(SIDES, 3), dict.fromkeys(SIDES, (s.top[0], 0.0))),
+        )
+        for i, s in enumerate(spectra)
+    ]
+    with look():
+        figure = draw_spectra(runs)
+    assert [handle.get_marker() for handle in figure.legends[0].legend_handles] == ["o", "s"]
+    assert [ax.get_yscale() for ax in figure.axes] == ["log"] * 4
+    assert all(ax.get_ylabel() for ax in figure.axes)
+    narrow = next(line for line in figure.axes[0].lines if line.get_color() == colour(1) and len(line.get_xdata()) > 1)
+    assert np.trapezoid(narrow.get_ydata(), narrow.get_xdata()) == pytest.approx(1, abs=0.01)
+    assert (width_of(spectra[0]), width_of(spectra[1])) == pytest.approx((100 / WIDTHS, 0.01 / WIDTHS))
+
+
+def test_a_bar_without_an_error_has_no_whisker():
+    pairs = [[(1.0, 0.2), (20.0, float("nan"))]]
+    with look():
+        _, (ax,) = panels(1)
+        bars_with_errors(ax, [Entry(0, "a", None)], pairs)
+    ends = np.array([line.get_ydata() for line in ax.lines], dtype=np.float64)
+    np.testing.assert_allclose(ends, [[0.8, np.nan], [1.2, np.nan]])
+    assert [text.get_text() for text in ax.texts] == ["1", "20"]
+
+
+def test_a_plane_has_one_scale_and_no_value_under_a_mark():
+    x, y = torch.linspace(-1, 3, 9).double(), torch.linspace(-1, 1, 9).double()
+    surface = Surface(x, y, torch.hypot(x[None, :] - 1, 3 * y[:, None]).expand(2, 9, 9).exp())
+    marked = ((0.0, 0.0), (2.0, 0.0), (2.0, 0.4))
+    run = Landscape(surface, dict.fromkeys(SIDES, 3), marked, ("t0", "t1", "t2: last weights, epoch 15"))
+    with look():
+        figure = draw_landscapes([Entry(0, "a", run)], "distance")
+    assert [ax.get_aspect() for ax in figure.axes[:2]] == [1, 1]
+    assert [free(place, run) for place in ((0.0, 0.75), (2.97, -0.5), (1.0, 0.02), (1.5, 0.6), (-0.5, 0.97))] == [
+        True, False, False, False, False,
+    ]  # fmt: skip
 
 
 def test_no_axis_needs_formulas(tmp_path):
@@ -282,6 +393,22 @@ def test_a_logarithmic_axis_has_two_numbers_or_more(low, high):
         ax.set(yscale="log", ylim=(low, high))
         log_ticks(ax.yaxis, "{x:g}")
     assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
+
+
+def test_a_short_logarithmic_axis_has_a_number_at_three_as_well():
+    with look():
+        _, (ax,) = panels(1)
+        ax.set(yscale="log", ylim=(1.3, 5.4))
+        log_ticks(ax.yaxis, "{x:g}")
+    assert [tick for tick in ax.get_yticks() if 1.3 <= tick <= 5.4] == [2, 3, 5]
+
+
+def test_marks_of_100_classes_are_small():
+    run = {"size": np.arange(1.0, 101), "accuracy": np.arange(100.0), "curve_x": [1, 100], "curve_y": [0, 100]}
+    with look():
+        (marks,) = draw_class_size([Entry(0, "a", run)]).axes[0].collections
+    assert marks.get_sizes() == [14]
+    assert marks.get_alpha() < 1
 
 
 def test_only_classes_have_marks_in_the_class_size_figure():
