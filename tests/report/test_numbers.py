@@ -276,7 +276,7 @@ def test_the_banks_epoch_of_each_class(tmp_path, monkeypatch):
 
 def test_entries_that_came_after_the_grouping_have_no_label(tmp_path, monkeypatch):
     bank = {"epochs": torch.tensor([[7, 2], [9, 4]]), "entry": torch.tensor([9, 9, 7, 9, 7])}
-    monkeypatch.setattr("ltfast.train.load_bank", lambda folder: bank)
+    monkeypatch.setattr("ltfast.report.numbers.load_bank", lambda folder: bank)
     grouping = {"kind": "group", "epoch": 4, "groups": [0, 1, 0, 2, 2]}
     assert numbers.groups(view_of(tmp_path, [DATA, grouping], regroup=1))["entries"] == [None, None, 3, None, 3]
     later = numbers.groups(view_of(tmp_path, [DATA, {**grouping, "epoch": 5}], regroup=1))
