@@ -377,6 +377,26 @@ def test_processes_of_other_machines_are_not_here(monkeypatch: pytest.MonkeyPatc
     assert launch.processes_here() == 1
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_number_than_torchruns_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, resume: bool
+) -> None:
+    """It would have no effect and stand in config.toml."""
+    begun: list[object] = []
+    monkeypatch.setattr(cli, "train_here", lambda *arguments: begun.append(arguments) or 0)
+    monkeypatch.delenv(launch.MESSAGE, raising=False)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    words = ["train", "--resume" if resume else "--out", str(tmp_path)]
+    for procs, code in (("3", 2), ("1", 2), ("4", 2), ("2", 0), ("0", 0)):
+        assert cli.main([*words, "--procs", procs]) == code
+        said = f"ltfast: --procs {procs}: the launcher runs 2 processes here; leave --procs out\n"
+        assert capsys.readouterr().err == (said if code else "")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # what only some launchers set
+    assert cli.main([*words, "--procs", "4"]) == 0
+    assert len(begun) == 3
+
+
 def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:1: several processes need a GPU each"):
