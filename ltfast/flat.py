@@ -31,6 +31,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def _is_sharded(p: nn.Parameter) -> bool:
+    """FullyShardedDataParallel marks its parameters; `fully_shard` and tensor parallelism make DTensors of them."""
+    return bool(getattr(p, "_fsdp_flattened", False)) or hasattr(p, "device_mesh")
+
+
 def _check_apart(params: Sequence[Tensor]) -> None:
     """ValueError if two parameters share memory: flattening would silently untie them."""
     dense = sorted((p for p in params if p.numel() and _is_dense(p)), key=lambda p: p.data_ptr())
@@ -56,7 +61,7 @@ class FlatParameters:
         numel: number of real parameters d (without padding).
 
     Raises:
-        ValueError: no parameter, a dtype other than float32, or parameters on several devices.
+        ValueError: no parameter, a sharded one, a dtype other than float32, or parameters on several devices.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], rows: int = 1) -> None:
@@ -65,6 +70,11 @@ class FlatParameters:
             raise ValueError("params is empty: pass model.parameters()")
         self.device = self.params[0].device
         for p in self.params:
+            if _is_sharded(p):
+                raise ValueError(
+                    "sharded parameters (FSDP, DTensor) are not supported: use DistributedDataParallel, or make the "
+                    "optimizer over a model that is whole on every process"
+                )
             if isinstance(p, UninitializedParameter):
                 raise ValueError("params holds a lazy parameter without a shape: run the model once before")
             if p.is_meta:

@@ -82,6 +82,14 @@ def process_count(config: Config) -> int:
     return max(visible, 1) if everything else 1
 
 
+def check_procs(procs: int) -> None:
+    """UserError if a launcher has started another number of processes on this machine than --procs asks for (0: none)."""
+    if procs and launched():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        if procs != here:
+            raise UserError(f"--procs {procs}: the launcher runs {here} processes here; leave --procs out")
+
+
 def words(flags: Mapping[str, Any]) -> list[str]:
     """Config values as command-line words."""
     return [word for name, value in flags.items() for word in (flag(name), str(value))]

@@ -53,9 +53,15 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 def synchronise(module: nn.Module, ranks: Ranks) -> None:
-    """Make every BatchNorm take its training statistics over all ranks; parameters and buffers stay the same objects."""
+    """Make every BatchNorm take its training statistics over all ranks; parameters and buffers stay the same objects.
+
+    Not those of a LongTailModel's `center_projection`, whose batch is not the pictures but the classes' weights, the same
+    on every rank.
+    """
     if ranks.world == 1:
         return
+    centers = getattr(module, "center_projection", None)
+    whole = set() if centers is None else set(centers.modules())
     for part in module.modules():
-        if isinstance(part, _BatchNorm):
+        if isinstance(part, _BatchNorm) and part not in whole:
             part.__class__ = SyncedBatchNorm

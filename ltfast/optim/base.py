@@ -25,7 +25,6 @@ from ltfast.optim.inner import (
     fused,
     fused_step,
 )
-from ltfast.optim.passes import several
 from ltfast.optim.skips import SkipCounter
 from ltfast.optim.state import StoredOptimizer, export_extra
 
@@ -224,13 +223,13 @@ class FlatOptimizer(StoredOptimizer):
     def _skip(self, row: int, found_inf: Tensor | None, check: bool) -> Tensor | None:
         """0-dim flag, nonzero if this update must not happen; None if nothing speaks for or against.
 
-        With several processes the first pass is each one's own, so only the final, reduced gradient may decide.
+        With several processes the first pass is each one's own in a local ascent, so only the final, reduced gradient may
+        decide.
         """
         flags = [] if found_inf is None else [found_inf.reshape(())]
-        alone = not several()
-        if alone and self._first_bad is not None:
+        if self._verdict_is_shared() and self._first_bad is not None:
             flags.append(self._first_bad)
-        if check or self.check_finite or not alone:
+        if check or self.check_finite or self._several():
             total = sum(gram_partials(block.flat.grads[row][None])[0].sum() for block in self.blocks)
             flags.append((~torch.isfinite(torch.as_tensor(total))).float())
         if len(flags) <= 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from ltfast.optim.ascent import Ascent, Stale
 from ltfast.optim.base import FlatOptimizer
 from ltfast.optim.fresh import FreshGradients
 from ltfast.optim.inner import Block
-from ltfast.optim.passes import several
+from ltfast.optim.processes import group_of, reduces, wrappers_of
 from ltfast.optim.rules import Rule
 from ltfast.optim.state import averages_by_index, check_averages, load_averages
 
@@ -79,7 +79,7 @@ class GroupAscent(FlatOptimizer):
 
     def _setup(self) -> None:
         super()._setup()
-        self._looked = False
+        self._looked = self._searched = False
         self._last: list[FreshGradients | None] = []
         self._last_layers()
         self.ascent = Ascent(self.rule, self._counts, 1, self.blocks[0].flat.device)
@@ -155,7 +155,7 @@ class GroupAscent(FlatOptimizer):
         coef, rows, loss = (self._exact if exact else self._stale)(closures, scaler)
         stats = ascent.stats
         self.stats = stats
-        self._first_bad = stats["bad"]
+        self._first_bad = self._of_all(stats["bad"])
         return coef, rows, loss
 
     def _evaluate(self, closure: Closure) -> Losses:
@@ -194,10 +194,11 @@ class GroupAscent(FlatOptimizer):
                 self._fill(holders, first + k, losses[k], factor, scaler, add=m > 0, retain=k + 1 < g)
         rows = [holder.data[first : first + self.ascent.n_rows] for holder in holders]
         own = [r[1 if split else 0 : g] for r in rows]
+        if weighted:
+            self._add_up(*own, total)
         if scaler is not None:
             self._unscale(own, scaler)
         if weighted:
-            self._add_up(*own, total)
             inverse = torch.where(total > 0, 1 / total.clamp_min(1e-30), 0.0)
             for r in own:
                 r *= inverse[1 if split else 0 :, None]
@@ -236,9 +237,9 @@ class GroupAscent(FlatOptimizer):
                 factor = torch.where(self.ascent.stats["bad"] > 0, torch.nan, factor)
             self._fill(holders, 0, (factor * losses).sum(), None, scaler, add=m > 0, retain=False)
         rows = [holder.data[:1] for holder in holders]
+        self._add_up(*rows)
         if scaler is not None:
             self._unscale(rows, scaler)
-        self._add_up(*rows)
         if count > 1:
             rests = [part.rest for part in parts if part.rest is not None]
             norm = torch.stack([part.norm for part in parts]).mean()
@@ -350,8 +351,8 @@ class GroupAscent(FlatOptimizer):
     # -- loss scaling, several processes -----------------------------------------------------------------------------------
 
     def _unscale(self, rows: list[Tensor], scaler: GradScaler, *, tell: bool = True) -> None:
-        """Unscale the first pass's rows; alone, tell the scaler (once a step) of an overflow there, too."""
-        if not tell or several():
+        """Unscale the first pass's rows; tell the scaler (once a step) of an overflow there, too, if all processes see it."""
+        if not tell or not self._verdict_is_shared():
             scale = scaler.scale(torch.ones((), device=self.ascent.device))
             for r in rows:
                 r /= scale
@@ -362,15 +363,56 @@ class GroupAscent(FlatOptimizer):
     def _leaves_unreduced(self, ascent: str) -> bool:
         return True  # the rows of a global ascent are added up here
 
+    def bind(self, model: nn.Module, ascent: str = "local") -> Self:
+        super().bind(model, ascent)
+        self._searched = False
+        return self
+
+    def _check_processes(self) -> None:
+        """Refuse, before a step of several processes, what would make them hang or drift apart.
+
+        Raises:
+            ValueError: DistributedDataParallel was not given to `bind` and would reduce at the wrong times, or `join` lets
+                processes run out of batches whose ascents need all of them.
+        """
+        if not self._several():
+            return
+        by_class = self.rule.groups == "class"  # as many passes as this process's batch has classes
+        if reduces(self._model):
+            join = getattr(self._model, "_join_config", None)
+            if join is not None and join.enable and (by_class or self._world() > 1):
+                raise ValueError(
+                    "model: DistributedDataParallel.join does not work with CCSAM nor with a global ascent by group losses: "
+                    "give every process as many batches"
+                )
+        elif not self._searched:
+            wrappers = wrappers_of(self._params())
+            if any(by_class or wrapper.static_graph for wrapper in wrappers):
+                raise ValueError(
+                    "several processes train these parameters by DistributedDataParallel, whose reductions the optimizer "
+                    "must direct: call optimizer.bind(ddp) with that module, made without static_graph"
+                )
+            self._searched = True
+
     def _world(self) -> int:
         """Processes whose gradients a global ascent adds up; 1 for a local one."""
-        return dist.get_world_size() if self._ascent == "global" and several() else 1
+        return dist.get_world_size(group_of(self._model)) if self._ascent == "global" and self._several() else 1
+
+    def _verdict_is_shared(self) -> bool:
+        return not self._several() or self._world() > 1
+
+    def _of_all(self, bad: Tensor) -> Tensor:
+        """The flag, nonzero on all processes of a global ascent if it is on one."""
+        if self._world() > 1:
+            bad = bad.clone()
+            self._add_up(bad)
+        return bad
 
     def _add_up(self, *tensors: Tensor) -> None:
         """Sum over the processes, in place, for a global ascent."""
         if self._world() > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=group_of(self._model))
 
     # -- state -----------------------------------------------------------------------------------------------------------
 

@@ -85,6 +85,7 @@ class GroupedOptimizer(GroupAscent):
         self.restore()
         self._adopt()
         self._sync_rule()
+        self._check_processes()
         if scaler is not None:
             self._take_unscaled(scaler)  # of gradients that have no part in this step
         with torch.enable_grad(), self._whole_step(scaler):
@@ -307,7 +308,10 @@ class CCSAM(GroupedOptimizer):
             raise ValueError("closure: CC-SAM takes one closure; classes are not averaged over micro-batches")
         with self._unreduced():
             losses, shares = self._evaluate(closures[0])
-        present = [k for k, share in enumerate(shares.tolist()) if share > 0]
+        world = self._world()
+        total = shares / world if world > 1 else shares
+        self._add_up(total)
+        present = [k for k, share in enumerate(total.tolist()) if share > 0]
         if not present:
             raise ValueError(f"closure: no batch share is above 0: {shares.tolist()}")
         self._attach()
@@ -316,8 +320,10 @@ class CCSAM(GroupedOptimizer):
         self.ascent.n_elements = self._climbing_elements()
         for k in present:
             self.restore()  # the graph of the losses at theta is read once more
-            self._fill(holders, 1, losses[k], None, scaler, add=False, retain=k != present[-1])
+            factor = shares[k] / (world * total[k]) if world > 1 else None
+            self._fill(holders, 1, losses[k], factor, scaler, add=False, retain=k != present[-1])
             rows = [holder.data[1:2] for holder in holders]
+            self._add_up(*rows)
             if scaler is not None:
                 self._unscale(rows, scaler, tell=k == present[0])
             coef = self._class_coefficients(rows, k)
@@ -326,7 +332,7 @@ class CCSAM(GroupedOptimizer):
             with self._second_pass(), nullcontext() if k == present[-1] else self._unreduced():
                 perturbed, _ = self._evaluate(closures[0])
                 self._backward(perturbed[k] * shares[k], scaler)
-        self._first_bad = torch.stack(bad).amax()
+        self._first_bad = self._of_all(torch.stack(bad).amax())
         return (losses.detach() * shares).sum()
 
     def _class_coefficients(self, rows: list[Tensor], k: int) -> Tensor:

@@ -8,21 +8,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from ltfast.optim.inner import Block
+from ltfast.optim.processes import reduces, several
 from ltfast.optim.statistics import frozen_statistics
 
 ASCENTS = ("local", "global")
-
-
-def several() -> bool:
-    """True if several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class TwoPasses(Optimizer):
@@ -147,8 +142,15 @@ class TwoPasses(Optimizer):
         return ascent == "local"
 
     def _unreduced(self) -> AbstractContextManager[None]:
-        no_sync = getattr(self._model, "no_sync", None)
-        return nullcontext() if no_sync is None else no_sync()
+        return self._model.no_sync() if reduces(self._model) else nullcontext()  # type: ignore[union-attr, operator]
+
+    def _several(self) -> bool:
+        """Whether several processes train together."""
+        return several(self._model)
+
+    def _verdict_is_shared(self) -> bool:
+        """Whether all processes that train together know of an inf or NaN in the first pass."""
+        return not self._several()
 
 
 class _FirstPass:

@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
 from ltfast.optim.base import FlatOptimizer
 from ltfast.optim.inner import Block, Present, split_shared
-from ltfast.optim.passes import several
 from ltfast.optim.state import averages_by_index, check_averages, indices, load_averages
 
 Closure = Callable[[], Any]
@@ -156,9 +155,9 @@ class SAM(FlatOptimizer):
         """
         unscaled = self._take_unscaled(scaler)
         if unscaled is not None:
-            if not several():
+            if not self._several():
                 scaler._per_optimizer_states[id(self._first_pass)] = unscaled
-        elif several():
+        elif self._several():
             self._divide(scaler.scale(self._one.reshape(())))
         else:
             scaler.unscale_(self._first_pass)  # type: ignore[arg-type]

@@ -59,6 +59,13 @@ def workers(pid: int) -> list[int]:
         return []
 
 
+def is_worker(pid: int) -> bool:
+    """Whether it is one of a run's processes, not a short-lived child of an import."""
+    with suppress(OSError):
+        return b"RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+    return False
+
+
 def until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -93,7 +100,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     with started([*TRAIN, "--procs", "2", "--epochs", "4", "--out", str(run)]) as process:
         until(lambda: list((run / "checkpoints").glob("state-*")), process)
         victim = workers(process.pid)[-1]
-        assert b"RANK=" in Path(f"/proc/{victim}/environ").read_bytes()
+        assert is_worker(victim)
         os.kill(victim, signal.SIGKILL)
         out = finish(process)
         assert "each step sends" in out
@@ -130,7 +137,7 @@ def test_sigterm_before_a_resumed_run_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     RunFolder.create(build_config("digits-lt", "ce", {}, {"out": str(run), "device": "cpu"})).close()
     with started([*TRAIN[:4], "--procs", "2", "--resume", str(run)]) as process:
-        until(lambda: workers(process.pid), process)
+        until(lambda: any(map(is_worker, workers(process.pid))), process)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, (out, err)
@@ -375,6 +382,26 @@ def test_processes_of_other_machines_are_not_here(monkeypatch: pytest.MonkeyPatc
     assert launch.processes_here() == 8
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert launch.processes_here() == 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_number_than_torchruns_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, resume: bool
+) -> None:
+    """It would have no effect and stand in config.toml."""
+    begun: list[object] = []
+    monkeypatch.setattr(cli, "train_here", lambda *arguments: begun.append(arguments) or 0)
+    monkeypatch.delenv(launch.MESSAGE, raising=False)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    words = ["train", "--resume" if resume else "--out", str(tmp_path)]
+    for procs, code in (("3", 2), ("1", 2), ("4", 2), ("2", 0), ("0", 0)):
+        assert cli.main([*words, "--procs", procs]) == code
+        said = f"ltfast: --procs {procs}: the launcher runs 2 processes here; leave --procs out\n"
+        assert capsys.readouterr().err == (said if code else "")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # what only some launchers set
+    assert cli.main([*words, "--procs", "4"]) == 0
+    assert len(begun) == 3
 
 
 def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

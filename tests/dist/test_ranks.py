@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltfast.dist import Ranks, Traffic, checksum
 from ltfast.errors import UserError
 from ltfast.flat import FlatParameters
+from ltfast.models import LongTailModel
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.survive import Action, BadSteps, Signals, Watch
 from ltfast.syncbn import SyncedBatchNorm, synchronise
@@ -257,6 +259,14 @@ def test_synced_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path: Path, moment
     for result in results:
         torch.testing.assert_close(result["state"], alone["state"], **close)
         torch.testing.assert_close(result["grads"], alone["grads"], **close)
+
+
+def test_the_class_centres_are_a_batch_that_every_rank_has_whole() -> None:
+    encoder = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = LongTailModel(encoder, 6, 5, projection=(7, 3))
+    synchronise(model, Ranks(0, 2))
+    norms = {name.split(".")[0]: type(part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)}
+    assert norms == {"encoder": SyncedBatchNorm, "projection": SyncedBatchNorm, "center_projection": nn.BatchNorm1d}
 
 
 @pytest.mark.parametrize(

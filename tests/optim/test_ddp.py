@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ltfast.dist import Ranks
 from ltfast.losses import cross_entropy, group_losses
-from ltfast.optim import GSA, SAM, ImbSAM, frozen_statistics
+from ltfast.optim import CCSAM, GSA, SAM, ImbSAM, frozen_statistics
 from tests.optim import support
 from tests.optim.support import GROUP_COUNTS, SGD
 from tests.procs import run_ranks
@@ -22,7 +25,16 @@ pytestmark = pytest.mark.dist
 STEPS = 100
 GROUPED_STEPS = 40
 HOW, ASCENTS = ("calls", "closure", "batchnorm"), ("local", "global")
-GROUPED = [("shared", 1), ("shared", 4), ("marked", 4), ("per_group", 1), ("imbsam", 1)]
+GROUPED = [("shared", 1), ("shared", 4), ("marked", 4), ("per_group", 1), ("imbsam", 1), ("ccsam", 1)]
+STATIC = {"static_graph": True}
+# name, (kind of optimizer, bound to the module inside), whether and how DistributedDataParallel is used
+UNBOUND: list[tuple[str, tuple[str, bool], dict[str, Any]]] = [
+    ("ccsam", ("ccsam", False), {}), ("ccsam, inside", ("ccsam", True), {}), ("static", ("shared", False), STATIC),
+    ("static, inside", ("imbsam", True), STATIC), ("gsa", ("shared", False), {}), ("imbsam", ("imbsam", True), {}),
+    ("ccsam, each its own", ("ccsam", False), {"wrapped": False}),
+]  # fmt: skip
+UNEVEN = [("ccsam", "local"), ("shared", "global"), ("imbsam", "local")]
+OVERFLOWS = [(kind, scaled) for kind in ("shared", "per_group", "imbsam", "ccsam") for scaled in (False, True)]
 Runs = list[dict[str, Any]]
 # Radii inside the bounds, so that a wrong gradient norm shows.
 RADIUS = {"C": 3.0, "rho_min": 5e-3, "rho_max": 4e-2}
@@ -139,6 +151,9 @@ def closure_of(model: nn.Module, x: Tensor, y: Tensor, kind: str) -> Any:
 def build(kind: str, model: nn.Module, every: int) -> tuple[Any, str]:
     if kind == "imbsam":
         return ImbSAM(model.parameters(), SGD[0], rho=0.3, **SGD[1]), "head-tail"
+    if kind == "ccsam":
+        groups = support.classifier_groups(getattr(model, "module", model))
+        return CCSAM(groups, SGD[0], support.COUNTS, **RADIUS, **SGD[1]), "classes"
     objective = "per_group" if kind == "per_group" else "shared"
     params: Any = model.parameters()
     if kind == "marked":
@@ -236,9 +251,9 @@ def idle_layer(ranks: Ranks, bucket_view: bool) -> bool:
     return torch.equal(ddp.module.between.weight, before)
 
 
-def refusal(optimizer: Any, model: nn.Module, ascent: str) -> str:
+def complaint(work: Callable[[], object]) -> str:
     try:
-        optimizer.bind(model, ascent)
+        work()
     except ValueError as error:
         return str(error)
     return ""
@@ -249,12 +264,92 @@ def static(ranks: Ranks) -> list[str]:
     ddp = DistributedDataParallel(support.make(), static_graph=True)
     gsa, _ = build("shared", ddp, 1)
     sam = SAM(support.make().parameters(), SGD[0], **SGD[1])
-    return [refusal(sam, ddp, "local"), refusal(sam, ddp, "global"), refusal(gsa, ddp, "global")]
+    return [
+        complaint(lambda optimizer=optimizer, ascent=ascent: optimizer.bind(ddp, ascent))
+        for optimizer, ascent in ((sam, "local"), (sam, "global"), (gsa, "global"))
+    ]
+
+
+def sharded(ranks: Ranks) -> list[str]:
+    """What is said to parameters of FSDP, without and with `use_orig_params`, and of `fully_shard`."""
+    models: list[nn.Module] = [
+        FullyShardedDataParallel(nn.Linear(192, 6), device_id=torch.device("cpu"), use_orig_params=original)
+        for original in (False, True)
+    ]
+    models.append(fully_shard(nn.Linear(192, 6), mesh=init_device_mesh("cpu", (ranks.world,))))
+    return [complaint(lambda model=model: SAM(model.parameters(), SGD[0], **SGD[1])) for model in models]
+
+
+def of_a_subgroup(ranks: Ranks) -> dict[str, Any]:
+    """A global ascent of a module that reduces within a group of one: what other processes do has no part in it."""
+    own = [torch.distributed.new_group([rank]) for rank in range(ranks.world)][ranks.rank]
+    ddp = DistributedDataParallel(support.make(), process_group=own)
+    optimizer, groups = build("shared", ddp, 1)
+    optimizer.bind(ddp, "global")
+    for i in range(2 + ranks.rank):  # a step that needs the other process would hang
+        x, y = support.batch(i + 10 * ranks.rank, 40)
+        optimizer.step(closure_of(ddp, x, y, groups))
+    return {"end": state(ddp)}
+
+
+def unbound(ranks: Ranks, kind: str, bind: bool, wrapped: bool = True, **options: Any) -> dict[str, Any]:
+    """A step of an optimizer that knows of no DistributedDataParallel."""
+    model = support.make()
+    optimizer, groups = build(kind, model, 1)
+    used = DistributedDataParallel(model, **options) if wrapped else model
+    if bind:
+        optimizer.bind(model)
+    x, y = part(0, ranks.rank)
+    said = complaint(lambda: optimizer.step(closure_of(used, x, y, groups)))
+    return {"said": said, "end": state(model)}
+
+
+def uneven(ranks: Ranks, kind: str, ascent: str) -> dict[str, Any]:
+    """One process has a batch more than the other."""
+    ddp = DistributedDataParallel(support.make())
+    optimizer, groups = build(kind, ddp, 1)
+    optimizer.bind(ddp, ascent)
+    said = ""
+    with ddp.join():
+        for i in range(2 + ranks.rank):
+            x, y = part(i, ranks.rank)
+            said = said or complaint(lambda x=x, y=y: optimizer.step(closure_of(ddp, x, y, groups)))
+            if said:  # as a run does
+                break
+    return {"said": said, "end": state(ddp)}
+
+
+def overflow(ranks: Ranks, kind: str, ascent: str, scaled: bool) -> dict[str, Any]:
+    """The second process's loss is infinite in the first pass of a step, and there alone."""
+    ddp = DistributedDataParallel(support.make())
+    optimizer, groups = build(kind, ddp, 1)
+    optimizer.bind(ddp, ascent)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+    calls = iter(range(100))
+    x, y = part(0, ranks.rank)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        factor = torch.inf if next(calls) == 0 and ranks.rank == 1 else 1.0
+        return group_losses(cross_entropy(ddp(x), y) * factor, support.table(groups)[y])
+
+    before = state(ddp)
+    optimizer.step(closure, scaler=scaler)
+    if scaler is not None:
+        scaler.update()
+    same = all(torch.equal(p, q) for p, q in zip(before, state(ddp), strict=True))
+    scale = None if scaler is None else scaler.get_scale()
+    return {"same": same, "skipped": float(optimizer.skipped), "scale": scale, "end": state(ddp)}
 
 
 def everything(ranks: Ranks) -> dict[str, Any]:
     """All of this file in one pair of processes: starting them costs more than the steps."""
     result = {"recipes": recipes(ranks), "odd": odd_ones(ranks), "static": static(ranks)}
+    result["sharded"] = sharded(ranks)
+    result["subgroup"] = of_a_subgroup(ranks)
+    result |= {f"unbound {name}": unbound(ranks, *args, **options) for name, args, options in UNBOUND}
+    result |= {f"uneven {kind} {ascent}": uneven(ranks, kind, ascent) for kind, ascent in UNEVEN}
+    result |= {f"overflow {kind} {scaled}": overflow(ranks, kind, "global", scaled) for kind, scaled in OVERFLOWS}
+    result["overflow local"] = overflow(ranks, "shared", "local", False)
     result["idle"] = [idle_layer(ranks, bucket_view) for bucket_view in (False, True)]
     for ascent in ASCENTS:
         result |= {f"sam {ascent} {how}": sam(ranks, ascent, how) for how in HOW}
@@ -289,3 +384,54 @@ def test_a_static_graph_is_refused_where_a_pass_is_not_reduced(runs: Runs) -> No
         assert "static_graph=True" in local
         assert not reduced
         assert grouped == local
+
+
+def test_sharded_parameters_are_refused_as_such(runs: Runs) -> None:
+    for run in runs:
+        assert len(run["sharded"]) == 3
+        assert all("sharded parameters (FSDP, DTensor) are not supported: " in text for text in run["sharded"])
+
+
+def test_a_global_ascent_is_that_of_the_modules_own_group(runs: Runs) -> None:
+    for rank, run in enumerate(runs):
+        model = support.make()
+        alone, groups = build("shared", model, 1)
+        for i in range(2 + rank):
+            alone.step(closure_of(model, *support.batch(i + 10 * rank, 40), groups))
+        assert all(torch.equal(p, q) for p, q in zip(state(model), run["subgroup"]["end"], strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in UNBOUND])
+def test_reductions_that_the_optimizer_cannot_direct_are_refused(runs: Runs, name: str) -> None:
+    """What works without them goes on working."""
+    a, b = (run[f"unbound {name}"] for run in runs)
+    refused = name in ("ccsam", "ccsam, inside", "static", "static, inside")
+    same = all(torch.equal(p, q) for p, q in zip(a["end"], b["end"], strict=True))
+    assert same == (name != "ccsam, each its own")
+    for run in (a, b):
+        assert ("optimizer.bind(ddp)" in run["said"]) == bool(run["said"]) == refused
+
+
+@pytest.mark.parametrize(("kind", "ascent"), UNEVEN)
+def test_uneven_inputs_are_refused_where_every_process_is_needed(runs: Runs, kind: str, ascent: str) -> None:
+    a, b = (run[f"uneven {kind} {ascent}"] for run in runs)
+    assert all(torch.equal(p, q) for p, q in zip(a["end"], b["end"], strict=True))
+    for run in (a, b):
+        assert ("DistributedDataParallel.join" in run["said"]) == bool(run["said"]) == (kind != "imbsam")
+
+
+@pytest.mark.parametrize(("kind", "scaled"), OVERFLOWS)
+def test_a_global_ascents_overflow_skips_the_step_of_all(runs: Runs, kind: str, scaled: bool) -> None:
+    for run in runs:
+        found = run[f"overflow {kind} {scaled}"]
+        assert found["same"]
+        assert found["skipped"] == 1
+        assert found["scale"] == (2.0 if scaled else None)
+
+
+def test_a_local_ascents_overflow_skips_nothing(runs: Runs) -> None:
+    """The other processes do not know of it; the process itself does not climb."""
+    a, b = (run["overflow local"] for run in runs)
+    assert not a["same"]
+    assert a["skipped"] == b["skipped"] == 0
+    assert all(torch.equal(p, q) and torch.isfinite(p).all() for p, q in zip(a["end"], b["end"], strict=True))
