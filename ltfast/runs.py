@@ -185,16 +185,19 @@ class RunFolder:
         """Keep every other process from training in this folder, until `close` or the end of this one, however it ends.
 
         The file RUN/lock stays behind and means nothing by itself: the lock is the operating system's. Where there is
-        none (some network file systems, a folder that cannot be written) `unlocked` says so.
+        none (some network file systems, a full disk) `unlocked` says so.
 
         Raises:
             UserError: another process is training in it.
+            OSError: the folder may not be written.
         """
         try:
             file = self._lock = open(self.path / LOCK, "ab+", buffering=0)  # noqa: SIM115
             # Not flock: forked loader workers would share it, and hold it for seconds after this process was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
             self.unlocked = str(error.strerror)
             if error.errno == errno.EAGAIN:
                 with file:
@@ -233,13 +236,19 @@ class RunFolder:
         """An existing run folder, locked if it is to be written.
 
         Raises:
-            UserError: it is missing or holds no config.toml; another process is training in it.
+            UserError: it is missing or holds no config.toml; another process is training in it; it cannot be written.
         """
         if not (Path(path) / "config.toml").is_file():
             raise UserError(f"{path}: not a run folder (no config.toml in it)")
         folder = RunFolder(Path(path))
-        if lock:
-            folder.lock()
+        try:
+            if lock:
+                folder.lock()
+        except OSError as error:
+            raise UserError(
+                f"--resume {path}: cannot write there ({error.strerror}), so nothing that it trains could be kept; make the folder "
+                "writable, or resume a copy of it"
+            ) from None
         return folder
 
     def prepare(self) -> None:
@@ -252,7 +261,10 @@ class RunFolder:
     def config(self) -> Config:
         """The resolved config of the run."""
         path = self.path / "config.toml"
-        return Config.from_dict(load_toml(path), str(path))
+        values = load_toml(path)
+        if not values:
+            raise UserError(f"{path}: is empty, so the run's settings are not known; bring the file back from a copy")
+        return Config.from_dict(values, str(path))
 
     def log(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -273,10 +285,32 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         return path.stat().st_size if path.exists() else 0
 
-    def cut_metrics(self, size: int) -> None:
-        """Drop what metrics.jsonl holds beyond `size` bytes: a resumed run writes those lines again."""
-        if self.metrics_bytes() > size:
-            os.truncate(self.path / "metrics.jsonl", size)
+    def sync_log(self) -> None:
+        """Put metrics.jsonl on the disk, ahead of a checkpoint that refers to its length."""
+        with contextlib.suppress(OSError):  # losing a line of the log is no reason to lose a checkpoint
+            handle = os.open(self.path / "metrics.jsonl", os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def cut_metrics(self, size: int) -> int:
+        """Drop what metrics.jsonl holds beyond `size` bytes: a resumed run writes those lines again. Returns how many of the
+        `size` are missing after a power loss; of a line that it cut in two nothing stays."""
+        if not self.metrics_bytes():
+            return size
+        with open(self.path / "metrics.jsonl", "r+b") as file:
+            kept = file.read(size).rfind(b"\n") + 1
+            file.truncate(kept)
+        return size - kept
+
+    def set_metrics_aside(self) -> Path:
+        """Move the lines of metrics.jsonl to the end of metrics.jsonl.old; returns that file."""
+        path, old = self.path / "metrics.jsonl", self.path / "metrics.jsonl.old"
+        with open(old, "ab") as file:
+            file.write(path.read_bytes())
+        os.truncate(path, 0)
+        return old
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of one kind if given; a line cut short by a crash is left out."""

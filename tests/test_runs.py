@@ -82,8 +82,18 @@ def test_the_log_is_read_around_a_broken_line(tmp_path: Path) -> None:
     assert [row["x"] for row in folder.metrics()] == [1, 2]
     assert [row["x"] for row in folder.metrics("a")] == [1]
     size = folder.metrics_bytes()
-    folder.cut_metrics(size + 5)  # it is shorter than a checkpoint knew: nothing is made up
+    assert folder.cut_metrics(size + 5) == 5  # it is shorter than a checkpoint knew: nothing is made up
     assert folder.metrics_bytes() == size
+    assert folder.cut_metrics(size) == 0
+    assert folder.cut_metrics(size - 3) > 0, "no half line stays"
+    assert [row["x"] for row in folder.metrics()] == [1]
+    assert folder.path.joinpath("metrics.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_an_empty_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match=r"config.toml: is empty"):
+        _ = RunFolder.open(tmp_path).config
 
 
 def test_numbers_of_any_kind_are_json() -> None:
