@@ -101,12 +101,23 @@ class Durable:
         """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""
 
         def work() -> None:
-            if self.store is not None:
+            if self.store is None:
+                return
+            try:
                 self.store.flush()
-                for problem in self.store.problems():
-                    self.progress.note(problem)
+            except UserError as error:
+                raise UserError(f"{error}{self._trained_weights()}") from None
+            for problem in self.store.problems():
+                self.progress.note(problem)
 
         self.ranks.on_main(work)
+
+    def _trained_weights(self) -> str:
+        """Where the weights of a run that has trained to its end are, if they are on the disk, else ''."""
+        folder, epochs = self.folder, self.config.optim.epochs
+        if folder is None or self.epoch < epochs or checkpoint.load_meta(folder.last).get("epoch") != epochs:
+            return ""
+        return f"; the trained weights are in {folder.last}: `ltfast eval {folder.path}`"
 
     def best_written(self) -> bool:
         """Whether the weights of the best epoch are on the disk, on every rank; a note says if it is another epoch's."""

@@ -26,6 +26,7 @@ from ltfast.places import absolute
 
 if TYPE_CHECKING:
     from ltfast.data.base import Source
+    from ltfast.events import Events
 
 LOCK = "lock"
 
@@ -138,7 +139,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.safetensors"
         self.unlocked = ""
         self._lock: BinaryIO | None = None
-        self._events: Any = None
+        self._events: Events | None = None
 
     @staticmethod
     def create(config: Config) -> RunFolder:
@@ -337,14 +338,13 @@ class RunFolder:
         """Write TensorBoard scalars. OSError if the folder is gone or cannot be written."""
         self.path.stat()  # a folder that has vanished is not made anew
         if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+            from ltfast.events import Events
 
-            self._events = SummaryWriter(str(self.path / "events"), purge_step=step)  # after a resume: nothing twice
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._events = Events(self.path / "events", purge_step=step)
+        self._events.scalars(step, values)
 
     def close(self) -> None:
-        """Release the lock and flush TensorBoard events."""
+        """Release the lock and close the TensorBoard events."""
         if self._lock is not None:
             self._lock.close()
         if self._events is not None:
