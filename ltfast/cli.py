@@ -229,7 +229,10 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
 
 def train_as(ranks: Ranks, config: Config, resume: str | None, changes: dict[str, Any]) -> int:
     """Train as one of `ranks`; returns the exit code."""
+    from pathlib import Path
+
     from ltfast import dist, launch
+    from ltfast.places import short
     from ltfast.progress import ConsoleProgress, Progress
     from ltfast.speedrun import TableProgress
     from ltfast.train import train
@@ -238,7 +241,7 @@ def train_as(ranks: Ranks, config: Config, resume: str | None, changes: dict[str
         progress = (TableProgress() if config.run.table else ConsoleProgress()) if ranks.main else Progress()
         result = train(config, resume=resume, changes=changes, ranks=ranks, progress=progress)
         if ranks.main and "stopped" in result:
-            print(f"continue with: ltfast train --resume {result['folder']}")
+            print(f"continue with: ltfast train --resume {short(Path(result['folder']))}")
         elif ranks.main:
             if isinstance(progress, TableProgress):
                 progress.finish(result)

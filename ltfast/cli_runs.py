@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltfast.config import flag
 from ltfast.errors import UserError
-from ltfast.places import LISTS
+from ltfast.places import LISTS, short
 from ltfast.tables import write_csv
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def write_classes(path: str, result: dict[str, Any], source: Source) -> None:
 def command_report(args: argparse.Namespace) -> int:
     from ltfast.report import report
 
-    print(f"written {report(args.folders, args.out, args.max_minutes, data_dir=args.data_dir)}")
+    print(f"written {short(report(args.folders, args.out, args.max_minutes, data_dir=args.data_dir))}")
     return 0
 
 
@@ -161,4 +161,4 @@ def print_result(result: dict[str, Any]) -> None:
     skipped = folder.metrics("epoch")[-1]["skipped"]
     if skipped:
         print(f"steps skipped for a loss or gradient that was not finite: {skipped:,} of {result['steps']:,}")
-    print(f"run folder: {folder.path}")
+    print(f"run folder: {folder}")

@@ -71,7 +71,7 @@ class Durable:
             return
         if self.folder.unlocked:
             self.progress.note(
-                f"{self.folder.path}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
+                f"{self.folder}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
             )
         if not self.folder.metrics("data"):
             if self.needs_groups and self.scouts >= self.config.optim.epochs:
@@ -117,7 +117,7 @@ class Durable:
         folder, epochs = self.folder, self.config.optim.epochs
         if folder is None or self.epoch < epochs or checkpoint.load_meta(folder.last).get("epoch") != epochs:
             return ""
-        return f"; the trained weights are in {folder.last}: `ltfast eval {folder.path}`"
+        return f"; the trained weights are in {folder.last}: `ltfast eval {folder}`"
 
     def best_written(self) -> bool:
         """Whether the weights of the best epoch are on the disk, on every rank; a note says if it is another epoch's."""
@@ -165,7 +165,7 @@ class Durable:
             except OSError as error:  # losing a line of the log is no reason to lose the run
                 if self._logging:
                     self.progress.note(
-                        f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
+                        f"{self.folder}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
                     )
                 self._logging = False
             if kind == "epoch" and self._charting and self.config.run.tensorboard:
@@ -180,7 +180,7 @@ class Durable:
             self.folder.scalars(self.steps, numbers)
         except OSError as error:
             self._charting = False
-            self.progress.note(f"{self.folder.path}/events: cannot write ({error.strerror}); training goes on without")
+            self.progress.note(f"{self.folder}/events: cannot write ({error.strerror}); training goes on without")
 
     def replaced_images(self) -> dict[str, int]:
         """{"replaced": unreadable training images that others stood in for in this epoch, on all ranks}; {} where the
@@ -253,7 +253,7 @@ class Durable:
             self.progress.note(f"what the run has logged so far is kept in {self.folder.set_metrics_aside()}")
         elif lost := self.folder.cut_metrics(meta["metrics"] if meta else 0):
             self.progress.note(
-                f"{self.folder.path}/metrics.jsonl: lacks {counted(lost, 'byte')} that were there when the checkpoint was "
+                f"{self.folder}/metrics.jsonl: lacks {counted(lost, 'byte')} that were there when the checkpoint was "
                 "written; rows of earlier epochs are missing"
             )
 
@@ -261,7 +261,7 @@ class Durable:
         """UserError if the run has got as far as its first training state: without one it would be trained again."""
         if self.folder is None:
             return
-        run, weights, done = self.folder.path, self.folder.last.exists(), len(self.folder.metrics("epoch"))
+        run, weights, done = self.folder, self.folder.last.exists(), len(self.folder.metrics("epoch"))
         # One state is on the disk before the next epoch's is begun; the first may have been lost with its process.
         if weights or done > self.config.run.checkpoint_every or self.folder.metrics("test"):
             raise UserError(

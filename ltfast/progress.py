@@ -112,7 +112,7 @@ class ConsoleProgress(Progress):
             f"{counted(cfg.optim.epochs, 'epoch')} x {counted(src.steps_per_epoch, 'step')} of {counted(cfg.data.batch, 'image')}"
         )
         if trainer.folder is not None:
-            self.console.print(f"run folder {trainer.folder.path}")
+            self.console.print(f"run folder {trainer.folder}")
         self.epochs, self.read_at = cfg.optim.epochs, time.monotonic()
         self.task = self.bar.add_task("", total=steps, completed=trainer.steps, epoch=trainer.epoch + 1, loss="-")
         self.bar.start()

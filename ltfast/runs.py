@@ -22,7 +22,7 @@ import ltfast
 from ltfast.checkpoint import PART, write_atomically
 from ltfast.config import Config, load_toml
 from ltfast.errors import UserError
-from ltfast.places import absolute
+from ltfast.places import absolute, short
 
 if TYPE_CHECKING:
     from ltfast.data.base import Source
@@ -133,13 +133,17 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = Path(os.path.abspath(path))  # the working folder may change
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
         self.unlocked = ""
         self._lock: BinaryIO | None = None
         self._events: Events | None = None
+
+    def __str__(self) -> str:
+        """Its path, for a person."""
+        return short(self.path)
 
     @staticmethod
     def create(config: Config) -> RunFolder:
@@ -176,11 +180,9 @@ class RunFolder:
     def check_free(self) -> None:
         """UserError unless the path is free for a new run: nothing is there, or what a killed process left at once."""
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path}: is a file; choose a folder")
+            raise UserError(f"--out {self}: is a file; choose a folder")
         if self.path.exists() and any(p.suffix != PART and p.name != LOCK for p in self.path.iterdir()):
-            raise UserError(
-                f"--out {self.path}: already exists; choose another folder or continue it with --resume {self.path}"
-            )
+            raise UserError(f"--out {self}: already exists; choose another folder or continue it with --resume {self}")
 
     def lock(self) -> None:
         """Keep every other process from training in this folder, until `close` or the end of this one, however it ends.
@@ -204,7 +206,7 @@ class RunFolder:
                 with file:
                     file.seek(0)
                     who = file.read().decode(errors="replace") or "another process"
-                raise UserError(f"{self.path}: {who} is training in it; wait until it ends, or stop it") from None
+                raise UserError(f"{self}: {who} is training in it; wait until it ends, or stop it") from None
             return
         with contextlib.suppress(OSError):  # a full disk
             file.truncate(0)

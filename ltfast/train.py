@@ -324,7 +324,7 @@ class Trainer(Durable):
         except UserError as error:  # an image of the split cannot be read
             if self.store is not None:
                 self.store.flush()
-            run = self.config.run.out or "RUN" if self.folder is None else self.folder.path
+            run = self.config.run.out or "RUN" if self.folder is None else self.folder
             safe = "the trained weights are safe and " if split == "test" else ""
             raise UserError(
                 f"{error}; {safe}`ltfast train --resume {run} --on-bad-image skip` goes on without it"

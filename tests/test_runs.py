@@ -26,7 +26,8 @@ def test_default_names_hold_data_method_and_seed_and_are_counted_from_two(
     for name in ("digits-lt-ce-s3", "digits-lt-ce-s3-2", "digits-lt-ce-s3-3"):
         folder = RunFolder.create(config)
         folder.close()
-        assert folder.path == Path("runs") / name
+        assert folder.path == tmp_path / "runs" / name
+        assert str(folder) == f"runs/{name}"
 
 
 def test_a_lock_and_parts_that_a_killed_process_left_are_no_run(tmp_path: Path) -> None:
