@@ -184,7 +184,7 @@ def command_train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from ltfast.plan import print_plan
 
-        print_plan(config)
+        print_plan(config, resumed=bool(args.resume))
         return 0
     count = launch.process_count(config)
     if count > 1 and not launch.launched():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def command_eval(args: argparse.Namespace) -> int:
     from ltfast.evaluate import evaluate_run
     from ltfast.metrics import format_table
     from ltfast.progress import counted
-    from ltfast.runs import to_json
+    from ltfast.runs import RunFolder, to_json
 
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     result, source = evaluate_run(
@@ -88,7 +89,8 @@ def command_eval(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json({**result, "class_names": source.class_names, "train_counts": source.train_counts.tolist()}))
     else:
-        print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {counted(result['n'], 'image')}")
+        which = args.checkpoint + " checkpoint" + RunFolder.open(args.folder).progress(args.checkpoint)
+        print(f"{args.folder}: {which} on {args.split}, {counted(result['n'], 'image')}")
         print(format_table(result, source.class_names, source.train_counts))
     return 0
 
@@ -109,8 +111,11 @@ def command_report(args: argparse.Namespace) -> int:
 
 def command_export(args: argparse.Namespace) -> int:
     from ltfast.export import export
+    from ltfast.runs import RunFolder
 
-    print(f"written {export(args.folder, args.format, which=args.checkpoint, out=args.out)}")
+    path = export(args.folder, args.format, which=args.checkpoint, out=args.out)
+    run = None if os.path.isfile(args.folder) else RunFolder.open(args.folder)  # a file: an earlier export
+    print(f"written {path}{run.progress(args.checkpoint) if run else ''}")
     return 0
 
 

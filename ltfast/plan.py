@@ -22,7 +22,8 @@ from ltfast.optim.rules import Rule
 from ltfast.preserve.bank import check_state
 from ltfast.progress import counted
 from ltfast.recipes import needs_groups, rule_of
-from ltfast.schedule import scouting_epochs
+from ltfast.runs import RunFolder
+from ltfast.schedule import scouting_epochs, warm_up_note
 from ltfast.train import load_bank
 
 FLOAT = 4
@@ -166,8 +167,14 @@ def flops_of_run(plan: Plan, epochs: int) -> float:
     return (plan.scouting_epochs + (epochs - plan.scouting_epochs) * plan.flops_vs_sgd) / epochs
 
 
-def print_plan(config: Config) -> None:
-    """Print the plan for a person."""
+def print_plan(config: Config, resumed: bool = False) -> None:
+    """Print the plan for a person.
+
+    Raises:
+        UserError: training would refuse to start; `resumed`: it goes on in the folder --out.
+    """
+    if config.run.out and not resumed:
+        RunFolder(Path(config.run.out)).check_free()
     plan, optim = make_plan(config), config.optim
     epochs, steps = counted(config.optim.epochs, "epoch"), counted(plan.steps_per_epoch, "step")
     scouts = plan.scouting_epochs
@@ -195,6 +202,8 @@ def print_plan(config: Config) -> None:
         ),
         "memory bank": f"at most {plan.bank_bytes_max / GIB:.3f} GiB of host memory",
     }
+    if note := warm_up_note(optim):
+        lines["warm-up"] = note
     if plan.splits:
         lines["splits"] = plan.splits
     if plan.missing:

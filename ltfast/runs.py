@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 import ltfast
-from ltfast.checkpoint import PART, write_atomically
+from ltfast.checkpoint import PART, load_meta, write_atomically
 from ltfast.config import Config, load_toml
 from ltfast.errors import UserError
 from ltfast.places import absolute, short
@@ -335,6 +335,13 @@ class RunFolder:
                 f"{path}: no such checkpoint; this run had no validation split, so none was chosen best; use --checkpoint last"
             )
         return path
+
+    def progress(self, which: str) -> str:
+        """How far a run that has not come to its end has trained `which` weights, as " (epoch 2 of 4)"; else ''."""
+        epochs = self.config.optim.epochs
+        if load_meta(self.last).get("epoch", epochs) >= epochs:
+            return ""
+        return f" (epoch {load_meta(self.weights(which)).get('epoch', '?')} of {epochs})"
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write TensorBoard scalars. OSError if the folder is gone or cannot be written."""
