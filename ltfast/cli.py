@@ -132,7 +132,7 @@ def build_parser() -> Parser:
 
     doctor = commands.add_parser("doctor", help="check this machine: versions, GPUs, disk, memory, kernels")
     doctor.add_argument("--dir", default=".", help="folder whose disk is measured: where runs go [.]")
-    doctor.add_argument("--data-dir", default=None, help="folder of pictures whose reading is measured")
+    doctor.add_argument("--data-dir", default=None, help="folder or pack of pictures whose reading is measured")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=command_doctor)
 
