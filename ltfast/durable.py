@@ -17,7 +17,6 @@ from ltfast.models import LongTailModel
 from ltfast.predict import Preprocess
 from ltfast.progress import Progress, counted
 from ltfast.runs import RunFolder
-from ltfast.schedule import warm_up_note
 from ltfast.store import Store
 from ltfast.survive import BadSteps, Signals, Watch
 from ltfast.update import Update
@@ -75,8 +74,6 @@ class Durable:
                 f"{self.folder}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
             )
         if not self.folder.metrics("data"):
-            if short := warm_up_note(self.config.optim):
-                self.progress.note(short)
             if self.needs_groups and self.scouts >= self.config.optim.epochs:
                 self.progress.note(
                     f"all epochs ({self.scouts}) are for scouting: no groups, and nothing of {self.config.method} that needs them; "
