@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -209,6 +210,12 @@ def why_not(stage: Stage, values: dict[str, Any]) -> str:
     return ""
 
 
+def shortest(stages: tuple[Stage, ...], values: dict[str, Any], state: State) -> Stage | None:
+    """Of the stages that are left and can run here the one that needs the least time; None without any."""
+    left = [stage for stage in stages if not why_not(stage, values) and not state.done(stage)]
+    return min(left, key=lambda stage: stage.least, default=None)
+
+
 def run(stages: tuple[Stage, ...], budget: float, values: dict[str, Any], state: State, folder: Path) -> dict[str, str]:
     """Run stages in order within `budget` seconds; returns stage -> what became of it."""
     deadline, outcome = time.monotonic() + budget, {}
@@ -289,8 +296,15 @@ def main() -> None:
     peers = [word for peer in args.peer for word in ("--peer", peer)]
     values = {"data": args.data, "pictures": args.pictures, "peers": peers, "device": args.device}
     state = State(STATE / "state.json", device_and_commit(args.device))
+    spent = time.monotonic() - started
+    first = shortest(stages, values, state)
+    if first and 0 < args.budget < (need := REPORT_SECONDS + first.least + spent):
+        parser.error(
+            f"--budget {args.budget:g}: the report takes {REPORT_SECONDS:.0f} s and the shortest stage, {first.name}, needs "
+            f"{first.least:.0f} s; give at least {math.ceil(need):.0f}, or 0 for the plan alone"
+        )
     say(f"{state.key}: {args.budget:.0f} s for " + ", ".join(s.name for s in stages))
-    run(stages, args.budget - REPORT_SECONDS - (time.monotonic() - started), values, state, STATE)
+    run(stages, args.budget - REPORT_SECONDS - spent, values, state, STATE)
     subprocess.run([PYTHON, "benchmarks/report.py"], cwd=ROOT, check=True)
 
 

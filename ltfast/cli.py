@@ -132,7 +132,7 @@ def build_parser() -> Parser:
 
     doctor = commands.add_parser("doctor", help="check this machine: versions, GPUs, disk, memory, kernels")
     doctor.add_argument("--dir", default=".", help="folder whose disk is measured: where runs go [.]")
-    doctor.add_argument("--data-dir", default=None, help="folder of pictures whose reading is measured")
+    doctor.add_argument("--data-dir", default=None, help="folder or pack of pictures whose reading is measured")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=command_doctor)
 
@@ -185,7 +185,7 @@ def command_train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from ltfast.plan import print_plan
 
-        print_plan(config)
+        print_plan(config, resumed=bool(args.resume))
         return 0
     count = launch.process_count(config)
     if count > 1 and not launch.launched():
@@ -230,7 +230,10 @@ def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> i
 
 def train_as(ranks: Ranks, config: Config, resume: str | None, changes: dict[str, Any]) -> int:
     """Train as one of `ranks`; returns the exit code."""
+    from pathlib import Path
+
     from ltfast import dist, launch
+    from ltfast.places import short
     from ltfast.progress import ConsoleProgress, Progress
     from ltfast.speedrun import TableProgress
     from ltfast.train import train
@@ -239,7 +242,7 @@ def train_as(ranks: Ranks, config: Config, resume: str | None, changes: dict[str
         progress = (TableProgress() if config.run.table else ConsoleProgress()) if ranks.main else Progress()
         result = train(config, resume=resume, changes=changes, ranks=ranks, progress=progress)
         if ranks.main and "stopped" in result:
-            print(f"continue with: ltfast train --resume {result['folder']}")
+            print(f"continue with: ltfast train --resume {short(Path(result['folder']))}")
         elif ranks.main:
             if isinstance(progress, TableProgress):
                 progress.finish(result)

@@ -37,6 +37,8 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     contact.add_argument("--dataset", default="digits-lt", help="data set [digits-lt]")
     contact.add_argument("--data-dir", default=None, help="its folder, pack or list root")
     contact.add_argument("--train-list", default=None, help="list file of training images")
+    contact.add_argument("--imbalance", type=float, default=None, metavar="X", help="as in training [the data set's]")
+    contact.add_argument("--limit-train", type=int, default=None, metavar="X", help="as in training [all images]")
     contact.add_argument("--image-size", type=int, default=224, metavar="X", help="side of large images [224]")
     contact.add_argument("--images", type=int, default=12, metavar="X", help="images shown [12]")
     contact.set_defaults(run=command_contact)
@@ -110,6 +112,7 @@ def command_contact(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"--images {args.images}: show at least 1")
     large = {"image_size": args.image_size, "train_list": args.train_list} if args.dataset in LARGE else {}
-    source = load(args.dataset, data_dir=args.data_dir, batch=1, num_views=3, **large)
+    thinned = {"imbalance": args.imbalance, "limit_train": args.limit_train or None}
+    source = load(args.dataset, data_dir=args.data_dir, batch=1, num_views=3, **thinned, **large)
     print(f"written {contact_sheet(source, args.picture, n=args.images)}")
     return 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from ltfast.config import flag
 from ltfast.errors import UserError
-from ltfast.places import LISTS
+from ltfast.places import LISTS, short
 from ltfast.tables import write_csv
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def command_eval(args: argparse.Namespace) -> int:
     from ltfast.evaluate import evaluate_run
     from ltfast.metrics import format_table
     from ltfast.progress import counted
-    from ltfast.runs import to_json
+    from ltfast.runs import RunFolder, to_json
 
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     result, source = evaluate_run(
@@ -88,7 +89,8 @@ def command_eval(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json({**result, "class_names": source.class_names, "train_counts": source.train_counts.tolist()}))
     else:
-        print(f"{args.folder}: {args.checkpoint} checkpoint on {args.split}, {counted(result['n'], 'image')}")
+        which = args.checkpoint + " checkpoint" + RunFolder.open(args.folder).progress(args.checkpoint)
+        print(f"{args.folder}: {which} on {args.split}, {counted(result['n'], 'image')}")
         print(format_table(result, source.class_names, source.train_counts))
     return 0
 
@@ -103,14 +105,17 @@ def write_classes(path: str, result: dict[str, Any], source: Source) -> None:
 def command_report(args: argparse.Namespace) -> int:
     from ltfast.report import report
 
-    print(f"written {report(args.folders, args.out, args.max_minutes, data_dir=args.data_dir)}")
+    print(f"written {short(report(args.folders, args.out, args.max_minutes, data_dir=args.data_dir))}")
     return 0
 
 
 def command_export(args: argparse.Namespace) -> int:
     from ltfast.export import export
+    from ltfast.runs import RunFolder
 
-    print(f"written {export(args.folder, args.format, which=args.checkpoint, out=args.out)}")
+    path = export(args.folder, args.format, which=args.checkpoint, out=args.out)
+    run = None if os.path.isfile(args.folder) else RunFolder.open(args.folder)  # a file: an earlier export
+    print(f"written {path}{run.progress(args.checkpoint) if run else ''}")
     return 0
 
 
@@ -161,4 +166,4 @@ def print_result(result: dict[str, Any]) -> None:
     skipped = folder.metrics("epoch")[-1]["skipped"]
     if skipped:
         print(f"steps skipped for a loss or gradient that was not finite: {skipped:,} of {result['steps']:,}")
-    print(f"run folder: {folder.path}")
+    print(f"run folder: {folder}")

@@ -19,6 +19,7 @@ from ltfast.errors import UserError
 MIB = 1 << 20
 DISK_BYTES = 64 * MIB
 SLOW_DISK = 100  # MiB/s: a ResNet-50's training state of 300 MiB then takes 3 s in the background
+READ_BYTES = 256 * MIB  # at most of one file: a pack may be larger than memory
 SLOW_READ = 30  # MiB/s of pictures: about 300 ImageNet files a second
 SHM_NEEDED = 1 << 30  # DataLoader workers hand batches over through it: 8 workers x 2 batches x 3 views x 19 MiB
 TEST_ELEMENTS = 1_000_003  # not a multiple of any block
@@ -41,11 +42,12 @@ def examine(folder: str | Path = ".", data_dir: str | Path | None = None) -> lis
     """All findings; takes a few seconds.
 
     Raises:
-        UserError: a folder does not exist.
+        UserError: a folder does not exist, or neither a folder nor a pack is at `data_dir`.
     """
-    for path in (folder, data_dir or folder):
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: no such folder")
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if data_dir is not None and not Path(data_dir).exists():
+        raise UserError(f"{data_dir}: no such file or folder")
     findings = [*versions(), *processor(), *gpus(), *memory(), disk(Path(folder)), loader()]
     if data_dir is not None:
         findings.append(pictures(Path(data_dir)))
@@ -164,13 +166,14 @@ def disk(folder: Path) -> Finding:
 
 
 def pictures(folder: Path, most: int = 200) -> Finding:
-    """Reading speed of the first files found, without decoding."""
+    """Reading speed of the first files found, or of a pack, without decoding."""
     started, size, count = time.perf_counter(), 0, 0
-    for root, _, names in os.walk(folder):
+    places = [(str(folder.parent), [], [folder.name])] if folder.is_file() else os.walk(folder)
+    for root, _, names in places:
         for name in names:
             if count < most and time.perf_counter() - started < TEST_SECONDS:
                 with open(Path(root) / name, "rb") as file:
-                    size += len(file.read())
+                    size += len(file.read(READ_BYTES))
                 count += 1
     seconds = time.perf_counter() - started
     if not count:

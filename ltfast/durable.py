@@ -46,6 +46,7 @@ class Durable:
     store: Store | None = None
     best: dict[str, Any]
     saved: tuple[int, int] | None = None  # (steps, batch) of the newest training state
+    resumed: bool = False  # a run that had begun before
     _replaced: int = 0  # unreadable images of the epoch before
     _logging: bool = True  # the last line of metrics.jsonl could be written
     _charting: bool = True  # until TensorBoard events could not be written
@@ -61,7 +62,7 @@ class Durable:
         )  # fmt: skip
         path = self.folder.path if self.folder is not None else None
         self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
-        if self.steps or restart_note():
+        if self.resumed or restart_note():
             self.progress.note(restart_note() + self._where())
 
     def describe(self) -> None:
@@ -70,7 +71,7 @@ class Durable:
             return
         if self.folder.unlocked:
             self.progress.note(
-                f"{self.folder.path}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
+                f"{self.folder}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
             )
         if not self.folder.metrics("data"):
             if self.needs_groups and self.scouts >= self.config.optim.epochs:
@@ -100,20 +101,37 @@ class Durable:
         """Wait for the checkpoints under way; UserError, on every rank, if one could not be written."""
 
         def work() -> None:
-            if self.store is not None:
+            if self.store is None:
+                return
+            try:
                 self.store.flush()
-                for problem in self.store.problems():
-                    self.progress.note(problem)
+            except UserError as error:
+                raise UserError(f"{error}{self._trained_weights()}") from None
+            for problem in self.store.problems():
+                self.progress.note(problem)
 
         self.ranks.on_main(work)
+
+    def _trained_weights(self) -> str:
+        """Where the weights of a run that has trained to its end are, if they are on the disk, else ''."""
+        folder, epochs = self.folder, self.config.optim.epochs
+        if folder is None or self.epoch < epochs or checkpoint.load_meta(folder.last).get("epoch") != epochs:
+            return ""
+        return f"; the trained weights are in {folder.last}: `ltfast eval {folder}`"
 
     def best_written(self) -> bool:
         """Whether the weights of the best epoch are on the disk, on every rank; a note says if it is another epoch's."""
 
         def work() -> bool:
-            if self.folder is None or self.best["epoch"] < 0 or not self.folder.best.exists():
+            if self.folder is None or self.best["epoch"] < 0:
                 return False
-            there, best = checkpoint.load_meta(self.folder.best).get("epoch"), self.best["epoch"] + 1
+            try:
+                _, meta = checkpoint.load(self.folder.best)
+            except UserError:
+                state = "damaged" if self.folder.best.exists() else "missing"
+                self.progress.note(f"{self.folder.best}: is {state}; it is not evaluated")
+                return False
+            there, best = meta.get("epoch"), self.best["epoch"] + 1
             if there != best:
                 self.progress.note(
                     f"{self.folder.best}: could not be written after the best epoch ({best}) and is of epoch {there}; it is not evaluated"
@@ -147,7 +165,7 @@ class Durable:
             except OSError as error:  # losing a line of the log is no reason to lose the run
                 if self._logging:
                     self.progress.note(
-                        f"{self.folder.path}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
+                        f"{self.folder}/metrics.jsonl: cannot write ({error.strerror}); training goes on"
                     )
                 self._logging = False
             if kind == "epoch" and self._charting and self.config.run.tensorboard:
@@ -162,7 +180,7 @@ class Durable:
             self.folder.scalars(self.steps, numbers)
         except OSError as error:
             self._charting = False
-            self.progress.note(f"{self.folder.path}/events: cannot write ({error.strerror}); training goes on without")
+            self.progress.note(f"{self.folder}/events: cannot write ({error.strerror}); training goes on without")
 
     def replaced_images(self) -> dict[str, int]:
         """{"replaced": unreadable training images that others stood in for in this epoch, on all ranks}; {} where the
@@ -202,12 +220,17 @@ class Durable:
         self.watch.saved()
         self.saved = self.steps, self.batch
         if self.store is not None:
-            self.store.save_state(self.steps, tensors, meta, shared)
+            log = self.folder.sync_log if self.folder is not None else None
+            self.store.save_state(self.steps, tensors, meta, shared, before=log)
             for problem in self.store.problems():
                 self.progress.note(f"{problem}; training goes on, older checkpoints are intact")
 
     def load_state(self) -> None:
-        """Continue from the newest whole training state; from the start if there is none."""
+        """Continue from the newest whole training state; from the start if there has never been one.
+
+        Raises:
+            UserError: there has been one, or weights, and none is left.
+        """
         store = None
         if self.folder is not None:
             with contextlib.suppress(OSError):  # the first write will tell
@@ -218,15 +241,32 @@ class Durable:
             store.clean()
         tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
         meta = self.ranks.share(meta)
-        if meta is None and self.ranks.share(self.folder is not None and self.folder.last.exists()):
-            run = "RUN" if self.folder is None else self.folder.path
-            raise UserError(
-                f"--resume {run}: there are weights but no training state (state-*) left in checkpoints/; going "
-                f"on would start again and overwrite them. Start a new run: ltfast train --config {run}/config.toml --out NEW"
-            )
         if meta is None:
+            self.ranks.on_main(self._check_unsaved)
             cast("Trainer", self).take_bank()
         else:
             resume.restore(cast("Trainer", self), self.ranks.tensors(tensors, kept=resume.HELD), meta)
-        if self.folder is not None:
-            self.folder.cut_metrics(meta["metrics"] if meta else 0)
+        self.resumed = True
+        if self.folder is None:
+            return
+        if meta is None and self.folder.metrics("epoch"):
+            self.progress.note(f"what the run has logged so far is kept in {self.folder.set_metrics_aside()}")
+        elif lost := self.folder.cut_metrics(meta["metrics"] if meta else 0):
+            self.progress.note(
+                f"{self.folder}/metrics.jsonl: lacks {counted(lost, 'byte')} that were there when the checkpoint was "
+                "written; rows of earlier epochs are missing"
+            )
+
+    def _check_unsaved(self) -> None:
+        """UserError if the run has got as far as its first training state: without one it would be trained again."""
+        if self.folder is None:
+            return
+        run, weights, done = self.folder, self.folder.last.exists(), len(self.folder.metrics("epoch"))
+        # One state is on the disk before the next epoch's is begun; the first may have been lost with its process.
+        if weights or done > self.config.run.checkpoint_every or self.folder.metrics("test"):
+            raise UserError(
+                f"--resume {run}: it has trained for {counted(done, 'epoch')}, but no training state (state-*) is left in "
+                "checkpoints/; going on would start again"
+                + (f" and overwrite its weights, which `ltfast eval {run}` evaluates" if weights else "")
+                + f". Start a new run: ltfast train --config {run}/config.toml --out NEW"
+            )

@@ -18,12 +18,23 @@ def absolute(config: Config) -> Config:
     What is not there from here stays as it is: the name of a list below data_dir, say. Shard patterns are paths.
     """
     shards, values = config.data.dataset == "webdataset", {}
+    if config.run.out:
+        values["out"] = os.path.abspath(config.run.out)
     for name in ("data_dir", *LISTS, "weights", "bank"):
         value = getattr(config.model if name == "weights" else config.preserve if name == "bank" else config.data, name)
         if value and (shards or os.path.exists(value)):
             parts = value.split("::") if shards else [value]
             values[name] = "::".join(os.path.abspath(part) for part in parts)
     return config.with_(**values)
+
+
+def short(path: Path) -> str:
+    """An absolute path as a person here would type it: from the working folder if it lies below that (and that is not /)."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it is gone
+        return str(path)
+    return str(path.relative_to(here)) if here in path.parents and here != here.parent else str(path)
 
 
 def moved(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -23,7 +23,8 @@ from ltfast.preserve.bank import check_state
 from ltfast.progress import counted
 from ltfast.recipes import needs_groups, rule_of
 from ltfast.resume import load_bank
-from ltfast.schedule import scouting_epochs
+from ltfast.runs import RunFolder
+from ltfast.schedule import scouting_epochs, warm_up_note
 
 FLOAT = 4
 GIB = 1 << 30
@@ -174,8 +175,14 @@ def flops_of_run(plan: Plan, epochs: int) -> float:
     return (plan.scouting_epochs * plan.scouting_flops + (epochs - plan.scouting_epochs) * plan.flops_vs_sgd) / epochs
 
 
-def print_plan(config: Config) -> None:
-    """Print the plan for a person."""
+def print_plan(config: Config, resumed: bool = False) -> None:
+    """Print the plan for a person.
+
+    Raises:
+        UserError: training would refuse to start; `resumed`: it goes on in the folder --out.
+    """
+    if config.run.out and not resumed:
+        RunFolder(Path(config.run.out)).check_free()
     plan, optim = make_plan(config), config.optim
     epochs, steps = counted(config.optim.epochs, "epoch"), counted(plan.steps_per_epoch, "step")
     scouts = plan.scouting_epochs
@@ -207,6 +214,8 @@ def print_plan(config: Config) -> None:
         ),
         "memory bank": f"at most {plan.bank_bytes_max / GIB:.3f} GiB of host memory",
     }
+    if note := warm_up_note(optim):
+        lines["warm-up"] = note
     if plan.splits:
         lines["splits"] = plan.splits
     if plan.missing:

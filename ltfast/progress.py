@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from torch import Tensor
 
 from ltfast.data.base import split_note
+from ltfast.schedule import warm_up_note
 
 if TYPE_CHECKING:
     from ltfast.train import Trainer
@@ -111,8 +112,10 @@ class ConsoleProgress(Progress):
             f"{cfg.method} on {cfg.model.model} ({trainer.flat.numel:,} parameters), {trainer.device}, "
             f"{counted(cfg.optim.epochs, 'epoch')} x {counted(src.steps_per_epoch, 'step')} of {counted(cfg.data.batch, 'image')}"
         )
+        if note := warm_up_note(cfg.optim):
+            self.console.print(note)
         if trainer.folder is not None:
-            self.console.print(f"run folder {trainer.folder.path}")
+            self.console.print(f"run folder {trainer.folder}")
         self.epochs, self.read_at = cfg.optim.epochs, time.monotonic()
         self.task = self.bar.add_task("", total=steps, completed=trainer.steps, epoch=trainer.epoch + 1, loss="-")
         self.bar.start()

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 import ltfast
-from ltfast.checkpoint import PART, write_atomically
+from ltfast.checkpoint import PART, load_meta, write_atomically
 from ltfast.config import Config, flag, load_toml
 from ltfast.errors import UserError
-from ltfast.places import absolute
+from ltfast.places import absolute, short
 
 if TYPE_CHECKING:
     from ltfast.data.base import Source
+    from ltfast.events import Events
 
 LOCK = "lock"
 
@@ -132,13 +133,17 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = Path(os.path.abspath(path))  # the working folder may change
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
         self.unlocked = ""
         self._lock: BinaryIO | None = None
-        self._events: Any = None
+        self._events: Events | None = None
+
+    def __str__(self) -> str:
+        """Its path, for a person."""
+        return short(self.path)
 
     @staticmethod
     def create(config: Config) -> RunFolder:
@@ -175,32 +180,33 @@ class RunFolder:
     def check_free(self) -> None:
         """UserError unless the path is free for a new run: nothing is there, or what a killed process left at once."""
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path}: is a file; choose a folder")
+            raise UserError(f"--out {self}: is a file; choose a folder")
         if self.path.exists() and any(p.suffix != PART and p.name != LOCK for p in self.path.iterdir()):
-            raise UserError(
-                f"--out {self.path}: already exists; choose another folder or continue it with --resume {self.path}"
-            )
+            raise UserError(f"--out {self}: already exists; choose another folder or continue it with --resume {self}")
 
     def lock(self) -> None:
         """Keep every other process from training in this folder, until `close` or the end of this one, however it ends.
 
         The file RUN/lock stays behind and means nothing by itself: the lock is the operating system's. Where there is
-        none (some network file systems, a folder that cannot be written) `unlocked` says so.
+        none (some network file systems, a full disk) `unlocked` says so.
 
         Raises:
             UserError: another process is training in it.
+            OSError: the folder may not be written.
         """
         try:
             file = self._lock = open(self.path / LOCK, "ab+", buffering=0)  # noqa: SIM115
             # Not flock: forked loader workers would share it, and hold it for seconds after this process was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
             self.unlocked = str(error.strerror)
             if error.errno == errno.EAGAIN:
                 with file:
                     file.seek(0)
                     who = file.read().decode(errors="replace") or "another process"
-                raise UserError(f"{self.path}: {who} is training in it; wait until it ends, or stop it") from None
+                raise UserError(f"{self}: {who} is training in it; wait until it ends, or stop it") from None
             return
         with contextlib.suppress(OSError):  # a full disk
             file.truncate(0)
@@ -233,13 +239,19 @@ class RunFolder:
         """An existing run folder, locked if it is to be written.
 
         Raises:
-            UserError: it is missing or holds no config.toml; another process is training in it.
+            UserError: it is missing or holds no config.toml; another process is training in it; it cannot be written.
         """
         if not (Path(path) / "config.toml").is_file():
             raise UserError(f"{path}: not a run folder (no config.toml in it)")
         folder = RunFolder(Path(path))
-        if lock:
-            folder.lock()
+        try:
+            if lock:
+                folder.lock()
+        except OSError as error:
+            raise UserError(
+                f"--resume {path}: cannot write there ({error.strerror}), so nothing that it trains could be kept; make the folder "
+                "writable, or resume a copy of it"
+            ) from None
         return folder
 
     def prepare(self) -> None:
@@ -252,7 +264,10 @@ class RunFolder:
     def config(self) -> Config:
         """The resolved config of the run."""
         path = self.path / "config.toml"
-        return Config.from_dict(load_toml(path), str(path))
+        values = load_toml(path)
+        if not values:
+            raise UserError(f"{path}: is empty, so the run's settings are not known; bring the file back from a copy")
+        return Config.from_dict(values, str(path))
 
     def log(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -273,10 +288,32 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         return path.stat().st_size if path.exists() else 0
 
-    def cut_metrics(self, size: int) -> None:
-        """Drop what metrics.jsonl holds beyond `size` bytes: a resumed run writes those lines again."""
-        if self.metrics_bytes() > size:
-            os.truncate(self.path / "metrics.jsonl", size)
+    def sync_log(self) -> None:
+        """Put metrics.jsonl on the disk, ahead of a checkpoint that refers to its length."""
+        with contextlib.suppress(OSError):  # losing a line of the log is no reason to lose a checkpoint
+            handle = os.open(self.path / "metrics.jsonl", os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def cut_metrics(self, size: int) -> int:
+        """Drop what metrics.jsonl holds beyond `size` bytes: a resumed run writes those lines again. Returns how many of the
+        `size` are missing after a power loss; of a line that it cut in two nothing stays."""
+        if not self.metrics_bytes():
+            return size
+        with open(self.path / "metrics.jsonl", "r+b") as file:
+            kept = file.read(size).rfind(b"\n") + 1
+            file.truncate(kept)
+        return size - kept
+
+    def set_metrics_aside(self) -> Path:
+        """Move the lines of metrics.jsonl to the end of metrics.jsonl.old; returns that file."""
+        path, old = self.path / "metrics.jsonl", self.path / "metrics.jsonl.old"
+        with open(old, "ab") as file:
+            file.write(path.read_bytes())
+        os.truncate(path, 0)
+        return old
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of one kind if given; a line cut short by a crash is left out."""
@@ -299,18 +336,24 @@ class RunFolder:
             )
         return path
 
+    def progress(self, which: str) -> str:
+        """How far a run that has not come to its end has trained `which` weights, as " (epoch 2 of 4)"; else ''."""
+        epochs = self.config.optim.epochs
+        if load_meta(self.last).get("epoch", epochs) >= epochs:
+            return ""
+        return f" (epoch {load_meta(self.weights(which)).get('epoch', '?')} of {epochs})"
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write TensorBoard scalars. OSError if the folder is gone or cannot be written."""
         self.path.stat()  # a folder that has vanished is not made anew
         if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+            from ltfast.events import Events
 
-            self._events = SummaryWriter(str(self.path / "events"), purge_step=step)  # after a resume: nothing twice
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._events = Events(self.path / "events", purge_step=step)
+        self._events.scalars(step, values)
 
     def close(self) -> None:
-        """Release the lock and flush TensorBoard events."""
+        """Release the lock and close the TensorBoard events."""
         if self._lock is not None:
             self._lock.close()
         if self._events is not None:

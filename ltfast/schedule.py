@@ -20,6 +20,16 @@ def lr_at(optim: Optim, epoch: float) -> float:
     return optim.lr
 
 
+def warm_up_note(optim: Optim) -> str:
+    """What to tell the user of a run that its warm-up takes up, or ''."""
+    if optim.warmup < optim.epochs:
+        return ""
+    return (
+        f"the learning rate never leaves its warm-up: --warmup {optim.warmup:g} of --epochs {optim.epochs}; give less --warmup or "
+        "more --epochs"
+    )
+
+
 def alpha_at(preserve: Preserve, progress: float) -> float:
     """Weight alpha of GSA against GKP: cosine from alpha_start to alpha_end; `progress` in [0, 1] of the run."""
     return preserve.alpha_end + (preserve.alpha_start - preserve.alpha_end) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -71,10 +71,12 @@ class Store:
         tensors: Mapping[str, Tensor],
         meta: Mapping[str, Any],
         shared: Mapping[str, Tensor] | None = None,
+        before: Callable[[], object] | None = None,
     ) -> None:
         """Write the training state after `steps` steps in the background, then remove states beyond `keep`.
 
         shared: tensors that are never written to again; each object is stored once, however many states refer to it.
+        before: called in the thread, ahead of the state: puts on the disk what the state refers to elsewhere.
         """
         self._settle()  # the state before may change what is stored
         constant = {
@@ -83,6 +85,8 @@ class Store:
         objects = dict(shared or {})
 
         def job(host: dict[str, Tensor]) -> None:
+            if before is not None:
+                before()
             for name, tensor in constant.items():
                 self._stored[name] = (objects[name], self._write_shared(name, tensor))
             files = {name: self._stored[name][1] for name in objects}
@@ -222,14 +226,15 @@ class Store:
         Raises:
             UserError: there are states, and every one is damaged.
         """
-        problem = None
-        for path in self.states():
+        problem, states = None, self.states()
+        for path in states:
             try:
                 result = self._read(path)
             except UserError as error:
                 problem = error
                 self._bad.add(path.name)
-                self.note(f"{error}; falling back to the checkpoint before it")
+                if path != states[-1]:
+                    self.note(f"{error}; falling back to the checkpoint before it")
                 continue
             self.written = path.name
             return result

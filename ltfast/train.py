@@ -30,6 +30,7 @@ from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu, tell_begun
 from ltfast.memory import check_main_memory, out_of_memory
+from ltfast.metrics import format_table
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.places import moved
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
@@ -290,12 +291,20 @@ class Trainer(Durable):
         """Evaluate the last (and the best-on-validation) weights on the test split; nothing was chosen by it.
 
         Raises:
-            UserError: they give no finite output on any image.
+            UserError: they give no finite output on any image; a checkpoint could not be written: the figures are then logged
+                and shown all the same.
         """
         self.save_weights("last")
         result = {"last": self.evaluate("test")}
-        self.flush()
-        if result["last"]["nonfinite"] == result["last"]["n"]:
+        useless = result["last"]["nonfinite"] == result["last"]["n"]
+        try:
+            self.flush()
+        except UserError:
+            if not useless:
+                self.log("test", **result)
+                self.progress.note(format_table(result["last"], self.source.class_names, self.source.train_counts))
+            raise
+        if useless:
             raise UserError("the trained network gives NaN or infinity on every test image; lower --lr or --rho")
         if self.best_written():
             self.load_weights("best")
@@ -313,7 +322,7 @@ class Trainer(Durable):
         except UserError as error:  # an image of the split cannot be read
             if self.store is not None:
                 self.store.flush()
-            run = self.config.run.out or "RUN" if self.folder is None else self.folder.path
+            run = self.config.run.out or "RUN" if self.folder is None else self.folder
             safe = "the trained weights are safe and " if split == "test" else ""
             raise UserError(
                 f"{error}; {safe}`ltfast train --resume {run} --on-bad-image skip` goes on without it"

@@ -108,6 +108,32 @@ def test_budget_gates_and_placeholders(tmp_path: Path) -> None:
     )
 
 
+def test_a_budget_that_nothing_fits_into_is_refused_before_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(run, "STATE", tmp_path)
+    monkeypatch.setattr(run, "device_and_commit", lambda device: "commit cpu")
+    monkeypatch.setattr(run.subprocess, "run", lambda words, **_: started.append(words))
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for budget in ("20", "5"):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--budget", budget, "--device", "cpu"])
+        with pytest.raises(SystemExit, match="2"):
+            run.main()
+        said = capsys.readouterr().err
+        assert f"--budget {budget}: the report takes 20 s and the shortest stage" in said
+        assert "needs 10 s; give at least 31, or 0 for the plan alone" in said
+    assert not started
+    monkeypatch.setattr(sys, "argv", ["run.py", "--budget", "0", "--device", "cpu"])
+    run.main()
+    assert len(started) == 1
+    state, stages = state_at(tmp_path), (fake("a", ""), fake("b", "", least=70.0), run.CIFAR)
+    state.note(stages[0], "done", 1.0)
+    assert run.shortest(stages, PLAIN, state) == stages[1]
+    assert run.shortest(stages[:1], PLAIN, state) is None
+
+
 def test_a_resumable_stage_that_used_its_time_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = fake("slow", "import time; time.sleep(1)", resumable=True)
     assert run.run_stage(slow, run.fill(slow, PLAIN), 60, tmp_path / "log")[0] == "done"

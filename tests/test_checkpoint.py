@@ -230,8 +230,12 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
     assert Store(tmp_path).load() is None
     for path in filled(tmp_path, 2).states():
         path.write_bytes(b"")
+    notes: list[str] = []
     with pytest.raises(UserError, match="every training state is damaged"):
-        Store(tmp_path, note=lambda text: None).load()
+        Store(tmp_path, note=notes.append).load()
+    (note,) = notes  # there is none before the oldest
+    assert "state-000000002" in note
+    assert "falling back to the checkpoint before it" in note
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

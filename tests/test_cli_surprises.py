@@ -23,6 +23,7 @@ from ltfast.metrics import format_table
 from ltfast.recipes import build_config
 from ltfast.report.main import report
 from ltfast.runs import RunFolder
+from tests.test_resume import StopAt
 
 COLOURS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}
 
@@ -141,6 +142,44 @@ def test_brackets_in_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureF
     assert "[sp]/[bold]cut.jpg" in "".join(capsys.readouterr().out.split())
     bad.unlink()
     fitted(root, tmp_path / "o[/x]1")
+
+
+def test_a_dry_run_refuses_the_folder_that_training_refuses(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = trained
+    assert main([*training(data), "--out", str(run), "--dry-run"]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main([*training(data), "--out", str(tmp_path / "new"), "--dry-run"]) == 0
+    assert not (tmp_path / "new").exists()
+    assert main(["train", "--resume", str(run), "--dry-run"]) == 0
+
+
+def test_a_run_too_short_for_its_warm_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "the learning rate never leaves its warm-up: --warmup 3 of --epochs 2"
+    words = ["train", "--method", "ce", "--limit-train", "72", "--batch", "36", "--device", "cpu", "--no-tensorboard"]
+    for last, said in (
+        (["--dry-run"], True),
+        (["--out", str(tmp_path / "run")], True),
+        (["--warmup", "1.5", "--dry-run"], False),
+    ):
+        assert main([*words, "--epochs", "2", *last]) == 0
+        assert (note in capsys.readouterr().out) is said
+
+
+def test_eval_and_export_say_how_far_an_unfinished_run_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, run = StopAt(3), tmp_path / "run"
+    monkeypatch.setattr("ltfast.progress.ConsoleProgress.step", lambda self, *args: stop.step(*args))
+    words = ["train", "--method", "ce", "--epochs", "4", "--limit-train", "72", "--batch", "36", "--device", "cpu"]
+    assert main([*words, "--no-tensorboard", "--out", str(run)]) == 0
+    for resumed in (False, True):
+        for command, checkpoint in (("eval", "last"), ("export", "best")):
+            assert main([command, str(run), "--checkpoint", checkpoint]) == 0
+            assert ("(epoch 1 of 4)" in capsys.readouterr().out) is not resumed
+        assert main(["train", "--resume", str(run)]) == 0
+        capsys.readouterr()
 
 
 def test_names_that_the_terminal_cannot_show_end_nothing(

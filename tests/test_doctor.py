@@ -72,3 +72,14 @@ def test_pictures(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(b"x" * 100)
     assert "files/s" in doctor.pictures(tmp_path).value
+
+
+def test_a_pack_is_read_as_a_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DISK_BYTES", 2 * doctor.MIB)
+    (tmp_path / "s.npz").write_bytes(b"x" * (3 * doctor.MIB))
+    found = {f.name: f for f in doctor.examine(tmp_path, tmp_path / "s.npz")}
+    assert "MiB/s" in found["pictures"].value
+    with pytest.raises(UserError, match=r"none.npz: no such file or folder"):
+        doctor.examine(tmp_path, tmp_path / "none.npz")
+    with pytest.raises(UserError, match=r"s.npz: no such folder"):
+        doctor.examine(tmp_path / "s.npz")

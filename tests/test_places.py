@@ -11,6 +11,10 @@ import pytest
 from ltfast.cli import main
 from ltfast.config import Config
 from ltfast.places import absolute, moved
+from ltfast.progress import Progress
+from ltfast.recipes import build_config
+from ltfast.runs import RunFolder
+from ltfast.train import train
 from tests.data.pictures import make_set
 
 
@@ -41,6 +45,23 @@ def test_lists_below_the_data_move_with_it(tmp_path: Path) -> None:
     assert (data.data_dir, data.train_list) == (f"{tmp_path}/new", f"{tmp_path}/new/train.txt")
     assert (data.val_list, data.test_list) == ("/old/val.txt", "/t.txt"), "not there, so perhaps not moved"
     assert moved(config, {"data_dir": str(tmp_path / "new"), "train_list": "x"}).data.train_list == "x"
+
+
+def test_a_run_outlives_a_change_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leave(Progress):
+        def epoch(self, *args: object) -> None:
+            monkeypatch.chdir("/")
+
+    monkeypatch.chdir(tmp_path)
+    flags = {"out": "run", "epochs": 2, "limit_train": 72, "batch": 36, "device": "cpu"}
+    result = train(build_config("digits-lt", "ce", {}, flags), progress=Leave())
+    assert result["folder"] == f"{tmp_path}/run"
+    assert RunFolder.open(result["folder"]).config.run.out == f"{tmp_path}/run"
+    assert len(RunFolder(tmp_path / "run").metrics("epoch")) == 2
+    folder = RunFolder(tmp_path / "run")
+    for here, shown in (("/", f"{tmp_path}/run"), (tmp_path, "run"), (tmp_path / "run", f"{tmp_path}/run")):
+        monkeypatch.chdir(here)
+        assert str(folder) == shown
 
 
 def test_a_run_by_relative_paths_goes_on_from_anywhere(

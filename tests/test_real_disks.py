@@ -100,7 +100,8 @@ def read_only(folder: Path, out: Path) -> dict[str, Any]:
     error = attempt(out, quiet)
     state = Store(out / "checkpoints").load()
     other = attempt(folder / "other", AtEpoch(0, None))
-    return {"error": error, "lines": quiet.lines, "steps": state[1]["steps"] if state else 0, "other": other}
+    steps, resumed = state[1]["steps"] if state else 0, attempt(out, AtEpoch(0, None), resume=True)
+    return {"error": error, "lines": quiet.lines, "steps": steps, "other": other, "resumed": resumed}
 
 
 def unmounted(folder: Path, out: Path) -> dict[str, Any]:
@@ -138,6 +139,7 @@ def test_a_disk_that_becomes_read_only(tmp_path: Path) -> None:
     assert got["steps"] >= 4
     assert sum("metrics.jsonl: cannot write (Read-only file system); training goes on" in line for line in got["lines"])
     assert got["other"].endswith("/other: cannot write there (Read-only file system); choose another folder")
+    assert "/run: cannot write there (Read-only file system)" in got["resumed"], "before anything is trained"
 
 
 def test_a_disk_that_is_unmounted(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +26,7 @@ from ltfast import build, checkpoint, resume
 from ltfast.errors import UserError
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
+from ltfast.runs import RunFolder
 from ltfast.scaler import INITIAL, LossScale
 from ltfast.train import train
 from tests import procs
@@ -236,6 +240,107 @@ def test_resume_of_a_run_without_a_checkpoint_starts_again(undisturbed: Path, tm
         file.write('{"kind": "epoch", "cut sho')
     train(config(out), resume=str(out))
     assert_same_run(undisturbed, out)
+
+
+class Notes(StopAt):
+    """What the run says, and where it is stopped."""
+
+    def __init__(self, steps: int = 0) -> None:
+        super().__init__(steps)
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path: Path) -> None:
+    """Stopped in its third epoch, and finished: neither is trained again over what it has measured."""
+    out = tmp_path / "run"
+    for resumed, stop in ((None, 23), (str(out), 0)):
+        train(config(out, "ce"), resume=resumed, progress=StopAt(stop))
+        before = (out / "metrics.jsonl").read_bytes()
+        (out / "checkpoints").rename(tmp_path / "aside")
+        with pytest.raises(UserError, match=rf"epochs, but no training state .* --config {out}/config.toml --out NEW"):
+            train(config(out), resume=str(out))
+        assert (out / "metrics.jsonl").read_bytes() == before
+        shutil.rmtree(out / "checkpoints")
+        (tmp_path / "aside").rename(out / "checkpoints")
+
+
+def test_a_kill_before_the_first_checkpoint_starts_again_and_keeps_the_log_aside(tmp_path: Path) -> None:
+    out, notes = tmp_path / "run", Notes()
+    train(config(out, "ce", epochs=3, checkpoint_every=3), progress=StopAt(14))
+    for path in (out / "checkpoints").glob("state-*"):  # as if killed instead
+        path.unlink()
+    before = (out / "metrics.jsonl").read_bytes()
+    train(config(out), resume=str(out), progress=notes)
+    assert (out / "metrics.jsonl.old").read_bytes() == before
+    assert any("there was no checkpoint yet: from the beginning" in line for line in notes.lines)
+    assert any("metrics.jsonl.old" in line for line in notes.lines)
+    train(config(tmp_path / "whole", "ce", epochs=3, checkpoint_every=3))
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_a_log_that_a_power_loss_cut_short_is_told_and_goes_on_in_whole_lines(tmp_path: Path) -> None:
+    out, notes = tmp_path / "run", Notes()
+    train(config(out, "ce", epochs=2), progress=StopAt(14))
+    path = out / "metrics.jsonl"
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 10)
+    train(config(out), resume=str(out), progress=notes)
+    (told,) = [line for line in notes.lines if "metrics.jsonl" in line]
+    assert re.search(rf"{path}: lacks \d+ bytes", told)
+    assert [row["epoch"] for row in log(out) if row["kind"] == "epoch"] == [1], "the first epoch's row was cut"
+    assert log(out)[-1]["kind"] == "test"
+
+
+def test_the_log_is_on_the_disk_before_a_state_that_knows_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, sync, write = [], RunFolder.sync_log, checkpoint.write_atomically
+
+    def synced(folder: RunFolder) -> None:
+        order.append("log")
+        sync(folder)
+
+    def written(path: Path, pieces: Any) -> None:
+        order.append(path.name[:5])
+        write(path, pieces)
+
+    monkeypatch.setattr(RunFolder, "sync_log", synced)
+    monkeypatch.setattr(checkpoint, "write_atomically", written)
+    train(config(tmp_path / "run", "ce", epochs=1))
+    assert order[order.index("state") - 1] == "log"
+    RunFolder(tmp_path / "gone").sync_log()  # a log that never could be written
+
+
+@pytest.mark.parametrize("left", ["missing", "damaged"])
+def test_best_weights_that_are_gone_or_damaged_are_told(tmp_path: Path, left: str) -> None:
+    class Keep(Notes):
+        def begin(self, trainer: Any) -> None:
+            trainer.best["score"] = 101.0  # no later epoch is better
+
+    out, notes = tmp_path / "run", Keep()
+    train(config(out, "ce", epochs=3), progress=StopAt(23))
+    best = out / "checkpoints" / "best.safetensors"
+    best.unlink()
+    if left == "damaged":
+        best.touch()
+    result = train(config(out), resume=str(out), progress=notes)
+    assert "best" not in result
+    assert f"{best}: is {left}; it is not evaluated" in notes.lines
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    train(config(out, "ce", epochs=1), progress=StopAt(4))
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("ltfast.runs.open", refuse, raising=False)
+    with pytest.raises(UserError, match=rf"--resume {out}: cannot write there \(Permission denied\)"):
+        train(config(out), resume=str(out))
 
 
 @pytest.mark.parametrize("left", [".config.toml.7.part", "config.toml"])

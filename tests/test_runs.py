@@ -26,7 +26,8 @@ def test_default_names_hold_data_method_and_seed_and_are_counted_from_two(
     for name in ("digits-lt-ce-s3", "digits-lt-ce-s3-2", "digits-lt-ce-s3-3"):
         folder = RunFolder.create(config)
         folder.close()
-        assert folder.path == Path("runs") / name
+        assert folder.path == tmp_path / "runs" / name
+        assert str(folder) == f"runs/{name}"
 
 
 def test_a_lock_and_parts_that_a_killed_process_left_are_no_run(tmp_path: Path) -> None:
@@ -82,8 +83,18 @@ def test_the_log_is_read_around_a_broken_line(tmp_path: Path) -> None:
     assert [row["x"] for row in folder.metrics()] == [1, 2]
     assert [row["x"] for row in folder.metrics("a")] == [1]
     size = folder.metrics_bytes()
-    folder.cut_metrics(size + 5)  # it is shorter than a checkpoint knew: nothing is made up
+    assert folder.cut_metrics(size + 5) == 5  # it is shorter than a checkpoint knew: nothing is made up
     assert folder.metrics_bytes() == size
+    assert folder.cut_metrics(size) == 0
+    assert folder.cut_metrics(size - 3) > 0, "no half line stays"
+    assert [row["x"] for row in folder.metrics()] == [1]
+    assert folder.path.joinpath("metrics.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_an_empty_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match=r"config.toml: is empty"):
+        _ = RunFolder.open(tmp_path).config
 
 
 def test_numbers_of_any_kind_are_json() -> None:

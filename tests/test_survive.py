@@ -471,6 +471,23 @@ def test_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert_same_run(tmp_path / "whole", out)
 
 
+def test_the_result_outlives_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights fit, states do not: the figures are logged and shown, and the weights are named."""
+    out, notes, real = tmp_path / "run", Notes(), checkpoint.write_atomically
+
+    def weights_alone(path: Path, pieces: Any) -> None:
+        if path.name.startswith("state-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, pieces)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", weights_alone)
+    with pytest.raises(UserError, match=rf"the trained weights are in {out}/\S+/last.safetensors: `ltfast eval {out}`"):
+        train(quick(out), progress=notes)
+    (row,) = RunFolder(out).metrics("test")
+    assert f"{row['last']['top1']:.2f}" in notes.lines[-1]
+    assert main(["eval", str(out)]) == 0
+
+
 def with_quota(out: str, limit: int, answer: str) -> None:
     """Files may not grow beyond `limit` bytes: what a quota does, without root."""
     torch.set_num_threads(1)
@@ -521,6 +538,24 @@ def test_a_folder_that_vanishes_during_the_run(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").rename(out)
     train(quick(out), resume=str(out))
     assert weights(out)
+
+
+def test_events_that_cannot_be_written_are_told_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = Notes()
+    (tmp_path / "run").mkdir()
+    real = open
+
+    def full(path: Any, *args: Any, **options: Any) -> Any:
+        return real("/dev/full" if "tfevents" in str(path) else path, *args, **options)
+
+    for module in ("builtins", "io"):
+        monkeypatch.setattr(f"{module}.open", full)
+    train(quick(tmp_path / "run", tensorboard=True, epochs=4), progress=notes)
+    (told,) = [line for line in notes.lines if "events" in line]
+    assert told.endswith("/events: cannot write (No space left on device); training goes on without")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

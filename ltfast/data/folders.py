@@ -45,8 +45,7 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
     are not read, a warning says how many. Links are followed, into each folder of a class once.
     """
     root = Path(root)
-    if not os.path.isdir(root):
-        raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
+    check_folder(root)
     there = {name.lower(): name for name in _subfolders(root)}  # of "Train" and "train" the latter, which sorts behind
     folders = {split: next((there[n] for n in names if n in there), None) for split, names in FOLDER_SPLITS.items()}
     if folders["train"] is None:
@@ -64,6 +63,13 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
     lists = {split: _scan_split(root, name, classes, unread) for split, name in folders.items() if name is not None}
     warn_of_unread(root, unread)
     return lists
+
+
+def check_folder(root: Path) -> None:
+    """UserError if there is no folder `root`."""
+    if not os.path.isdir(root):
+        what = "is a file, not a folder of pictures" if os.path.exists(root) else "no such folder of pictures"
+        raise UserError(f"{root}: {what}")
 
 
 def warn_of_unread(root: str | Path, unread: Counter[str]) -> None:

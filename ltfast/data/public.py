@@ -4,14 +4,13 @@ set.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ltfast.data.base import SPLITS
-from ltfast.data.folders import scan_folder
+from ltfast.data.folders import check_folder, scan_folder
 from ltfast.data.lists import ImageList, hold_out, hold_out_each, read_list
 from ltfast.data.longtail import SUBSET_SEED
 from ltfast.data.registry import LARGE
@@ -109,9 +108,9 @@ def find_lists(
 
         patterns = {**given, "train": data_dir}
         lists: dict[str, ImageList] = {split: read_shards(str(p)) for split, p in patterns.items() if p is not None}
-    elif not os.path.isdir(root):
-        raise UserError(f"data folder {root} does not exist or is not a folder; give --data-dir")
-    elif dataset == "folder":
+        return assign_splits(lists, val_per_class)
+    check_folder(root)
+    if dataset == "folder":
         lists = scan_folder(root)
     elif dataset == "list":
         if train_list is None:

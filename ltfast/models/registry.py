@@ -59,7 +59,10 @@ def create_encoder(
         if width is not None and match[2]:
             raise UserError(f"width: {width} beside the width in {name!r}; leave one out")
         if weights is not None:
-            raise UserError(f"weights: {weights!r} is for torchvision models, {name} has none; leave it out")
+            raise UserError(
+                f"weights: {weights!r} is for torchvision models, {name} has none, and there is no file of that name; "
+                "leave it out or give a file"
+            )
         width = width if width is not None else int(match[2] or 16)
         if width < 1:
             raise UserError(f"width: {width} must be at least 1")
@@ -83,9 +86,11 @@ def _torchvision_encoder(
 ) -> tuple[nn.Module, int]:
     import torchvision
 
-    if weights is not None and (in_channels != 3 or stem != "default"):
+    published = None if weights is None else _published(name, weights)
+    if published is not None and (in_channels != 3 or stem != "default"):
         raise UserError(
-            f"weights: {weights!r} of {name} need 3 input channels and stem 'default'; use them or no weights"
+            "weights: published weights are for large pictures in colour (--dataset folder, list, ...); with small ones leave "
+            "--weights out or give a file"
         )
     options: dict[str, Any] = {}
     if name.startswith(("vit_", "maxvit_")) and image_size is not None:
@@ -94,7 +99,6 @@ def _torchvision_encoder(
         # Published weights expect other input levels. With any: a run's weights must find at the end what they had.
         options.update(init_weights=weights is None, transform_input=in_channels == 3)
     model = torchvision.models.get_model(name, weights=None, **options)
-    published = None if weights is None else _published(name, weights)
     if published is not None and fetch:
         model.load_state_dict(_fetched(name, published))
     for attribute in _AUXILIARY.get(name, ()):

@@ -110,7 +110,7 @@ def open_runs(paths: Sequence[str]) -> list[RunView]:
         for row in folder.metrics():
             rows.setdefault(row["kind"], []).append(row)
         if "data" not in rows:
-            raise UserError(f"{folder.path}: has no metrics yet; train it first (ltfast train --out {folder.path})")
+            raise UserError(f"{folder}: has no metrics yet; train it first (ltfast train --out {folder})")
         views.append(RunView(name, folder, folder.config, {k: one_an_epoch(v) for k, v in rows.items()}))
     return views
 
@@ -187,8 +187,8 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
     where = build.build_device(config, Ranks())
     try:
         source = build.build_data(config, where, Ranks())
-        view.folder.check_classes(source.class_names, str(view.folder.path), "its data has changed")
-        view.folder.check_held_out(source, "test", str(view.folder.path))
+        view.folder.check_classes(source.class_names, str(view.folder), "its data has changed")
+        view.folder.check_held_out(source, "test", str(view.folder))
     except UserError as error:
         raise Missing(f"its data is missing ({error})") from None
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ltfast.cli import main
 from tests.data.bad_files import bad_files
-from tests.data.small_sets import write_tree
+from tests.data.small_sets import pack_arrays, write_tree
 
 TREE = {"train": (8, 6, 4), "test": (2, 2, 2)}
 QUICK = [
@@ -94,6 +95,35 @@ def test_data_commands_say_what_cannot_be_written(tmp_path: Path, capsys: pytest
 def test_a_contact_sheet_shows_the_few_pictures_that_there_are(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train": (1, 1), "test": (1, 1)})
     assert main(["data", "contact", str(tmp_path / "x.png"), "--dataset", "folder", "--data-dir", str(tmp_path)]) == 0
+
+
+def test_a_contact_sheet_of_a_small_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "s.npz", **pack_arrays())
+    words = [
+        "data",
+        "contact",
+        str(tmp_path / "x.png"),
+        "--dataset",
+        "cifar10-lt",
+        "--data-dir",
+        str(tmp_path / "s.npz"),
+    ]
+    assert main(words) == 2
+    assert "lower --imbalance" in capsys.readouterr().err
+    assert main([*words, "--imbalance", "10"]) == 0
+    assert main([*words, "--imbalance", "1", "--limit-train", "100"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["check", "stats"])
+def test_data_commands_advise_nothing_that_they_refuse(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.npz").touch()
+    for name, message in (("s.npz", "is a file, not a folder of pictures"), ("none", "no such folder of pictures")):
+        assert main(["data", verb, str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name}: {message}" in error
+        assert "--data-dir" not in error
 
 
 def test_nothing_to_draw(tmp_path: Path, capsys) -> None:

@@ -134,10 +134,23 @@ def test_small_stem_keeps_the_resolution() -> None:
         ({"name": "resnet8-w32", "width": 8}, "width: 8 beside the width in 'resnet8-w32'"),
         ({"name": "resnet18", "in_channels": 0}, "in_channels: 0"),
         ({"name": "resnet50", "width": 8}, "width: 8 is for the CIFAR ResNets"),
-        ({"name": "resnet32", "weights": "DEFAULT"}, "weights: 'DEFAULT' is for torchvision"),
+        (
+            {"name": "resnet32", "weights": "pretraned"},
+            "'pretraned' is for torchvision .* and there is no file of that name",
+        ),
         ({"name": "resnet18", "weights": "IMAGENET2K"}, "weights: 'IMAGENET2K' is no file and no weights of resnet18"),
-        ({"name": "resnet18", "weights": "DEFAULT", "in_channels": 1}, "need 3 input channels"),
-        ({"name": "resnet18", "weights": "DEFAULT", "stem": "small"}, "stem 'default'"),
+        (
+            {"name": "resnet18", "weights": "DEFAULT", "in_channels": 1},
+            "published weights are for large pictures in colour",
+        ),
+        (
+            {"name": "resnet18", "weights": "DEFAULT", "stem": "small"},
+            "with small ones leave --weights out or give a file",
+        ),
+        (
+            {"name": "resnet18", "weights": "IMAGENET1K_V9", "stem": "small"},
+            "'IMAGENET1K_V9' is no file and no weights",
+        ),
         ({"name": "vit_b_16", "image_size": 30}, "image_size: 30 is not a multiple of 16"),
         ({"name": "maxvit_t", "image_size": 32}, "image_size: 32 is not a multiple of 224"),
         ({"name": "vit_b_16", "image_size": 384, "weights": "DEFAULT"}, "image_size: 384 does not fit"),
