@@ -88,7 +88,7 @@ def test_user_errors(root):
             small(root, **options)
     with pytest.raises(UserError, match="needs --data-dir"):
         load_large("folder", data_dir=None)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="no such folder of pictures"):
         load_large("folder", data_dir=root / "none")
 
 

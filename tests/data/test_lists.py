@@ -212,7 +212,7 @@ def test_folder_tree(tmp_path, caplog):
         scan_folder(tmp_path)
     with pytest.raises(UserError, match="holds no class folders"):
         scan_folder(tmp_path / "train" / "cat" / "deep")
-    with pytest.raises(UserError, match="--data-dir"):
+    with pytest.raises(UserError, match="no such folder of pictures"):
         scan_folder(tmp_path / "none")
 
 
