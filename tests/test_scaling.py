@@ -106,7 +106,7 @@ def test_figures_of_the_plan_are_committed_rows() -> None:
     sharded = "model/sharded/bcl/local/resnet50/C=1000000/P=64"
     measured = rows["host/a rank/torch loader/n=2000000", "bytes_an_image_all"]
     assert f"of a list: {measured:.0f} bytes an image in every rank, measured" in text
-    assert f"what is left of {rows[sharded, 'gib_a_gpu']:.1f} GiB" in text
+    assert f"of the remaining {rows[sharded, 'gib_a_gpu']:.1f} GiB" in text
     found = model.measured_rate()  # one machine for the whole line, that of the tables above it
     machine = dataclasses.replace(model.ASSUMED, rate=found[0]) if found else model.ASSUMED
     assert rows[sharded, "seconds"] == pytest.approx(plan.sharded_step(plan.MILLION, 64, machine)["seconds"])
