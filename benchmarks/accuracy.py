@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from harness import append_row, facts
 from seeded import DRAWS
@@ -43,6 +42,7 @@ METHODS = (
 
 def collect(folder: Path) -> bool:
     """Append the rows of one run: test figures of its last checkpoint and its training time. False: it is not finished."""
+    from ltfast.recipes import reads_groups
     from ltfast.runs import RunFolder
 
     run = RunFolder.open(folder)
@@ -51,7 +51,7 @@ def collect(folder: Path) -> bool:
     if not tests:
         print(f"{folder}: not finished, left out", file=sys.stderr)
         return False
-    method = config.method + (ONE_GROUP if needs_no_bank(config) else "")
+    method = config.method + (ONE_GROUP if config.preserve.groups == 1 and reads_groups(config) else "")
     case = f"{method}/{config.model.model}/seed={config.run.seed}"
     settings = {
         "command": f"ltfast train --dataset {config.data.dataset} {' '.join(flags_of(method))} --seed {config.run.seed}",
@@ -66,11 +66,6 @@ def collect(folder: Path) -> bool:
         append_row(config.data.dataset, case, name, tests[-1]["last"][name], n=1, config=settings, **where)
     append_row(config.data.dataset, case, "seconds", sum(e["seconds"] for e in epochs), n=1, config=settings, **where)
     return True
-
-
-def needs_no_bank(config: Any) -> bool:
-    """True for GSA with one group, which is another method than with several."""
-    return config.preserve.groups == 1 and config.sharpness.sharpness.startswith("gsa")
 
 
 def flags_of(method: str) -> list[str]:

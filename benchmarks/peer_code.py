@@ -114,6 +114,53 @@ def without_cuda() -> Iterator[None]:
         yield
 
 
+class Released:
+    """The authors' released train() on one network, with its losses, optimizer and defaults. script: its cifar_OneBackward.py.
+
+    Call `prepare` before `train`; between them the network may be made from `code`, inside `around`.
+    """
+
+    def __init__(self, script: Path, device: torch.device) -> None:
+        self.code, self.on_cpu = imported(script), device.type == "cpu"
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """What its code needs around it."""
+        with without_cuda() if self.on_cpu else contextlib.nullcontext(), contextlib.redirect_stdout(io.StringIO()):
+            yield
+
+    def prepare(
+        self, network: nn.Module, sgd: torch.optim.SGD, counts: list[int], groups: list[list[int]], anchors: dict[int, Any],
+        *, a_ce: float = 2.0, a_scl: float = 0.6, temperature: float = 0.1,
+    ) -> None:  # fmt: skip
+        """network: pictures [3B, ...] -> (z, logits, centres); counts: images of each class; anchors: see `anchor`."""
+        self.network, self.anchors = network, anchors
+        with self.around():
+            self.losses = self.code.LogitAdjust(counts), self.code.BalSCL(counts, temperature)
+        self.optimizer = self.code.GSA(network.parameters(), sgd, adaptive=True, rho_scale_C=0.1)
+        self.gammas = dict.fromkeys(range(len(groups)), 10.0)
+        self.args = SimpleNamespace(
+            groups=groups, gpu="cpu" if self.on_cpu else 0, cls_num=len(counts), alpha=a_ce, beta=a_scl, print_freq=10**9,
+            cls_num_list=counts,
+        )  # fmt: skip
+
+    def train(self, loader: Any, alpha: float) -> None:
+        """One epoch over what gives ([view 1, view 2, view 3], labels)."""
+        with self.around():
+            self.code.train(
+                loader,
+                self.network,
+                *self.losses,
+                self.optimizer,
+                0,
+                self.args,
+                MagicMock(),
+                self.anchors,
+                self.gammas,
+                alpha,
+            )
+
+
 def release_steps(setting: Setting, paths: dict[str, Path]) -> Callable[[], Run] | None:
     """The released train() with anchors for GROUPS groups (its default of one group leaves nothing to do); path: its sam.py,
     the rest beside it."""
@@ -122,28 +169,15 @@ def release_steps(setting: Setting, paths: dict[str, Path]) -> Callable[[], Run]
         return None
 
     def make() -> Run:
-        code = imported(script)
-        on_cpu = setting.device.type == "cpu"
-        around = without_cuda if on_cpu else contextlib.nullcontext
-        with around():
-            model = code.ResNet32Model(CLASSES, use_norm=True, classifier=True).to(setting.device)
-            ce, scl = code.LogitAdjust(COUNTS.tolist()), code.BalSCL(COUNTS.tolist(), 0.1)
+        released = Released(script, setting.device)
+        with released.around():
+            model = released.code.ResNet32Model(CLASSES, use_norm=True, classifier=True).to(setting.device)
         sgd = torch.optim.SGD(model.parameters(), **BASE, foreach=True)
-        optimizer = code.GSA(model.parameters(), sgd, adaptive=True, rho_scale_C=0.1)
         groups = [torch.nonzero(setting.groups == k).flatten().tolist() for k in range(GROUPS)]
-        args = SimpleNamespace(
-            groups=groups, gpu="cpu" if on_cpu else 0, cls_num=CLASSES, alpha=2.0, beta=0.6, print_freq=10**9,
-            cls_num_list=COUNTS.tolist(),
-        )  # fmt: skip
         anchors = {k: anchor(model, sum(COUNTS[c].item() for c in group)) for k, group in enumerate(groups)}
-        gammas = dict.fromkeys(range(GROUPS), 10.0)
+        released.prepare(model, sgd, COUNTS.tolist(), groups, anchors)
         data = (list(setting.batch.views), setting.batch.labels)
-
-        def run(n: int) -> None:
-            with around(), contextlib.redirect_stdout(io.StringIO()):
-                code.train([data] * n, model, ce, scl, optimizer, 0, args, MagicMock(), anchors, gammas, 0.9)
-
-        return run
+        return lambda n: released.train([data] * n, 0.9)
 
     return make
 

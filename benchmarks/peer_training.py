@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import harness
 import peer_code
@@ -27,6 +25,7 @@ import peer_tables
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from ltfast import build
 from ltfast.config import Config
@@ -63,45 +62,6 @@ class Outputs(nn.Module):
         return z, self.model.logits(features), self.model.centers()
 
 
-class Released:
-    """The released train() on one network, for images of classes with `counts` [C]."""
-
-    def __init__(
-        self, path: Path, config: Config, model: LongTailModel, counts: Tensor, contrasted: bool = False
-    ) -> None:
-        self.code, self.on_cpu = peer_code.imported(path.parent / "cifar_OneBackward.py"), config.run.device == "cpu"
-        self.network, numbers = Outputs(model, contrasted), counts.tolist()
-        optim, loss = config.optim, config.loss
-        with self.around():
-            self.losses = self.code.LogitAdjust(numbers), self.code.BalSCL(numbers, loss.temperature)
-        self.sgd = torch.optim.SGD(
-            self.network.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-        self.optimizer = self.code.GSA(self.network.parameters(), self.sgd, adaptive=True, rho_scale_C=0.1)
-        self.args = SimpleNamespace(
-            groups=[list(range(len(numbers)))], gpu="cpu" if self.on_cpu else 0, cls_num=len(numbers), alpha=loss.a_ce,
-            beta=loss.a_scl, print_freq=10**9, cls_num_list=numbers,
-        )  # fmt: skip
-        self.anchors = {0: {"fim": {}, "theta_star": {}, "n_j": sum(numbers)}}  # of one group: only its size is read
-
-    @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
-        """What its code needs around it."""
-        with (
-            peer_code.without_cuda() if self.on_cpu else contextlib.nullcontext(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            yield
-
-    def epoch(self, batches: Iterator[tuple[float, Batch]], alpha: float) -> None:
-        """Train on (learning rate, batch) pairs."""
-        with self.around():
-            self.code.train(
-                Loader(batches, self.sgd), self.network, *self.losses, self.optimizer, 0, self.args, MagicMock(), self.anchors,
-                {0: 10.0}, alpha,
-            )  # fmt: skip
-
-
 class Loader:
     """Batches as the release's loader gives them; sets the learning rate of each."""
 
@@ -135,10 +95,32 @@ def parts(config: Config) -> tuple[Any, LongTailModel, torch.device]:
     return source, build.build_model(config, source.input_shape, source.num_classes).to(device).train(), device
 
 
+def prepared(
+    path: Path, config: Config, model: LongTailModel, source: Any, contrasted: bool = False
+) -> Callable[[Iterator[tuple[float, Batch]], float], None]:
+    """The released train() on our network, one group: trains on (learning rate, batch) pairs with an alpha."""
+    network, counts = Outputs(model, contrasted), source.train_counts.tolist()
+    optim, loss = config.optim, config.loss
+    sgd = torch.optim.SGD(network.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    released = peer_code.Released(path.parent / "cifar_OneBackward.py", next(model.parameters()).device)
+    alone = {0: {"fim": {}, "theta_star": {}, "n_j": sum(counts)}}  # only its size is read
+    released.prepare(
+        network,
+        sgd,
+        counts,
+        [list(range(len(counts)))],
+        alone,
+        a_ce=loss.a_ce,
+        a_scl=loss.a_scl,
+        temperature=loss.temperature,
+    )
+    return lambda batches, alpha: released.train(Loader(batches, sgd), alpha)
+
+
 def run(path: Path, config: Config) -> dict[str, Any]:
     """Test figures of the last weights after a training by `config`'s data, loss, schedule and seed."""
     source, model, device = parts(config)
-    released, total = Released(path, config, model, source.train_counts), source.steps_per_epoch
+    train, total = prepared(path, config, model, source), source.steps_per_epoch
 
     def batches(epoch: int) -> Iterator[tuple[float, Batch]]:
         for k, batch in enumerate(source.train(epoch, 0)):
@@ -146,7 +128,7 @@ def run(path: Path, config: Config) -> dict[str, Any]:
 
     for epoch in range(config.optim.epochs):
         model.train()
-        released.epoch(batches(epoch), alpha_at(config.preserve, epoch / config.optim.epochs))
+        train(batches(epoch), alpha_at(config.preserve, epoch / config.optim.epochs))
     return evaluate(model, source, "test", device, Ranks())
 
 
@@ -154,7 +136,7 @@ def apart(path: Path, config: Config, steps: int) -> Iterator[float]:
     """After each of the first steps: distance of the released code's parameters and ours, over the norm of ours."""
     source, theirs, device = parts(config)
     ours, objective = copy.deepcopy(theirs), build.build_objective(config, source.train_counts.to(device))
-    released = Released(path, config, theirs, source.train_counts, contrasted=True)
+    train = prepared(path, config, theirs, source, contrasted=True)
     flat = FlatParameters(ours.parameters())
     update = Update(flat, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay)
     rule = rule_of(config)
@@ -164,11 +146,10 @@ def apart(path: Path, config: Config, steps: int) -> Iterator[float]:
         lr = lr_at(config.optim, k / source.steps_per_epoch)
         update.lr.fill_(lr)
         with smooth():
-            released.epoch(iter([(lr, batch)]), 1.0)
+            train(iter([(lr, batch)]), 1.0)
             step(batch)
-        pairs = list(zip(theirs.parameters(), ours.parameters(), strict=True))
-        difference = torch.stack([(a - b).detach().double().square().sum() for a, b in pairs]).sum().sqrt()
-        yield float(difference / torch.stack([b.detach().double().square().sum() for _, b in pairs]).sum().sqrt())
+        a, b = (parameters_to_vector(network.parameters()).detach().double() for network in (theirs, ours))
+        yield float((a - b).norm() / b.norm())
 
 
 def main() -> None:

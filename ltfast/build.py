@@ -25,6 +25,7 @@ from ltfast.models.conv import use_own_kernels
 from ltfast.models.registry import is_cifar_encoder
 from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import Rule
+from ltfast.recipes import reads_groups
 from ltfast.reduce import Agreement
 from ltfast.scaler import LossScale
 from ltfast.step import Taken
@@ -182,7 +183,7 @@ def fitting(config: Config, num_classes: int) -> Config:
         UserError: more were asked for.
     """
     groups = config.preserve.groups
-    if groups <= num_classes or not (config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")):
+    if groups <= num_classes or not reads_groups(config):
         return config
     if groups != FIELDS["groups"][1].default:
         raise UserError(f"--groups {groups}: more groups than the {num_classes:,} classes; use at most {num_classes}")

@@ -229,6 +229,11 @@ def rule_of(config: Config) -> Rule | None:
     return rule
 
 
+def reads_groups(config: Config) -> bool:
+    """Whether the number of groups makes a difference to the method."""
+    return config.preserve.gkp or config.sharpness.sharpness.startswith("gsa")
+
+
 def needs_groups(config: Config, rule: Rule | None) -> bool:
     """Whether GKP or the rule wants the groups of the memory bank."""
     return config.preserve.gkp or (rule is not None and rule.groups == "bank")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ltfast.config import FIELDS, Config
 from ltfast.data.registry import DATASETS
-from ltfast.recipes import needs_groups, rule_of
+from ltfast.recipes import needs_groups, reads_groups, rule_of
 
 
 def unread(config: Config, given: Iterable[str]) -> list[str]:
@@ -20,7 +20,7 @@ def unread(config: Config, given: Iterable[str]) -> list[str]:
     imbalance = DATASETS[config.data.dataset].imbalance if config.data.imbalance is None else config.data.imbalance
     read["imbalance_type"] = imbalance not in (None, 1)
     read |= dict.fromkeys(("scout", "regroup", "center", "bank"), needs_groups(config, rule))
-    read["groups"] = gkp or config.sharpness.sharpness.startswith("gsa")
+    read["groups"] = reads_groups(config)
     read |= dict.fromkeys(("gkp_lambda", "gkp_normalise", "fisher", "fisher_budget", "alpha_start", "alpha_end"), gkp)
     if rule is None:
         read |= {f.name: False for f in dataclasses.fields(config.sharpness) if f.name != "sharpness"}
