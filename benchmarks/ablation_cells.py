@@ -95,6 +95,16 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
+    "published": {  # every published rule at its default, and the reading of GSA that gains most on digits-lt
+        "balanced-softmax": Cell("balanced-softmax", {}),
+        **{
+            f"balanced-softmax+{rule}": Cell(f"balanced-softmax+{rule}", {})
+            for rule in ("sam", "asam", "friendly-sam", "imbsam", "focal-sam", "cc-sam", "gsa-paper", "gsa-full")
+        },
+        "balanced-softmax+gsa-exact,objective=per_group": Cell(
+            "balanced-softmax+gsa-exact", {"objective": "per_group"}
+        ),
+    },
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
         **{
             f"{method},epochs=200{share}": Cell(method, {"epochs": 200} | ({"scout": 0.8} if share else {}))
@@ -154,7 +164,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 def baseline_of(name: str) -> str:
     """The cell that a cell is compared with: BCL of as many epochs, or balanced softmax beside other one-view losses."""
-    one_view = any(name in SWEEPS[sweep] for sweep in ("one-view", "long", "recipe"))
+    one_view = any(name in SWEEPS[sweep] for sweep in ("one-view", "published", "long", "recipe"))
     _, own, epochs = name.partition(",epochs=")
     return ("balanced-softmax" if one_view else "bcl") + own + epochs.partition(",")[0]
 
