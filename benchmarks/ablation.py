@@ -249,7 +249,7 @@ def run_sweeps(
 ) -> None:
     """Run what has no row yet (`again`: all), all chosen sweeps at one seed before the next, until the budget is spent.
 
-    release: sam.py of the released code, without which its cells are left out.
+    release: folder of the released code, without which its cells are left out.
     """
     path, started, longest = harness.RESULTS / f"{bench_of(dataset)}.jsonl", time.monotonic(), 0.0
     cells: dict[str, tuple[str, Cell]] = {}
@@ -297,7 +297,7 @@ def main() -> None:
         "--budget", type=float, default=float("inf"), help="seconds; no run starts that would exceed them"
     )
     parser.add_argument("--again", action="store_true", help="also what has rows; the last row counts")
-    parser.add_argument("--release", type=Path, metavar="PATH", help="sam.py of the released code, for its cells")
+    parser.add_argument("--release", type=Path, metavar="PATH", help="folder of the released code, for its cells")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's (rows then say so)")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of ablation.jsonl")
     parser.add_argument("--list", action="store_true", help="print sweeps and cells")

@@ -112,7 +112,7 @@ def count(make: peers.Make, model: str, period: int = 2) -> dict[str, float]:
 
 def counted(args: argparse.Namespace) -> None:
     """Print the table, append rows with --write."""
-    paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
+    paths = peers.paths_of(args.peer)
     print(LINE.format(args.model, "kernels", "passes", "+ kernels", "+ passes", "FLOPs", "waits", "memory"))
     for name, make in contenders(paths):
         figures = count(make, args.model, PERIOD if f"gram_every={PERIOD}" in name else 2)

@@ -115,13 +115,18 @@ def without_cuda() -> Iterator[None]:
 
 
 class Released:
-    """The authors' released train() on one network, with its losses, optimizer and defaults. script: its cifar_OneBackward.py.
+    """The authors' released train() on one network, with its losses, optimizer and defaults.
 
     Call `prepare` before `train`; between them the network may be made from `code`, inside `around`.
     """
 
-    def __init__(self, script: Path, device: torch.device) -> None:
-        self.code, self.on_cpu = imported(script), device.type == "cpu"
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.code, self.on_cpu = imported(self.script(path)), device.type == "cpu"
+
+    @staticmethod
+    def script(path: Path) -> Path:
+        """The script with train(), of the release's folder or of a file in it."""
+        return (path if path.is_dir() else path.parent) / "cifar_OneBackward.py"
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -162,14 +167,12 @@ class Released:
 
 
 def release_steps(setting: Setting, paths: dict[str, Path]) -> Callable[[], Run] | None:
-    """The released train() with anchors for GROUPS groups (its default of one group leaves nothing to do); path: its sam.py,
-    the rest beside it."""
-    script = paths.get("release", Path()).parent / "cifar_OneBackward.py"
-    if "release" not in paths or not script.exists():
+    """The released train() with anchors for GROUPS groups (its default of one group leaves nothing to do)."""
+    if "release" not in paths or not Released.script(paths["release"]).exists():
         return None
 
     def make() -> Run:
-        released = Released(script, setting.device)
+        released = Released(paths["release"], setting.device)
         with released.around():
             model = released.code.ResNet32Model(CLASSES, use_norm=True, classifier=True).to(setting.device)
         sgd = torch.optim.SGD(model.parameters(), **BASE, foreach=True)

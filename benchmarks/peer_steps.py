@@ -1,6 +1,6 @@
 """Whole training steps beside other people's: forward, backward and update, counted and timed in turns.
 
-    python benchmarks/peer_steps.py --peer release=GKP-GSA/sam.py --peer davda54=SAM/sam.py --peer timm=TIMM/train.py --write
+    python benchmarks/peer_steps.py --peer release=GKP-GSA --peer davda54=SAM --peer timm=TIMM/train.py --write
     python benchmarks/peer_steps.py --only ltfast/bcl ltfast/gkp-gsa
 
 One network, one batch of CIFAR-sized pictures, four groups, float32, eager; only the step differs. On a GPU our steps stand there
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds of the clock's rounds")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
     args = parser.parse_args()
-    paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
+    paths = peers.paths_of(args.peer)
     batch = args.batch or (256 if args.device == "cuda" else 16)
     setting = Setting(args.model, batch, torch.device(args.device))
     config = {

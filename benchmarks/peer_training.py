@@ -1,6 +1,6 @@
 """A whole training by the authors' released code, to see what accuracy it reaches: `ablation.py --sweeps release --release PATH`.
 
-    python benchmarks/peer_training.py --release GKP-GSA/sam.py --data-dir HALF.npz       # first steps beside ours
+    python benchmarks/peer_training.py --release GKP-GSA --data-dir HALF.npz       # first steps beside ours
 
 Theirs are the training function with its losses, its optimizer and its defaults: one group of classes, whose anchor has no
 part in the loss, alpha from .9 to .8. Ours are the pictures, their order and views, the network and its first weights, the
@@ -102,7 +102,7 @@ def prepared(
     network, counts = Outputs(model, contrasted), source.train_counts.tolist()
     optim, loss = config.optim, config.loss
     sgd = torch.optim.SGD(network.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-    released = peer_code.Released(path.parent / "cifar_OneBackward.py", next(model.parameters()).device)
+    released = peer_code.Released(path, next(model.parameters()).device)
     alone = {0: {"fim": {}, "theta_star": {}, "n_j": sum(counts)}}  # only its size is read
     released.prepare(
         network,
@@ -157,7 +157,7 @@ def main() -> None:
     import ablation
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release", type=Path, required=True, help="the release's sam.py")
+    parser.add_argument("--release", type=Path, required=True, metavar="PATH", help="folder of the released code")
     parser.add_argument("--dataset", default="cifar10-half")
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -206,6 +206,23 @@ def ours() -> Iterator[tuple[str, Make, int]]:
     yield "torch/foreach-sam", foreach_sam, 2
 
 
+def file_of(path: str | Path) -> Path:
+    """The file that a path given for a peer means: of a folder, the optimizer in it, sam.py.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    file = Path(path) / "sam.py" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise SystemExit(f"{file}: no such file")
+    return file
+
+
+def paths_of(words: list[str]) -> dict[str, Path]:
+    """{name: file} of `--peer name=path` options."""
+    return {name: file_of(path) for name, _, path in (word.partition("=") for word in words)}
+
+
 def class_of(path: Path, name: str) -> Any:
     """Class `name` of a file, without running the rest of the file (it may import what is not there)."""
     tree = ast.parse(path.read_text())
@@ -321,7 +338,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="of the clock; 0: only count (default: 15, on a GPU 50)")
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/peers.jsonl")
     args = parser.parse_args()
-    paths = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
+    paths = paths_of(args.peer)
     compiled = (("torch.compile/foreach-sam", compiled_sam, 2),) if args.compiled else ()
     everyone = (*ours(), *peers(paths), *compiled)
     rounds = (50 if args.device == "cuda" else 15) if args.rounds is None else args.rounds

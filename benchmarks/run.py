@@ -273,7 +273,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     parser.add_argument("--data", help="CIFAR-10 folder or .npz pack, for accuracy")
     parser.add_argument("--pictures", help="tar or folder of JPEGs, for input pipelines")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="other code to compare with")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="other code to compare with (peers.py): its folder, or the file that defines its optimizer",
+    )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages")
     args = parser.parse_args()
     started = time.monotonic()
@@ -293,6 +299,10 @@ def main() -> None:
         parser.error(
             f"--only {' '.join(sorted(unknown))}: choose from {', '.join(s.name for s in STAGES[args.device])}"
         )
+    given = [args.data, args.pictures, *(peer.partition("=")[2] for peer in args.peer)]
+    missing = [path for path in given if path is not None and not Path(path).exists()]
+    if missing:
+        parser.error(f"{', '.join(missing)}: no such file or folder")
     peers = [word for peer in args.peer for word in ("--peer", peer)]
     values = {"data": args.data, "pictures": args.pictures, "peers": peers, "device": args.device}
     state = State(STATE / "state.json", device_and_commit(args.device))

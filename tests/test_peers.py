@@ -302,7 +302,7 @@ def test_one_group_of_gsa_release_takes_the_steps_of_the_released_code(tmp_path:
     """A stand-in that states them plainly, one group, alpha 1."""
     (tmp_path / "cifar_OneBackward.py").write_text(RELEASED_STEPS)
     config = build_config("digits-lt", "gsa-release", {}, {"groups": 1, "device": "cpu", "compile": "off"})
-    found = list(peer_training.apart(tmp_path / "sam.py", config, 5))
+    found = list(peer_training.apart(tmp_path, config, 5))
     assert len(found) == 5
     assert max(found) < 1e-6
 
@@ -310,6 +310,14 @@ def test_one_group_of_gsa_release_takes_the_steps_of_the_released_code(tmp_path:
 def test_a_released_training_is_tested_as_ours_are(tmp_path: Path) -> None:
     (tmp_path / "cifar_OneBackward.py").write_text(RELEASED_STEPS)
     flags = {"epochs": 12, "limit_train": 200, "seed": 3}
-    found = ablation.run_released("digits-lt", Cell(RELEASE, {}), 3, flags, tmp_path / "sam.py")
+    found = ablation.run_released("digits-lt", Cell(RELEASE, {}), 3, flags, tmp_path)
     assert found.keys() == {"top1", "medium", "few", "ece"}
     assert found["top1"] > 25
+
+
+def test_a_peer_may_be_given_by_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "sam.py").write_text("class SAM: ...")
+    file = tmp_path / "sam.py"
+    assert peers.paths_of([f"davda54={tmp_path}", f"fsam={file}"]) == {"davda54": file, "fsam": file}
+    with pytest.raises(SystemExit, match=r"none: no such file"):
+        peers.paths_of([f"release={tmp_path / 'none'}"])
