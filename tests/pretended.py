@@ -1,16 +1,18 @@
 """A GPU that is not there, so that what a run does on one can be tested without one.
 
     with pretended_gpu() as gpu:      # torch.cuda.is_available(), one device, and --device cuda works
+    stay(2)                           # for good, with two of them (in sitecustomize.py: in every process)
 
 Tensors "on" it are CPU tensors that say that they are on cuda:0: values, views, changes in place and autograd are real, so
 whole trainings run. What a GPU refuses is refused: tensors of both sides in one operation, numpy of its memory. A copy that
 does not wait (`non_blocking`) arrives when something waits: until then the host's side holds rubbish, and the host's memory
 must stay as it was. torch.compile compiles nothing, a CUDA graph is a tape (tape.py), a kernel its plain PyTorch form.
-Not there: the order of several streams, inductor, Triton, NCCL, the speed.
+Between processes gloo stands in for NCCL. Not there: the order of several streams, inductor, Triton, NCCL, the speed.
 """
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -27,7 +30,6 @@ import ltfast.build
 import ltfast.kernels.common
 from tests.tape import Tape, TapeRecorder
 
-DEVICE = torch.device("cuda", 0)
 natively = torch._C.DisableTorchFunctionSubclass  # inside, a tensor is what it really is
 # What hands a value to Python, or has a shape that depends on values: the host waits.
 WAITS = {
@@ -44,7 +46,8 @@ class OnDevice(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return DEVICE
+        assert Gpu.current is not None
+        return Gpu.current.device
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
@@ -91,6 +94,7 @@ class Gpu(TorchFunctionMode):
     """The device.
 
     Attributes:
+        device: its name, of as many as are visible.
         waits: (what, file:line of ltfast) -> how often the host waited.
     """
 
@@ -98,7 +102,9 @@ class Gpu(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.device = torch.device("cuda", 0)
         self.waits: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()  # checkpoints wait in a thread of their own
         self._to_host: list[tuple[Tensor, Tensor]] = []  # (where it will be, value)
         self._to_device: list[tuple[Tensor, Tensor]] = []  # (where it came from, what it was)
         self._special: Mapping[str, Callable[..., Any]] = {
@@ -108,20 +114,24 @@ class Gpu(TorchFunctionMode):
             "register_post_accumulate_grad_hook": self._hook,
         }  # fmt: skip
 
+    def become(self, device: torch.device) -> None:
+        """torch.cuda.set_device."""
+        self.device = torch.device(device)
+
     # -- waiting ---------------------------------------------------------------------------------------------------------
 
     def wait(self, what: str) -> None:
         """The host waits: what is on its way arrives."""
         self.note(what)
-        with natively(), torch.no_grad():
+        with self._lock, natively(), torch.no_grad():
             for target, value in self._to_host:
                 target.copy_(value)
             for source, value in self._to_device:
                 assert torch.equal(source, value), (
                     "memory of the host was changed while a copy to the GPU was under way"
                 )
-        self._to_host.clear()
-        self._to_device.clear()
+            self._to_host.clear()
+            self._to_device.clear()
 
     def note(self, what: str) -> None:
         frames = [f for f in traceback.extract_stack() if "/ltfast/" in f.filename or "/kernels/" in f.filename]
@@ -129,13 +139,13 @@ class Gpu(TorchFunctionMode):
         self.waits[what, at] += 1
 
     def _underway_to_host(self, target: Tensor, value: Tensor) -> None:
-        with natively(), torch.no_grad():
+        with self._lock, natively(), torch.no_grad():
             self._to_host.append((target, value.clone()))
             target.fill_(float("nan") if target.is_floating_point() else target.dtype == torch.bool or RUBBISH)
 
     def _from_host(self, source: Tensor, non_blocking: bool) -> None:
         if non_blocking:
-            with natively():
+            with self._lock, natively():
                 self._to_device.append((source, source.clone()))
         elif source.dim():
             self.note("copy to the GPU")
@@ -214,7 +224,7 @@ class Gpu(TorchFunctionMode):
         return self._to(Tensor.to, tensor, "cpu")
 
     def _cuda(self, function: Any, tensor: Tensor, *_: Any, non_blocking: bool = False) -> Tensor:
-        return self._to(Tensor.to, tensor, DEVICE, non_blocking=non_blocking)
+        return self._to(Tensor.to, tensor, self.device, non_blocking=non_blocking)
 
     def _copy(self, function: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if on_device(source) and not on_device(target):
@@ -264,9 +274,9 @@ class Gpu(TorchFunctionMode):
 class Stream:
     """torch.cuda.Stream, of which there is only one."""
 
-    device = DEVICE
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        assert Gpu.current is not None
+        self.device = Gpu.current.device
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -274,9 +284,9 @@ class Stream:
 class Event:
     """torch.cuda.Event."""
 
-    device = DEVICE
-
-    def __init__(self, **_: Any) -> None: ...
+    def __init__(self, **_: Any) -> None:
+        assert Gpu.current is not None
+        self.device = Gpu.current.device
 
     def record(self, stream: Any = None) -> None: ...
 
@@ -322,9 +332,61 @@ def nothing(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
+class Mean:
+    """A sum that is under way, divided once it is there: gloo cannot average."""
+
+    def __init__(self, work: Any, tensor: Tensor) -> None:
+        self.work, self.tensor = work, tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+        with natively(), torch.no_grad():
+            self.tensor /= dist.get_world_size()
+
+
+def collectives() -> Iterator[tuple[Any, str, Any]]:
+    """torch.distributed with gloo for NCCL. A group that was made for gloo takes tensors of the host only."""
+    start, reduce = dist.init_process_group, dist.all_reduce
+
+    def by_gloo(backend: str, **options: Any) -> None:
+        assert backend == "cpu:gloo,cuda:nccl"
+        start("gloo", **options)
+
+    def checked(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, group: Any = None, **options: Any) -> Any:
+            if group is not None and any(on_device(x) for x in tree_flatten(args)[0]):
+                raise RuntimeError("a group of gloo got a tensor of a GPU")
+            with natively():
+                return call(*args, group=group, **options)
+
+        return run
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, *, async_op: bool = False, **options: Any) -> Any:
+        if op != dist.ReduceOp.AVG:
+            return reduce(tensor, op, async_op=async_op, **options)
+        assert async_op
+        assert on_device(tensor)
+        return Mean(reduce(tensor, dist.ReduceOp.SUM, async_op=True, **options), tensor)
+
+    yield dist, "init_process_group", by_gloo
+    yield dist, "all_reduce", checked(all_reduce)
+    for name in ("broadcast", "all_gather"):
+        yield dist, name, checked(getattr(dist, name))
+
+
+_kept: list[Any] = []  # a context that is collected ends
+
+
+def stay(count: int) -> None:
+    """From now on there are `count` GPUs."""
+    manager = pretended_gpu(count)
+    _kept.append(manager)
+    manager.__enter__()
+
+
 @contextmanager
-def pretended_gpu() -> Iterator[Gpu]:
-    """Inside, there is one GPU; see the module."""
+def pretended_gpu(count: int = 1) -> Iterator[Gpu]:
+    """Inside, there are `count` GPUs; see the module."""
     gpu = Gpu()
     profile, dlpack = torch.profiler.profile, torch.from_dlpack
 
@@ -334,11 +396,12 @@ def pretended_gpu() -> Iterator[Gpu]:
             super().__init__("cpu", dtype=torch.bfloat16 if dtype == torch.float16 else dtype, **kwargs)
 
     cuda: dict[str, Any] = {
-        "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+        "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: count,
+        "current_device": lambda: gpu.device.index, "set_device": gpu.become, "device": nothing,
         "get_device_name": lambda _=None: Properties.name, "get_device_capability": lambda _=None: (9, 0),
         "get_device_properties": lambda _=None: Properties, "mem_get_info": lambda _=None: (70 << 30, 80 << 30),
-        "memory_reserved": lambda _=None: 0, "synchronize": lambda _=None: gpu.wait("synchronize"), "Stream": Stream,
-        "Event": Event, "current_stream": lambda _=None: Stream(), "set_device": lambda _: None, "device": nothing,
+        "memory_reserved": lambda _=None: 0, "synchronize": lambda _=None: gpu.wait("synchronize"),
+        "Stream": Stream, "Event": Event, "current_stream": lambda _=None: Stream(),
         "is_current_stream_capturing": lambda: False, "get_rng_state": lambda _=None: torch.get_rng_state(),
         "set_rng_state": lambda *_: None, "manual_seed_all": lambda _: None,
     }  # fmt: skip
@@ -349,6 +412,7 @@ def pretended_gpu() -> Iterator[Gpu]:
         (torch.profiler, "profile", lambda activities, **k: profile(activities=activities[:1], **k)),
         (ltfast.build, "CudaRecorder", lambda device: Recorder()),
         (ltfast.kernels.common, "triton", None),  # no kernel is launched
+        *collectives(),
     ]
     with ExitStack() as stack:
         for owner, name, value in [(torch.cuda, name, value) for name, value in cuda.items()] + others:

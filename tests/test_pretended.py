@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +157,18 @@ def test_the_images_of_bad_steps_are_known_in_recorded_runs(gpu: Gpu, tmp_path: 
         )
         found.append((run / "bad_steps.json").read_text())
     assert found[0] == found[1]
+
+
+@pytest.mark.dist
+def test_two_gpus_train_as_two_processes_of_a_cpu_do(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("from tests.pretended import stay\n\nstay(2)\n")
+    root = str(Path(__file__).parent.parent)
+    flags = ("--ascent", "global", "--sync-bn", *SMALL[2:])
+    for name, own, paths in (("gpu", ("--gpus", "2"), [str(tmp_path), root]), ("cpu", ("--procs", "2"), [])):
+        command = [sys.executable, "-m", "ltfast", "train", *own, *flags, "--out", str(tmp_path / name)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    for ours, other in zip(log(tmp_path / "gpu"), log(tmp_path / "cpu"), strict=True):
+        assert ours["kind"] == other["kind"]
+        if ours["kind"] == "epoch" and ours["phase"] == "train":
+            assert ours["loss"] == pytest.approx(other["loss"], rel=0.02)
