@@ -11,21 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from ltfast.flat import GradientRows
 from ltfast.kernels import gram_partials, perturb
 from ltfast.kernels.common import MAX_ROWS
+from ltfast.optim.across import AcrossProcesses
 from ltfast.optim.ascent import Ascent, Stale
-from ltfast.optim.base import FlatOptimizer
 from ltfast.optim.fresh import FreshGradients
 from ltfast.optim.inner import Block
-from ltfast.optim.processes import group_of, reduces, wrappers_of
 from ltfast.optim.rules import Rule
 from ltfast.optim.state import averages_by_index, check_averages, load_averages
 
@@ -35,7 +33,7 @@ Closure = Callable[[], Losses]
 MARK = "classifier"
 
 
-class GroupAscent(FlatOptimizer):
+class GroupAscent(AcrossProcesses):
     """Climb by group losses; see GSA.
 
     Attributes:
@@ -79,7 +77,7 @@ class GroupAscent(FlatOptimizer):
 
     def _setup(self) -> None:
         super()._setup()
-        self._looked = self._searched = False
+        self._looked = False
         self._last: list[FreshGradients | None] = []
         self._last_layers()
         self.ascent = Ascent(self.rule, self._counts, 1, self.blocks[0].flat.device)
@@ -348,7 +346,7 @@ class GroupAscent(FlatOptimizer):
             raise ValueError("maximize differs between the param groups: their losses are one")
         return found.pop()
 
-    # -- loss scaling, several processes -----------------------------------------------------------------------------------
+    # -- loss scaling ----------------------------------------------------------------------------------------------------
 
     def _unscale(self, rows: list[Tensor], scaler: GradScaler, *, tell: bool = True) -> None:
         """Unscale the first pass's rows; tell the scaler (once a step) of an overflow there, too, if all processes see it."""
@@ -359,60 +357,6 @@ class GroupAscent(FlatOptimizer):
             return
         self._first_pass.params = [_holding(r) for r in rows]
         scaler.unscale_(self._first_pass)  # type: ignore[arg-type]
-
-    def _leaves_unreduced(self, ascent: str) -> bool:
-        return True  # the rows of a global ascent are added up here
-
-    def bind(self, model: nn.Module, ascent: str = "local") -> Self:
-        super().bind(model, ascent)
-        self._searched = False
-        return self
-
-    def _check_processes(self) -> None:
-        """Refuse, before a step of several processes, what would make them hang or drift apart.
-
-        Raises:
-            ValueError: DistributedDataParallel was not given to `bind` and would reduce at the wrong times, or `join` lets
-                processes run out of batches whose ascents need all of them.
-        """
-        if not self._several():
-            return
-        by_class = self.rule.groups == "class"  # as many passes as this process's batch has classes
-        if reduces(self._model):
-            join = getattr(self._model, "_join_config", None)
-            if join is not None and join.enable and (by_class or self._world() > 1):
-                raise ValueError(
-                    "model: DistributedDataParallel.join does not work with CCSAM nor with a global ascent by group losses: "
-                    "give every process as many batches"
-                )
-        elif not self._searched:
-            wrappers = wrappers_of(self._params())
-            if any(by_class or wrapper.static_graph for wrapper in wrappers):
-                raise ValueError(
-                    "several processes train these parameters by DistributedDataParallel, whose reductions the optimizer "
-                    "must direct: call optimizer.bind(ddp) with that module, made without static_graph"
-                )
-            self._searched = True
-
-    def _world(self) -> int:
-        """Processes whose gradients a global ascent adds up; 1 for a local one."""
-        return dist.get_world_size(group_of(self._model)) if self._ascent == "global" and self._several() else 1
-
-    def _verdict_is_shared(self) -> bool:
-        return not self._several() or self._world() > 1
-
-    def _of_all(self, bad: Tensor) -> Tensor:
-        """The flag, nonzero on all processes of a global ascent if it is on one."""
-        if self._world() > 1:
-            bad = bad.clone()
-            self._add_up(bad)
-        return bad
-
-    def _add_up(self, *tensors: Tensor) -> None:
-        """Sum over the processes, in place, for a global ascent."""
-        if self._world() > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor, group=group_of(self._model))
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
