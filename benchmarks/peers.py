@@ -17,20 +17,25 @@ import argparse
 import ast
 import gc
 import importlib.util
-from collections import Counter
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
-import op_bench
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ltfast.kernels import counting
-from ltfast.models import create_encoder
-from ltfast.optim import GSA, SAM, FriendlySAM
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import harness  # noqa: E402
+import op_bench  # noqa: E402
+
+from ltfast.kernels import counting  # noqa: E402
+from ltfast.models import create_encoder  # noqa: E402
+from ltfast.optim import GSA, SAM, FriendlySAM  # noqa: E402
+from tests.syncs import Waits  # noqa: E402
 
 GROUPS = 4
 COUNTS = [1000, 300, 100, 30]
@@ -38,10 +43,6 @@ BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 WARM_UP = 17  # steps
 BASELINE = "torch/foreach-sam"
 ON_CUDA: dict[str, Any] = {**BASE, "foreach": True}  # what torch chooses on CUDA, also where steps are counted on a CPU
-# item and what it hides in; shapes that depend on values; a number of the host on its way to the device.
-WAITS = (
-    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::lift_fresh",
-)  # fmt: skip
 Step = Callable[[], object]
 Make = Callable[[list[nn.Parameter], "Losses"], Step]
 
@@ -98,18 +99,6 @@ class Given(torch.autograd.Function):
                 None,
                 *(torch.tensordot(upstream, torch.stack(column), 1) for column in zip(*ctx.rows, strict=True)),
             )
-
-
-class Waits(TorchDispatchMode):
-    """How often the host would wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found[function._schema.name] += function._schema.name in WAITS
-        return function(*args, **(kwargs or {}))
 
 
 def two_steps(optimizer: Any, losses: Losses) -> Step:
