@@ -176,8 +176,8 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
     """Weights and data of a run, in float32.
 
     Raises:
-        Missing: there are no weights, or the data is not to be found where the run had it.
-        UserError: the weights do not fit the config.
+        Missing: there are no weights, they are damaged or do not fit the config, or the data is not to be found where the
+            run had it.
     """
     if not view.folder.last.exists():
         raise Missing("no checkpoints/last.safetensors in it")
@@ -192,7 +192,10 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
     except UserError as error:
         raise Missing(f"its data is missing ({error})") from None
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)
-    checkpoint.load_into(model, view.folder.last)
+    try:
+        checkpoint.load_into(model, view.folder.last)
+    except UserError as error:
+        raise Missing(f"its weights cannot be used ({error})") from None
     objective: Objective = build.build_objective(config, source.train_counts.to(where))
     loss, precision = objective.classification, view.config.run.precision
     return Live(model.to(where).eval(), source, loss, where, view.folder, config, precision)

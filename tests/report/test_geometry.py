@@ -160,10 +160,15 @@ def test_plain_run_falls_back_to_initial_and_best(runs, tmp_path):
 def test_run_without_weights_or_data_says_so(runs, tmp_path):
     target = tmp_path / "run"
     shutil.copytree(runs[1], target)
-    lines, view = (target / "metrics.jsonl").read_text(), open_runs([str(target)])[0]
+    lines = (target / "metrics.jsonl").read_text()
     (target / "metrics.jsonl").write_text(lines.replace('"class_names": ["0", "1"', '"class_names": ["1", "0"'))
     with pytest.raises(Missing, match="class 0 is '1' there and '0' here; its data has changed"):
         open_live(open_runs([str(target)])[0])
+    (target / "metrics.jsonl").write_text(lines)
+    view = open_runs([str(target)])[0]
+    (target / "checkpoints" / "last.safetensors").write_bytes(b"half a file")
+    with pytest.raises(Missing, match=r"its weights cannot be used \(.*last\.safetensors"):
+        open_live(view)
     (target / "checkpoints" / "last.safetensors").unlink()
     with pytest.raises(Missing, match=r"last\.safetensors"):
         open_live(view)
