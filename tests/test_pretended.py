@@ -95,10 +95,7 @@ def test_a_module_moves_there_and_back_as_the_same_parameters(gpu: Gpu) -> None:
 # -- runs ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["gkp-gsa", "gsa-paper+gkp", "bcl+imbsam", "ce+friendly-sam"],
-)
+@pytest.mark.parametrize("method", ["gkp-gsa", "gsa-paper+gkp", "bcl+imbsam", "ce+friendly-sam"])
 def test_recorded_runs_are_the_eager_ones(gpu: Gpu, tmp_path: Path, method: str) -> None:
     eager = train(tmp_path / "eager", "--method", method, *EAGER)
     assert train(tmp_path / "recorded", "--method", method) == eager
@@ -157,6 +154,11 @@ def test_the_images_of_bad_steps_are_known_in_recorded_runs(gpu: Gpu, tmp_path: 
         )
         found.append((run / "bad_steps.json").read_text())
     assert found[0] == found[1]
+
+
+def test_untimed_steps_leave_nothing_but_recordings(gpu: Gpu, tmp_path: Path) -> None:
+    cold = train(tmp_path / "cold")
+    assert train(tmp_path / "warm", "--untimed-steps", "6") == cold
 
 
 @pytest.mark.dist
