@@ -391,9 +391,9 @@ def pretended_gpu(count: int = 1) -> Iterator[Gpu]:
     profile, dlpack = torch.profiler.profile, torch.from_dlpack
 
     class Autocast(torch.autocast):
-        def __init__(self, device_type: str, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        def __init__(self, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
             # A CPU is slow at fp16.
-            super().__init__("cpu", dtype=torch.bfloat16 if dtype == torch.float16 else dtype, **kwargs)
+            super().__init__("cpu", torch.bfloat16 if dtype == torch.float16 else dtype, *args, **kwargs)
 
     cuda: dict[str, Any] = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: count,
