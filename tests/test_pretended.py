@@ -123,7 +123,7 @@ def test_a_run_resumes_and_serves(gpu: Gpu, tmp_path: Path, capsys: pytest.Captu
     assert (run / "report" / "index.html").exists()
 
 
-@pytest.mark.parametrize("method", ["gkp-gsa", "gsa-paper", "gsa-release+gkp"])
+@pytest.mark.parametrize("method", ["gsa-paper", "gsa-release+gkp"])
 def test_the_host_waits_as_often_whatever_the_number_of_steps(gpu: Gpu, tmp_path: Path, method: str) -> None:
     """Events left out: those are waited for in another thread, or are a whole interval old."""
     found = []
