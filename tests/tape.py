@@ -73,6 +73,8 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """A `ltfast.graph.Recorder` on the CPU."""
 
+    tape = Tape
+
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
 
@@ -80,7 +82,7 @@ class TapeRecorder:
         return nullcontext()
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        with Tape() as tape:
+        with self.tape() as tape:
             outputs = function()
         leaves, form = tree_flatten(outputs)
         self.tapes.append(tape)
