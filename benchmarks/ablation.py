@@ -4,6 +4,7 @@
     python benchmarks/ablation.py --sweeps radius-full sam --seeds 0 1 2     # digits-lt: 10 to 30 s a run on one quiet core
     python benchmarks/ablation.py --dataset cifar10-lt --data-dir CIFAR --sweeps baseline gkp    # needs a GPU
     python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # 3 to 6 minutes a run
+    python benchmarks/ablation.py --dataset cifar10-lt-resnet8 --data-dir CIFAR --sweeps last-fifth    # an hour a seed
     python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
 Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
 with like. A cell and seed that has its row is not run again. HALF.npz is what half_size.py writes. Rows: case
@@ -37,7 +38,11 @@ HALF = {
     **SMALL, "imbalance": 100.0, "limit_train": 4000, "val_per_class": 0, "model": "resnet8", "epochs": 40, "batch": 64,
     "lr": 0.1, "schedule": "cosine", "warmup": 3.0,
 }  # fmt: skip
-STUDIES: dict[str, tuple[str, dict[str, Any]]] = {DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF)}
+# All of CIFAR-10-LT by its own recipe, in the precision of a GPU, with the network that two CPU cores can train: 10 s an epoch.
+FULL = {"device": "cpu", "precision": "bf16", "compile": "on", "imbalance": 100.0, "model": "resnet8"}
+STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
+    DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF), "cifar10-lt-resnet8": ("cifar10-lt", FULL),
+}  # fmt: skip
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 LEVEL = 0.95
 
@@ -100,8 +105,31 @@ def tested(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: result[name] for name in FIGURES if result[name] is not None}
 
 
-def run_cell(dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of one cell trained in this process: test accuracy of its last weights (the test split chooses nothing)."""
+def in_common(dataset: str, cell: Cell, others: Iterable[Cell]) -> float | None:
+    """Share of the epochs that a cell of plain descent has in common with the first of `others` that scouts by the same steps.
+
+    None: it is another rule or changes a setting, or none of them does.
+    """
+    from ltfast.recipes import BASES, needs_groups, rule_of
+
+    if cell.method not in BASES or cell.settings.keys() - {"epochs"}:
+        return None
+    for other in others:
+        if other.method == RELEASE or other.settings.get("epochs") != cell.settings.get("epochs"):
+            continue
+        config = configured(dataset, other.method, other.settings)
+        if config.loss.loss == cell.method and needs_groups(config, rule_of(config)):
+            return config.preserve.scout
+    return None
+
+
+def run_cell(
+    dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any], common: float | None = None
+) -> dict[str, float]:
+    """Figures of one cell trained in this process: test accuracy of its last weights (the test split chooses nothing).
+
+    common: what `in_common` says of a cell that does not scout.
+    """
     from ltfast.dist import Ranks
     from ltfast.progress import Progress
     from ltfast.resume import restore
@@ -112,9 +140,10 @@ def run_cell(dataset: str, cell: Cell, seed: int, flags: Mapping[str, Any]) -> d
         flags = {**cell.settings, **flags, "seed": seed, "out": f"{folder}/run"}
         config = configured(dataset, cell.method, flags)
         trainer = Trainer(config, RunFolder.create(config), Ranks(), Progress())
-        if trainer.scouts:
+        share = config.preserve.scout if trainer.scouts else common
+        if share is not None:
             shared = tuple(shared_flags(flags).items())
-            tensors, meta = scouted(dataset, config.loss.loss, seed, config.preserve.scout, shared)
+            tensors, meta = scouted(dataset, config.loss.loss, seed, share, shared)
             restore(trainer, tensors, meta)
         result = trainer.fit()
         if "stopped" in result:
@@ -271,7 +300,7 @@ def run_sweeps(
                 assert release is not None
                 figures = run_released(dataset, cell, seed, flags, release)
             else:
-                figures = run_cell(dataset, cell, seed, flags)
+                figures = run_cell(dataset, cell, seed, flags, in_common(dataset, cell, (c for _, c in cells.values())))
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
             own = study_of(dataset)[1]

@@ -128,6 +128,15 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             "balanced-softmax+gsa-full", {"epochs": 200, "scout": 0.0}
         ),
     },
+    "last-fifth": {  # what acts after scouting, all from one state, the baseline too: full size is affordable
+        "balanced-softmax,epochs=200": Cell("balanced-softmax", {"epochs": 200}),
+        **{
+            f"balanced-softmax+{part},epochs=200,scout=0.8": Cell(
+                f"balanced-softmax+{part}", {"epochs": 200, "scout": 0.8}
+            )
+            for part in ("gkp-gsa", "gsa-full", "gkp", "gsa-paper+gkp")
+        },
+    },
     "long-three-views": {
         "bcl,epochs=200": Cell("bcl", {"epochs": 200}),
         "gkp-gsa,epochs=200,scout=0.8": Cell("gkp-gsa", {"epochs": 200, "scout": 0.8}),
@@ -164,7 +173,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 def baseline_of(name: str) -> str:
     """The cell that a cell is compared with: BCL of as many epochs, or balanced softmax beside other one-view losses."""
-    one_view = any(name in SWEEPS[sweep] for sweep in ("one-view", "published", "long", "recipe"))
+    one_view = any(name in SWEEPS[sweep] for sweep in ("one-view", "published", "long", "last-fifth", "recipe"))
     _, own, epochs = name.partition(",epochs=")
     return ("balanced-softmax" if one_view else "bcl") + own + epochs.partition(",")[0]
 

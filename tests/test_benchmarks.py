@@ -209,8 +209,8 @@ def test_studies_are_configurations_of_known_data_sets():
     for study in ablation.STUDIES:
         for cell in ablation.SWEEPS["one-view"].values():
             config = ablation.configured(study, cell.method, {**cell.settings, "data_dir": None})
-            assert config.optim.epochs == (60 if study == ablation.DIGITS else 40)
-            assert config.data.batch == 64
+            sizes = {ablation.DIGITS: (60, 64), "cifar10-half": (40, 64), "cifar10-lt-resnet8": (200, 256)}
+            assert (config.optim.epochs, config.data.batch) == sizes[study]
     assert ablation.configured("cifar10-lt", "bcl", {}).optim.epochs == 200
 
 
@@ -383,6 +383,34 @@ def test_a_cell_is_trained_and_not_trained_again(results: Path, capsys: pytest.C
     assert 5 < found["top1"] <= 100
     ablation.run_sweeps(["baseline"], [0], 0.0 - 1, {"epochs": 3})
     assert "spent" in capsys.readouterr().out
+
+
+def test_plain_descent_may_begin_where_others_have_scouted(monkeypatch) -> None:
+    """The same numbers as alone: scouting only looks on."""
+    plain, flags = ablation.Cell("bcl", {}), {"epochs": 3}
+    beside = [ablation.Cell("gkp-gsa", {"scout": 0.7})]
+    share = ablation.in_common("digits-lt", plain, beside)
+    assert share == 0.7
+    alone = ablation.run_cell("digits-lt", plain, 0, flags)
+    scouted, shares = ablation.scouted, []
+    monkeypatch.setattr(ablation, "scouted", lambda *key: shares.append(key[3]) or scouted(*key))
+    assert ablation.run_cell("digits-lt", plain, 0, flags, share) == alone
+    assert shares == [0.7]
+
+
+def test_what_a_plain_cell_has_in_common_with_others() -> None:
+    cells = ablation.SWEEPS["last-fifth"]
+    plain = cells["balanced-softmax,epochs=200"]
+    assert ablation.in_common("cifar10-half", plain, cells.values()) == 0.8
+    assert ablation.in_common("cifar10-half", plain, ablation.SWEEPS["one-view"].values()) is None, "other epochs"
+    one_view = ablation.SWEEPS["one-view"]
+    assert ablation.in_common("digits-lt", one_view["balanced-softmax"], one_view.values()) == ablation.SCOUT
+    assert ablation.in_common("digits-lt", one_view["balanced-softmax+sam"], one_view.values()) is None, "another rule"
+    assert ablation.in_common("digits-lt", one_view["ce"], one_view.values()) is None, "another loss"
+    recipe = ablation.SWEEPS["recipe"]["balanced-softmax,weight_decay=0.002"]
+    assert ablation.in_common("digits-lt", recipe, one_view.values()) is None, "another setting"
+    release = ablation.SWEEPS["release"]
+    assert ablation.in_common("digits-lt", release["bcl"], release.values()) is None, "one group needs no bank"
 
 
 # -- precision.py -------------------------------------------------------------------------------------------------------------
