@@ -180,7 +180,8 @@ def command_train(args: argparse.Namespace) -> int:
         idle = unread(config, [*fields, *flags])
         if idle and not launch.launched():
             print(f"note: no effect with {config.method}: {', '.join(map(flag, idle))}")
-    launch.check_procs(flags.get("procs", config.run.procs))
+    for name in ("gpus", "procs"):
+        launch.check_count(name, flags.get(name, getattr(config.run, name)))
     config = launch.on_cpu(config, resumed=bool(args.resume))
     if args.dry_run:
         from ltfast.plan import print_plan

@@ -82,12 +82,15 @@ def process_count(config: Config) -> int:
     return max(visible, 1) if everything else 1
 
 
-def check_procs(procs: int) -> None:
-    """UserError if a launcher has started another number of processes on this machine than --procs asks for (0: none)."""
-    if procs and launched():
+def check_count(name: str, count: int) -> None:
+    """UserError if a launcher has started another number of processes on this machine than option `name` asks for.
+
+    name: "procs" or "gpus"; count: at most 0 asks for none.
+    """
+    if count > 0 and launched():
         here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        if procs != here:
-            raise UserError(f"--procs {procs}: the launcher runs {here} processes here; leave --procs out")
+        if count != here:
+            raise UserError(f"{flag(name)} {count}: the launcher runs {here} processes here; leave {flag(name)} out")
 
 
 def words(flags: Mapping[str, Any]) -> list[str]:

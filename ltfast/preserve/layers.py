@@ -139,11 +139,14 @@ def sample_squares(
         start = images.detach().requires_grad_()  # gradients of all outputs, and of no parameter unless checked
         total = loss(functional_call(model, values, (start,)), labels).sum()
         known = torch.autograd.grad(total, [start, *(values[n] for n in names if check)], allow_unused=True)
-    for name, exact in zip(names, known[1:], strict=False):
-        if exact is not None:
-            error = (sums.get(name, 0.0) - exact).norm()
-            if not bool(error <= AGREE * squares[name].sum().sqrt()):
-                raise Unlike(name)
+    agree = {
+        name: (sums.get(name, 0.0) - exact).norm() <= AGREE * squares[name].sum().sqrt()
+        for name, exact in zip(names, known[1:], strict=False) if exact is not None
+    }  # fmt: skip
+    # One wait for the device, whatever the number of parameters.
+    for name, good in zip(agree, torch.stack(list(agree.values())).tolist() if agree else (), strict=True):
+        if not good:
+            raise Unlike(name)
     return squares
 
 

@@ -385,22 +385,24 @@ def test_processes_of_other_machines_are_not_here(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("option", ["--procs", "--gpus"])
 def test_another_number_than_torchruns_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, resume: bool
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, resume: bool
 ) -> None:
     """It would have no effect and stand in config.toml."""
     begun: list[object] = []
     monkeypatch.setattr(cli, "train_here", lambda *arguments: begun.append(arguments) or 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.delenv(launch.MESSAGE, raising=False)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     words = ["train", "--resume" if resume else "--out", str(tmp_path)]
-    for procs, code in (("3", 2), ("1", 2), ("4", 2), ("2", 0), ("0", 0)):
-        assert cli.main([*words, "--procs", procs]) == code
-        said = f"ltfast: --procs {procs}: the launcher runs 2 processes here; leave --procs out\n"
+    for count, code in (("3", 2), ("1", 2), ("4", 2), ("2", 0), ("0", 0)):
+        assert cli.main([*words, option, count]) == code
+        said = f"ltfast: {option} {count}: the launcher runs 2 processes here; leave {option} out\n"
         assert capsys.readouterr().err == (said if code else "")
     monkeypatch.delenv("LOCAL_WORLD_SIZE")  # what only some launchers set
-    assert cli.main([*words, "--procs", "4"]) == 0
+    assert cli.main([*words, option, "4"]) == 0
     assert len(begun) == 3
 
 

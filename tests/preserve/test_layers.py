@@ -15,6 +15,7 @@ from ltfast.models import LongTailModel, create_encoder
 from ltfast.preserve import fisher
 from ltfast.preserve.layers import known_layers
 from tests.preserve.support import fisher_diagonal
+from tests.syncs import Waits
 
 B, C = 7, 5
 
@@ -129,6 +130,13 @@ def test_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch, chunk: int | None)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_the_host_does_not_wait_for_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Waits() as waits:
+        _, _, ended = both(made(Everything), monkeypatch)
+    assert ended
+    assert "aten::_local_scalar_dense" not in waits.found, "the check of a first chunk reads one list"
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18"])
