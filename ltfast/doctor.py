@@ -83,6 +83,11 @@ def processor() -> Iterator[Finding]:
         yield Finding("threads", str(threads))
 
 
+def has_bf16() -> bool:
+    """Whether the processor has bf16 instructions, by its name for them (avx512_bf16, amx_bf16)."""
+    return any(there is True for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
 def gpus() -> Iterator[Finding]:
     """CUDA devices, driver, cuDNN, NCCL, and whether devices reach each other directly."""
     if not torch.cuda.is_available():
@@ -92,7 +97,8 @@ def gpus() -> Iterator[Finding]:
             if built
             else "a CPU build of torch"
         )
-        yield Finding("GPU", "none", "note", f"{advice}; training runs on the CPU")
+        faster = ", faster with --precision bf16 --compile on" if has_bf16() else ""
+        yield Finding("GPU", "none", "note", f"{advice}; training runs on the CPU{faster}")
         return
     driver = Path("/proc/driver/nvidia/version")
     if driver.exists():

@@ -54,8 +54,8 @@ def cifar10_speedrun() -> Values:
     """CIFAR-10-LT, ratio 100, on one GPU in the shortest time to the accuracy that the released code reaches after 200 epochs.
 
     Not tuned on a GPU, and the released code's accuracy is not known yet. One view and logit adjustment (most of the gain on
-    digits-lt came from it, and a third of BCL's pictures); batches of 128 at half the learning rate and the mean over both
-    sides of a picture, which gain on pictures of half size (docs/findings.md). Guesses: a network four times as wide and half
+    digits-lt came from it, and a third of BCL's pictures); the mean over both sides of a picture, which gains on pictures of
+    half size, and batches of 128, since larger ones lose there (docs/findings.md). Guesses: a network four times as wide and half
     as deep as ResNet-32 (large products, few launches); Nesterov, a short warm-up, cosine to 0.
     The rules are cifar10-airbench's: only the training split is used, and the clock starts after an untimed warm-up.
     """

@@ -83,3 +83,11 @@ def test_a_pack_is_read_as_a_folder_is(tmp_path: Path, monkeypatch: pytest.Monke
         doctor.examine(tmp_path, tmp_path / "none.npz")
     with pytest.raises(UserError, match=r"s.npz: no such folder"):
         doctor.examine(tmp_path / "s.npz")
+
+
+def test_a_processor_with_bf16_is_told_what_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for has, said in (({"avx512_bf16": True}, True), ({"avx512_bf16": False, "avx2": True}, False), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        (finding,) = doctor.gpus()
+        assert ("--precision bf16 --compile on" in finding.advice) == said

@@ -45,6 +45,14 @@ def test_turns_meet_the_calls_in_turn() -> None:
     assert [len(s) for s in seconds] == [2, 2]
 
 
+def test_speedups_are_over_the_first_way() -> None:
+    found = throughput.speedups_on_cpu(throughput.Case("resnet8-w4", (1, 8, 8), 16, (), ("eager",)), 2)
+    assert list(found) == [f"bcl{p}/resnet8-w4/8px/B=16/G=4/eager" for p in ("", ",precision=bf16")]
+    first, second = found.values()
+    assert first["value"] == 1
+    assert second["value"] > 0
+
+
 @pytest.mark.parametrize("method", ["bcl", "gsa-paper", "gsa-exact", "gsa-full,ascent_every=2"])
 def test_a_tiny_case(method: str, tmp_path: Path) -> None:
     """Counts are right, every section is there, the picture is written; the steps do what they are said to."""

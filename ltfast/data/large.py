@@ -22,7 +22,7 @@ from ltfast.errors import UserError
 LOADERS = ("auto", "dali", "torch", "synthetic")
 
 # Images of a CPU second, DALI over the DataLoader with PIL, on 2 cores (AMD EPYC): see benchmarks/results/data.jsonl.
-CPU_GAIN_OF_DALI = {1: 1.4, 3: 1.5}
+CPU_GAIN_OF_DALI = {1: 1.5, 3: 1.5}
 
 
 @dataclass(frozen=True, slots=True)
