@@ -47,6 +47,19 @@ def scopes(factor: float) -> dict[str, Cell]:
     }
 
 
+def last_fifth(base: str) -> dict[str, Cell]:
+    """The paper's epochs by a base loss alone, and with what acts after .8 of them."""
+    late = {"epochs": 200, "scout": 0.8}
+    prefix = "" if base == "bcl" else f"{base}+"
+    return {
+        f"{base},epochs=200": Cell(base, {"epochs": 200}),
+        **{
+            f"{prefix}{parts},epochs=200,scout=0.8": Cell(f"{prefix}{parts}", late)
+            for parts in ("gkp-gsa", "gsa-full", "gkp", "gsa-paper+gkp")
+        },
+    }
+
+
 # Sweeps, most telling first, each compared with its baseline's runs (`baseline_of`). Cells that are one configuration under two
 # names (`same`) are run once.
 SWEEPS: dict[str, dict[str, Cell]] = {
@@ -128,15 +141,9 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             "balanced-softmax+gsa-full", {"epochs": 200, "scout": 0.0}
         ),
     },
-    "last-fifth": {  # what acts after scouting, all from one state, the baseline too: full size is affordable
-        "balanced-softmax,epochs=200": Cell("balanced-softmax", {"epochs": 200}),
-        **{
-            f"balanced-softmax+{part},epochs=200,scout=0.8": Cell(
-                f"balanced-softmax+{part}", {"epochs": 200, "scout": 0.8}
-            )
-            for part in ("gkp-gsa", "gsa-full", "gkp", "gsa-paper+gkp")
-        },
-    },
+    # What acts after scouting; all go on from one state, the baseline too, so a seed costs little more than one run.
+    "last-fifth": last_fifth("balanced-softmax"),
+    "last-fifth-three-views": last_fifth("bcl"),
     "long-three-views": {
         "bcl,epochs=200": Cell("bcl", {"epochs": 200}),
         "gkp-gsa,epochs=200,scout=0.8": Cell("gkp-gsa", {"epochs": 200, "scout": 0.8}),

@@ -85,6 +85,13 @@ CIFAR = Stage(
     24 * 3600, 120, True,
 )  # fmt: skip
 DIGITS = Stage("digits-lt", ("benchmarks/accuracy.py", "--budget", "{budget}"), 3600, 60, True)
+# The paper's table: all methods of a seed go on from one state after scouting.
+LAST_FIFTH = Stage(
+    "ablation-last-fifth",
+    ("benchmarks/ablation.py", "--dataset", "cifar10-lt", "--data-dir", "{data}", "--budget", "{budget}", "--seeds", "0", "1", "2",
+     "--sweeps", "last-fifth-three-views", "last-fifth"),
+    3600, 200, True,
+)  # fmt: skip
 ABLATION_CIFAR = Stage(
     "ablation-cifar10-lt",
     ("benchmarks/ablation.py", "--dataset", "cifar10-lt", "--data-dir", "{data}", "--budget", "{budget}"),
@@ -122,8 +129,8 @@ FULL = Stage(
 RELEASED = Stage("cifar10-lt-release", (*FULL.command[:-1], "gsa-release,groups=1"), 400, 250)
 STAGES: dict[str, tuple[Stage, ...]] = {
     "cuda": (
-        TESTS, STEP_SMALL, FULL, PEER_STEPS_GPU, RELEASED, SPEEDRUN, *kernels(60), PEERS, STEP, INPUT_GPU, PEER_PIPELINE, CIFAR,
-        INPUT, VIEWS, MODE_R, ABLATION_CIFAR,
+        TESTS, STEP_SMALL, FULL, PEER_STEPS_GPU, RELEASED, SPEEDRUN, *kernels(60), PEERS, STEP, INPUT_GPU, PEER_PIPELINE, LAST_FIFTH,
+        CIFAR, INPUT, VIEWS, MODE_R, ABLATION_CIFAR,
     ),
     "cpu": (
         PEERS, *kernels(180), OPTIMIZERS, PEER_PIPELINE, PEER_STEPS,

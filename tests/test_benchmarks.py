@@ -399,9 +399,11 @@ def test_plain_descent_may_begin_where_others_have_scouted(monkeypatch) -> None:
 
 
 def test_what_a_plain_cell_has_in_common_with_others() -> None:
-    cells = ablation.SWEEPS["last-fifth"]
-    plain = cells["balanced-softmax,epochs=200"]
-    assert ablation.in_common("cifar10-half", plain, cells.values()) == 0.8
+    for base, sweep in (("balanced-softmax", "last-fifth"), ("bcl", "last-fifth-three-views")):
+        cells = ablation.SWEEPS[sweep]
+        plain = cells[f"{base},epochs=200"]
+        assert ablation.in_common("cifar10-half", plain, cells.values()) == 0.8
+        assert {ablation.baseline_of(name) for name in cells} == {f"{base},epochs=200"}
     assert ablation.in_common("cifar10-half", plain, ablation.SWEEPS["one-view"].values()) is None, "other epochs"
     one_view = ablation.SWEEPS["one-view"]
     assert ablation.in_common("digits-lt", one_view["balanced-softmax"], one_view.values()) == ablation.SCOUT
