@@ -8,7 +8,7 @@ without triton take the torch oracle.
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +123,11 @@ def count(op: str, kernels: int, arrays: Sequence[Tensor | None], writes: Sequen
         counters.ops.append(cost)
 
 
+def selected(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, a GPU is the current device, which triton launches on and torch shares memory of; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # type: ignore[return-value]
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, enable_fp_fusion: bool, **options: Any
 ) -> None:
@@ -132,7 +137,7 @@ def launch(
     """
     for counters in _counters:
         counters.launched.append(kernel.__name__)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with selected(device):
         kernel[grid](*args, enable_fp_fusion=enable_fp_fusion, **options)
 
 

@@ -22,7 +22,7 @@ from .common import cdiv, count, jit, launch, next_power_of_2, tl, use_kernel
 from .register import op
 
 CHANNELS = (16, 32)  # more fill a library's tiles
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)  # on a GPU only these: float32's exact products spill registers there
 BLOCK = 128  # pixels of a program; two 64-row matrix products on Hopper
 WARPS = 4
 # Weight gradient: few long-lived programs, each leaving 9 I O partial sums, 2.4 and 4.7 MB in all.
@@ -185,7 +185,7 @@ def conv3x3(x_NCHW: Tensor, weight_OIKK: Tensor) -> Tensor:
 
     Args:
         x_NCHW: [N, I, H, W]; another memory format than channels_last is copied into it.
-        weight_OIKK: [O, I, 3, 3] of the same dtype (float32, bfloat16 or float16) or float32. I and O: 16 or 32.
+        weight_OIKK: [O, I, 3, 3] of the same dtype (bfloat16, float16, on a CPU also float32) or float32. I and O: 16 or 32.
 
     Returns:
         [N, O, H, W] of that dtype, in channels_last memory.
@@ -200,8 +200,9 @@ def conv3x3(x_NCHW: Tensor, weight_OIKK: Tensor) -> Tensor:
         raise ValueError(
             f"weight_OIKK must be [O, {x_NCHW.shape[1]}, 3, 3] with O in {CHANNELS}, not {tuple(weight_OIKK.shape)}"
         )
-    if x_NCHW.dtype not in DTYPES:
-        raise ValueError(f"x_NCHW is {x_NCHW.dtype}; supported: {', '.join(map(str, DTYPES))}")
+    dtypes = HALVES if x_NCHW.is_cuda else (torch.float32, *HALVES)
+    if x_NCHW.dtype not in dtypes:
+        raise ValueError(f"x_NCHW is {x_NCHW.dtype}; supported on {x_NCHW.device}: {', '.join(map(str, dtypes))}")
     if weight_OIKK.dtype not in (x_NCHW.dtype, torch.float32):
         raise ValueError(f"weight_OIKK is {weight_OIKK.dtype}; it must be {x_NCHW.dtype}, as x_NCHW is, or float32")
     if x_NCHW.numel() // x_NCHW.shape[1] >= 2**31:

@@ -148,10 +148,11 @@ def build_capture(
     small = hasattr(source, "make_batch")
     if ranks.world > 1 or not (config.run.capture == "on" or (small and chosen(config.run.capture, device))):
         return None
-    recorder, failure = CudaRecorder(device), Failure()
-    if small:  # recorded apart: steps are replaced when groups appear, views never are
+    failure = Failure()
+    if small:
         record_batches(source, CudaRecorder(device), report, failure)
-    return lambda take: Captured(take, "step", recorder, report, failure=failure)
+    # Recorded apart: a step that replaces another one, when groups appear, needs none of the old one's memory to be gone.
+    return lambda take: Captured(take, "step", CudaRecorder(device), report, failure=failure)
 
 
 def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:

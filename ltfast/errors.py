@@ -3,3 +3,19 @@
 
 class UserError(ValueError):
     """Something the user can fix: the message names the file or option, the offending value and the fix."""
+
+
+def explained(error: Exception, model: str) -> UserError | None:
+    """What a user of `--model MODEL` can do about an error of torch's, known by its words; None for another one."""
+    text = str(error)
+    if "more than 1 value per channel" in text:  # BatchNorm's
+        return UserError(
+            f"--model {model}: BatchNorm needs more than one picture at a time where one pixel is left of it; "
+            "use a larger --batch (or --ascent-fraction), or larger pictures"
+        )
+    if "does not have a deterministic implementation" in text:  # begins with the operator's name
+        return UserError(
+            f"--deterministic: {text.split()[0]}, which --model {model} needs, is not deterministic on this device; "
+            "leave --deterministic out or use another --model"
+        )
+    return None

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from ltfast.kernels.common import selected
+
 # Each parameter starts on a 128-byte boundary (32 float32): cuBLAS and cuDNN pick their vectorised kernels by alignment,
 # and an unaligned view of a flat buffer would cost them that. The padding is zero and stays zero.
 ALIGN = 32
@@ -29,6 +31,12 @@ def _is_dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def _of_its_own(view: Tensor) -> Tensor:
+    """The same memory as a storage of its own."""
+    with selected(view.device):  # torch shares none of another GPU's
+        return torch.from_dlpack(view)
 
 
 def _is_sharded(p: nn.Parameter) -> bool:
@@ -95,7 +103,7 @@ class FlatParameters:
         self.data = torch.zeros(self.size, device=self.device, dtype=torch.float32)
         # Each parameter has a storage of its own over the same memory: tools that write a model down take tensors of one
         # storage for one tied weight and keep the first only (safetensors' save_model, Accelerate's save_model).
-        self._views = [torch.from_dlpack(view) if view.numel() else view for view in self.views(self.data)]
+        self._views = [_of_its_own(view) if view.numel() else view for view in self.views(self.data)]
         self._addresses = [view.data_ptr() for view in self._views]
         with torch.no_grad():
             for p, view in zip(self.params, self._views, strict=True):
@@ -127,7 +135,7 @@ class FlatParameters:
                     f"on {view.device}: move or convert the model before you make its optimizer"
                 )
             if view.data_ptr() != address:  # its storage went into shared memory (share_memory_, a queue)
-                view = self._views[i] = torch.from_dlpack(self.views(self.data)[i])
+                view = self._views[i] = _of_its_own(self.views(self.data)[i])
             view.copy_(p.detach())
             p.data = view
 

@@ -25,7 +25,7 @@ from ltfast import build
 from ltfast.config import Config
 from ltfast.dist import Ranks, Traffic
 from ltfast.durable import Durable
-from ltfast.errors import UserError
+from ltfast.errors import UserError, explained
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu, tell_begun
@@ -364,13 +364,10 @@ def train(
         if trainer is None:
             raise
         raise UserError(out_of_memory(trainer)) from None
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):  # BatchNorm's words for nothing to average over
+    except (RuntimeError, ValueError) as error:
+        if (told := explained(error, config.model.model)) is None:
             raise
-        raise UserError(
-            f"--model {config.model.model}: BatchNorm needs more than one picture at a time where one pixel is left of it; "
-            "use a larger --batch (or --ascent-fraction), or larger pictures"
-        ) from None
+        raise told from None
     finally:
         progress.end()
         if trainer is not None and trainer.store is not None:

@@ -94,7 +94,8 @@ class Gpu(TorchFunctionMode):
     """The device.
 
     Attributes:
-        device: its name, of as many as are visible.
+        device: where all tensors lie, of as many as are visible.
+        selected: the current device's number.
         waits: (what, file:line of ltfast) -> how often the host waited.
     """
 
@@ -103,6 +104,7 @@ class Gpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.device = torch.device("cuda", 0)
+        self.selected = 0
         self.waits: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()  # checkpoints wait in a thread of their own
         self._to_host: list[tuple[Tensor, Tensor]] = []  # (where it will be, value)
@@ -117,6 +119,16 @@ class Gpu(TorchFunctionMode):
     def become(self, device: torch.device) -> None:
         """torch.cuda.set_device."""
         self.device = torch.device(device)
+        self.selected = self.device.index or 0
+
+    @contextmanager
+    def select(self, device: Any) -> Iterator[None]:
+        """torch.cuda.device."""
+        before, self.selected = self.selected, torch.device(device).index or 0
+        try:
+            yield
+        finally:
+            self.selected = before
 
     # -- waiting ---------------------------------------------------------------------------------------------------------
 
@@ -256,6 +268,8 @@ class Gpu(TorchFunctionMode):
             moved(tensor, there=True)
 
     def _from_dlpack(self, function: Any, tensor: Tensor) -> Tensor:
+        if self.device.index != self.selected:
+            raise BufferError("Can't export tensors on a different CUDA device index")  # as torch does
         with natively():
             return put(function(tensor.as_subclass(Tensor)))  # type: ignore[no-any-return]
 
@@ -323,11 +337,6 @@ class Recorder(TapeRecorder):
     tape = _RawTape
 
 
-@contextmanager
-def nothing(*_: Any, **__: Any) -> Iterator[None]:
-    yield
-
-
 class Mean:
     """A sum that is under way, divided once it is there: gloo cannot average."""
 
@@ -393,7 +402,7 @@ def pretended_gpu(count: int = 1) -> Iterator[Gpu]:
 
     cuda: dict[str, Any] = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: count,
-        "current_device": lambda: gpu.device.index, "set_device": gpu.become, "device": nothing,
+        "current_device": lambda: gpu.selected, "set_device": gpu.become, "device": gpu.select,
         "get_device_name": lambda _=None: Properties.name, "get_device_capability": lambda _=None: (9, 0),
         "get_device_properties": lambda _=None: Properties, "mem_get_info": lambda _=None: (70 << 30, 80 << 30),
         "memory_reserved": lambda _=None: 0, "synchronize": lambda _=None: gpu.wait("synchronize"),

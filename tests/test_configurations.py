@@ -232,6 +232,21 @@ def test_one_picture_is_too_few_for_some_networks(tmp_path: Path) -> None:
         train(build_config("digits-lt", "ce", {}, flags))
 
 
+def test_an_operator_that_is_not_deterministic_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a GPU the backward pass of adaptive pooling is not."""
+
+    def put(self: Any, batch: Any) -> None:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+    monkeypatch.setattr("ltfast.step.TrainStep.__call__", put)
+    config = build_config("digits-lt", "ce", {}, {"deterministic": True, "out": str(tmp_path / "run"), "device": "cpu"})
+    try:
+        with pytest.raises(UserError, match="--deterministic: put_, which --model resnet8 needs, is not deterministic"):
+            train(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_prediction_normalises_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = inat(tmp_path, monkeypatch)
     batch = next(iter(source.evaluate("test")))

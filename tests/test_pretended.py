@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ltfast.cli import main
+from ltfast.optim import SAM
 from tests.pretended import Gpu, OnDevice, pretended_gpu
 
 SMALL = ("--device", "cuda", "--precision", "fp32", "--epochs", "4", "--scout", "0.5", "--warmup", "1")
@@ -93,6 +95,29 @@ def test_a_module_moves_there_and_back_as_the_same_parameters(gpu: Gpu) -> None:
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_works_on_another_gpu_than_the_current_one() -> None:
+    """torch refuses to share memory of such a one."""
+    with pretended_gpu(2) as gpu:
+        gpu.device = torch.device("cuda", 1)
+        with pytest.raises(BufferError):
+            torch.from_dlpack(torch.zeros(3, device="cuda:1"))
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).to("cuda:1")
+        x = torch.ones(4, 3, device="cuda:1")
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.01)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss
+
+        first = optimizer.step(closure)
+        copy.deepcopy(optimizer)
+        assert optimizer.step(closure) < first
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("method", ["gkp-gsa", "gsa-paper+gkp", "bcl+imbsam", "ce+friendly-sam"])

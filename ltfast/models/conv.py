@@ -4,9 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ltfast.errors import UserError
-from ltfast.kernels.conv import CHANNELS, conv3x3
-
-HALVES = (torch.bfloat16, torch.float16)
+from ltfast.kernels.conv import CHANNELS, HALVES, conv3x3
 
 
 class Conv3x3(nn.Conv2d):

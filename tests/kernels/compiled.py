@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
     ptx: str
     spilled_bytes: int
     registers: int
+    shared_bytes: int
 
     def vector_accesses(self, kind: str) -> int:
         """Number of 128-bit global accesses: kind is "ld" or "st"."""
@@ -93,7 +94,13 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report.getvalue())
     registers = re.findall(r"Used (\d+) registers", report.getvalue())
     assert spills, report.getvalue()
-    return Compiled(compiled.asm["ttir"], compiled.asm["ptx"], sum(map(int, spills)), max(map(int, registers)))
+    return Compiled(
+        compiled.asm["ttir"],
+        compiled.asm["ptx"],
+        sum(map(int, spills)),
+        max(map(int, registers)),
+        compiled.metadata.shared,
+    )
 
 
 @contextlib.contextmanager

@@ -62,6 +62,8 @@ def convolution(channels: int) -> None:
     torch.ops.ltfast.conv3x3_nhwc_weight(x, x)
 
 
+# Bytes of shared memory that a block may have: of 8.0's generation the least (8.6, 8.9; 12.0 has as much), and of 9.0.
+SHARED_MOST = {80: 101_376, 90: 232_448}
 one = torch.ones(())
 SMALL = {  # name: (module, call)
     "gram-1": ("gram", lambda: K.gram(rows(1), flat())),
@@ -108,6 +110,7 @@ def test_no_spills_wide_accesses_and_the_declared_passes(name, capability, monke
         launches = record_launches(monkeypatch, sys.modules[f"ltfast.kernels.{module}"], call)
     first = compile_launch(launches[0], capability)
     assert first.spilled_bytes == 0
+    assert first.shared_bytes <= SHARED_MOST[capability]
     block = launches[0].options["BLOCK"]
     loads, stores = (first.tensor_accesses(kind, block) for kind in ("load", "store"))
     assert loads + stores == counters.ops[0].passes
@@ -130,6 +133,7 @@ def test_no_spills_in_kernels_with_loops(name, capability, monkeypatch):
     for launch in launches:
         compiled = compile_launch(launch, capability)
         assert compiled.spilled_bytes == 0
+        assert compiled.shared_bytes <= SHARED_MOST[capability], launch.kernel.__name__
         if module != "coefficients":  # touches nothing of size N
             assert compiled.vector_accesses("ld") > 0 or "cp.async.cg.shared.global" in compiled.ptx
 

@@ -15,6 +15,7 @@ from ltfast.models import create_encoder
 from ltfast.models.conv import Conv3x3, use_own_kernels
 from ltfast.models.resnet import BasicBlock
 
+from ..pretended import pretended_gpu
 from .support import PLACES, check, normal, same_bits, skip_if_interpreting
 
 # N, I, O, H, W: more than one program, a last one half full, one row, one column, one pixel, channels that change
@@ -42,7 +43,14 @@ def with_gradients(function, x: Tensor, weight: Tensor, up: Tensor) -> list[Tens
     return [y, *torch.autograd.grad(y, [x, weight], up.to(y.dtype))]
 
 
-def skip_bfloat16_in_the_interpreter(dtype: torch.dtype, place: str) -> None:
+def exact_dtype(place: str) -> torch.dtype:
+    """The widest that there is; sums of its products are float32 in either case."""
+    return torch.float32 if place == "cpu" else torch.float16
+
+
+def skip_what_is_not_there(dtype: torch.dtype, place: str) -> None:
+    if place == "cuda" and dtype == torch.float32:
+        pytest.skip("float32 is refused on a GPU")
     if common.INTERPRET and place == "cpu" and dtype == torch.bfloat16:
         pytest.skip("triton's interpreter multiplies the bits of bfloat16, not its numbers")
 
@@ -51,7 +59,7 @@ def skip_bfloat16_in_the_interpreter(dtype: torch.dtype, place: str) -> None:
 @pytest.mark.parametrize("dtype", list(KINDS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_result_and_gradients(place, dtype, shape):
-    skip_bfloat16_in_the_interpreter(dtype, place)
+    skip_what_is_not_there(dtype, place)
     x, weight, up = problem(*shape, dtype, place)
     found = with_gradients(conv3x3, x, weight, up)
     assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
@@ -69,7 +77,7 @@ def test_result_and_gradients(place, dtype, shape):
 def test_every_program_of_the_weights_gradient_takes_several_blocks(place, channels, monkeypatch):
     monkeypatch.setattr("ltfast.kernels.conv.WEIGHT_PROGRAMS", 4 * channels)
     pixels = 2 * 4 * WEIGHT_BLOCK + 77
-    x, weight, up = problem(1, channels, channels, 1, pixels, torch.float32, place)
+    x, weight, up = problem(1, channels, channels, 1, pixels, exact_dtype(place), place)
     found, again = (with_gradients(conv3x3, x, weight, up)[2] for _ in range(2))
     check(found, with_gradients(conv3x3_reference, x.double(), weight.double(), up)[2], "convolution")
     assert same_bits(found, again)
@@ -77,13 +85,19 @@ def test_every_program_of_the_weights_gradient_takes_several_blocks(place, chann
 
 @pytest.mark.parametrize("place", PLACES)
 def test_any_memory_format_of_pictures_filter_and_gradient(place):
-    x, weight, up = problem(2, 16, 32, 6, 5, torch.float32, place)
+    x, weight, up = problem(2, 16, 32, 6, 5, exact_dtype(place), place)
     expected = with_gradients(conv3x3, x, weight, up)
     for a, b, c in itertools.product((NHWC, torch.contiguous_format), repeat=3):
         found = with_gradients(
             conv3x3, x.contiguous(memory_format=a), weight.contiguous(memory_format=b), up.contiguous(memory_format=c)
         )
         assert all(same_bits(p, q) for p, q in zip(found, expected, strict=True))
+
+
+def test_float32_is_refused_on_a_gpu():
+    """Its exact products take no tensor cores and spill registers there."""
+    with pretended_gpu(), pytest.raises(ValueError, match=r"torch.float32; supported on cuda:0: torch.bfloat16, torch"):
+        conv3x3(torch.ones(2, 16, 4, 4, device="cuda"), torch.ones(16, 16, 3, 3, device="cuda"))
 
 
 def test_bad_arguments_are_named():
