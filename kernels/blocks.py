@@ -73,8 +73,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     global _pool
     with _lock:
         if _pool is None or _pool[0] != threads:
-            if _pool is not None:
-                _pool[1].shutdown(wait=False)
+            # One that it replaces ends with its last user, who may be about to use it.
             barrier = threading.Barrier(threads)
 
             def alone() -> None:

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise, repeat
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ltfast.kernels.common import selected
 
@@ -33,6 +34,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def dense(grad: Tensor) -> Tensor:
+    """A gradient as a strided tensor: an embedding may have a sparse one."""
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
 def _of_its_own(view: Tensor) -> Tensor:
     """The same memory as a storage of its own."""
     with selected(view.device):  # torch shares none of another GPU's
@@ -46,13 +52,28 @@ def _is_sharded(p: nn.Parameter) -> bool:
 
 def _check_apart(params: Sequence[Tensor]) -> None:
     """ValueError if two parameters share memory: flattening would silently untie them."""
-    dense = sorted((p for p in params if p.numel() and _is_dense(p)), key=lambda p: p.data_ptr())
-    for first, second in pairwise(dense):
-        if first.data_ptr() + first.numel() * first.element_size() > second.data_ptr():
+    by_address = sorted((p for p in params if p.numel()), key=lambda p: p.data_ptr())
+    for first, second in pairwise(by_address):
+        if _end(first) > second.data_ptr() and _share(first, second):
             raise ValueError(
                 f"params holds two parameters, {tuple(first.shape)} and {tuple(second.shape)}, that share memory: "
                 "tie modules by giving them the same Parameter"
             )
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind a tensor's last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _share(first: Tensor, second: Tensor) -> bool:
+    """Whether tensors whose memory overlaps have an element in common; columns of one matrix have none."""
+    start, size = first.data_ptr(), first.element_size()
+    end = max(_end(first), _end(second))
+    taken = torch.zeros((end - start) // size, dtype=torch.bool)
+    taken.as_strided(first.shape, first.stride()).fill_(True)
+    return bool(taken.as_strided(second.shape, second.stride(), (second.data_ptr() - start) // size).any())
 
 
 class FlatParameters:
@@ -72,6 +93,7 @@ class FlatParameters:
         ValueError: no parameter, a sharded one, a dtype other than float32, or parameters on several devices.
     """
 
+    @torch.inference_mode(False)  # buffers made under it could not be trained
     def __init__(self, params: Iterable[nn.Parameter], rows: int = 1) -> None:
         self.params: list[nn.Parameter] = list(dict.fromkeys(params))
         if not self.params:
@@ -82,6 +104,10 @@ class FlatParameters:
                 raise ValueError(
                     "sharded parameters (FSDP, DTensor) are not supported: use DistributedDataParallel, or make the "
                     "optimizer over a model that is whole on every process"
+                )
+            if p.is_nested or is_traceable_wrapper_subclass(p):
+                raise ValueError(
+                    f"params holds a {'nested tensor' if p.is_nested else type(p.data).__name__}: only plain tensors lie in a flat buffer"
                 )
             if isinstance(p, UninitializedParameter):
                 raise ValueError("params holds a lazy parameter without a shape: run the model once before")
@@ -203,9 +229,11 @@ class GradientRows:
 
     def __init__(self, flat: FlatParameters, rows: int) -> None:
         self.params = flat.params
+        self._layout = list(zip(flat._strides, flat.offsets[:-1], strict=True))
         self.data = torch.zeros(rows, flat.size, device=flat.device, dtype=torch.float32)
         # .data gives every view a version counter of its own: a write to one gradient is told from a write to another.
         self._views = [[view.data for view in flat.views(row)] for row in self.data]
+        self._addresses = [[view.data_ptr() for view in views] for views in self._views]
         self._attached = [[0] * len(self.params) for _ in range(rows)]  # version when attached
         self._dirty = [[False] * len(self.params) for _ in range(rows)]  # the row holds a gradient there
         self._zeroed = [[False] * len(self.params) for _ in range(rows)]  # its attached zero is one, too
@@ -243,6 +271,7 @@ class GradientRows:
         To be called under no_grad: gradients of create_graph=True have a graph of their own.
         """
         views, attached, dirty = self._views[row], self._attached[row], self._dirty[row]
+        self._renew(row)
         grads = [p.grad for p in self.params]
         if all(grad is not None and grad is not view for grad, view in zip(grads, views, strict=True)):
             self._gather(views, grads)  # nearly every step: all of them are tensors of autograd's own
@@ -270,6 +299,17 @@ class GradientRows:
         self._unused_among(views, dirty, here, writes)
         return tuple(dirty)
 
+    def _renew(self, row: int) -> None:
+        """Somebody may have put other memory below an attached gradient (`p.grad.data = ...`): it is like one of autograd's own
+        from then on, and the row has another view."""
+        views = self._views[row]
+        for i, (view, address) in enumerate(zip(views, self._addresses[row], strict=True)):
+            if view.data_ptr() != address:
+                like, start = self.params[i], self.data[row].storage_offset()
+                strides, offset = self._layout[i]
+                views[i] = self.data[row].as_strided(like.shape, strides, start + offset).data
+                self._attached[row][i] = views[i]._version
+
     def filled(self, rows: Sequence[int]) -> list[bool]:
         """Which parameters have a gradient in any of `rows`."""
         return [any(column) for column in zip(*(self._dirty[row] for row in rows), strict=True)]
@@ -293,7 +333,7 @@ class GradientRows:
         views, dirty = self._views[row], self._dirty[row]
         held = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
         if held:
-            targets, sources = [view for view, _ in held], [grad for _, grad in held]
+            targets, sources = [view for view, _ in held], [dense(grad) for _, grad in held]
             (torch._foreach_add_ if add else torch._foreach_copy_)(targets, sources)
         if not add:
             absent = [view for view, grad in zip(views, grads, strict=True) if grad is None]
@@ -308,8 +348,7 @@ class GradientRows:
         if not views:
             return
         self.gathered += len(views)
-        sources = [g.to_dense() if g.layout != torch.strided else g for g in grads if g is not None]
-        torch._foreach_copy_(views, sources)
+        torch._foreach_copy_(views, [dense(g) for g in grads if g is not None])
 
     def _unused_among(self, views: list[Tensor], dirty: list[bool], here: list[int], writes: list[int]) -> None:
         """Clipping writes to every gradient, so an unused one has a write too, but fewer than the others.

@@ -28,6 +28,10 @@ from ltfast.optim.inner import (
 from ltfast.optim.skips import SkipCounter
 from ltfast.optim.state import StoredOptimizer, export_extra
 
+# Decorates a step, which runs as it is where torch.compile traces its caller: the compiler loses what a method puts on an
+# optimizer. (torch.optim's own; torch.compiler.disable would import the compiler together with this module.)
+uncompiled = torch._disable_dynamo
+
 
 class FlatOptimizer(StoredOptimizer):
     """Base class; see SAM for the two-pass protocol and GSA for the closure of group losses.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ltfast.flat import FlatParameters
+from ltfast.flat import FlatParameters, dense
 from ltfast.kernels import gram_partials
 
 
@@ -47,7 +47,7 @@ class FreshGradients:
                 loss = losses[k] if scale is None else losses[k] * scale
             found = torch.autograd.grad(loss, [self.params[i] for i in wanted], retain_graph=True, allow_unused=True)
             for i, grad in zip(wanted, found, strict=True):
-                views[i].zero_() if grad is None else views[i].copy_(grad)
+                views[i].zero_() if grad is None else views[i].copy_(dense(grad))
         if scale is not None:
             self.rows.div_(scale)
         return self.rows

@@ -4,7 +4,8 @@
     (ltfast.losses.group_losses and membership_for make both from per-sample losses and labels)
 
 The optimizer runs every backward itself: one a group in mode E or one in all in mode R, then the final one. Gradients of
-the first pass come from autograd.grad and never touch p.grad, so hooks and DistributedDataParallel see the final one only.
+the first pass come from autograd.grad and never touch p.grad, so hooks on accumulated gradients and DistributedDataParallel
+see the final one only (hooks of a tensor see each).
 """
 
 from __future__ import annotations

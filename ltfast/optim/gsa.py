@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ltfast.kernels import ascent_coefficients
+from ltfast.optim.base import uncompiled
 from ltfast.optim.grouped import Closure, GroupAscent
 from ltfast.optim.rules import Rule
 
@@ -47,6 +48,7 @@ class GroupedOptimizer(GroupAscent):
         if options:
             self.rule = self.ascent.rule = replace(self.rule, **options)
 
+    @uncompiled
     def step(  # type: ignore[override]
         self,
         closure: Closure | Sequence[Closure] | None = None,

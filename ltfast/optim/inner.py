@@ -49,7 +49,8 @@ class Block:
         kept: [N] theta as it was before the ascent, bit for bit; meaningful while `climbed`.
         versions: of the parameters when they had climbed: whoever writes to one in place raises its own.
         group_of: index of each parameter's group.
-        slots: flat optimizer state by torch's name.
+        slots: flat optimizer state by torch's name; views: of each parameter; addresses: theirs, since somebody may put other
+            memory below a view (`state["exp_avg"].data = ...`).
         counters: each parameter's number of updates (SGD: of its momentum buffer), 0-dim; parameters always updated
             together share one tensor.
         shown: the parameters whose state `publish` has shown, by id of that state: (the state, index of the parameter).
@@ -66,6 +67,7 @@ class Block:
         self._kept: Tensor | None = None
         self.slots: dict[str, Tensor] = {}
         self.views: dict[str, list[Tensor]] = {}
+        self.addresses: dict[str, list[int]] = {}
         self.counters = [torch.zeros((), device=self.flat.device, dtype=torch.float32)] * len(self.flat.params)
         self.expected = [p.requires_grad for p in self.flat.params]
         self.shown: dict[int, tuple[dict[str, Any], int]] = {}
@@ -135,6 +137,7 @@ class Block:
         if name not in self.slots:
             self.slots[name] = torch.zeros_like(self.flat.data)
             self.views[name] = self.flat.views(self.slots[name])
+            self.addresses[name] = [view.data_ptr() for view in self.views[name]]
         return self.slots[name]
 
     def split_counters(self, present: Present) -> None:
@@ -303,10 +306,12 @@ def replaced(base: Optimizer, block: Block) -> bool:
     if not block.shown.keys() <= there:
         return True
     for name, views in block.views.items():
+        addresses = block.addresses[name]
         for state, i in block.shown.values():
-            if state.get(name) is not views[i]:
+            if state.get(name) is not views[i] or views[i].data_ptr() != addresses[i]:
                 return True
-    return False
+    counted = type(base) is AdamW
+    return counted and any(state.get("step") is not block.counters[i] for state, i in block.shown.values())
 
 
 def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
@@ -320,6 +325,8 @@ def adopt_state(base: Optimizer, blocks: list[Block]) -> None:
                 held = state.get(name)
                 if held is not None:
                     block.slot(name)
+                    if block.views[name][i].data_ptr() != block.addresses[name][i]:
+                        block.views[name][i] = block.flat.views(block.slots[name])[i]
                     if held is not block.views[name][i]:
                         block.views[name][i].copy_(held)
                     counts[i] = 1.0

@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 from ltfast.optim.inner import adopt_state, fused, release_state, replaced
 from ltfast.optim.passes import TwoPasses
 
+# What Optimizer.__init__ makes, and we register hooks in.
+HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks")
+
 
 class OverBase(TwoPasses):
     """What an optimizer knows of the one that it wraps; StoredOptimizer builds on it.
@@ -31,7 +34,7 @@ class OverBase(TwoPasses):
     def _check_base(self, defaults: dict[str, Any]) -> None:
         """ValueError if no step can be made of the base optimizer's."""
         name = type(self.base_optimizer).__name__
-        if not hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
+        if not all(hasattr(self.base_optimizer, name) for name in HOOKS):
             raise ValueError(f"base_optimizer {name} does not call Optimizer.__init__: use another")
         closure = inspect.signature(type(self.base_optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:

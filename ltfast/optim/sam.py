@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
-from ltfast.optim.base import FlatOptimizer
+from ltfast.optim.base import FlatOptimizer, uncompiled
 from ltfast.optim.inner import Block, Present, split_shared
 from ltfast.optim.state import averages_by_index, check_averages, indices, load_averages
 
@@ -64,6 +64,7 @@ class SAM(FlatOptimizer):
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
+    @uncompiled
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, scaler: GradScaler | None = None) -> None:
         """Climb from theta to theta + eps by the gradients there are.
@@ -88,6 +89,7 @@ class SAM(FlatOptimizer):
         if zero_grad:
             self.zero_grad()
 
+    @uncompiled
     def second_step(self, zero_grad: bool = False) -> None:
         """Go back to theta and take the base optimizer's step by the gradients there are.
 
@@ -102,6 +104,7 @@ class SAM(FlatOptimizer):
         if zero_grad:
             self.zero_grad()
 
+    @uncompiled
     def step(self, closure: Closure | None = None, *, scaler: GradScaler | None = None) -> Any:  # type: ignore[override]
         """One whole step. `closure` runs forward and backward (as often as it likes) and may return the loss.
 

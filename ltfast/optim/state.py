@@ -6,6 +6,7 @@ Own state dicts are torch's (param_groups, and state by parameter index under th
 
 from __future__ import annotations
 
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -59,8 +60,10 @@ class StoredOptimizer(OverBase):
         if not self.climbed:
             self._adopt()  # parameters that were put into a group by hand
         extra: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
 
         def fit(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            nonlocal merged
             merged, found = merge_groups(self, given)
             extra.update(found)
             return merged
@@ -72,19 +75,25 @@ class StoredOptimizer(OverBase):
         finally:
             handle.remove()
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        own_loader = type(self.base_optimizer).load_state_dict is not Optimizer.load_state_dict
+        if own_loader and "base" not in extra:  # torch's casts state that this one keeps as it is
+            self.base_optimizer.load_state_dict(merged)
         self._follow_base()
         import_extra(self, extra)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.climbed:  # a copy of the parameters would take theta + eps for theta
             raise RuntimeError("copied between the two passes: call restore() before, or copy after second_step()")
+        extra = export_extra(self)
+        if get_spawning_popen() is not None:  # a process that is being spawned opens the memory of these later
+            self._handed_over = extra
         return {
             **super().__getstate__(),
             "base": self.base_optimizer,
             "own": self._own_state(),
             "settings": self._settings(),
             "anchor": export_anchor(self.blocks, self._params()),
-            "extra": export_extra(self),
+            "extra": extra,
         }
 
     def _settings(self) -> dict[str, Any]:
