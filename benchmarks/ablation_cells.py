@@ -144,6 +144,15 @@ SWEEPS: dict[str, dict[str, Cell]] = {
     # What acts after scouting; all go on from one state, the baseline too, so a seed costs little more than one run.
     "last-fifth": last_fifth("balanced-softmax"),
     "last-fifth-three-views": last_fifth("bcl"),
+    "last-fifth-weaker": {  # the default's two parts with a weaker GKP
+        "balanced-softmax,epochs=200": Cell("balanced-softmax", {"epochs": 200}),
+        **{
+            f"balanced-softmax+gkp-gsa,epochs=200,scout=0.8,{name}={value}": Cell(
+                "balanced-softmax+gkp-gsa", {"epochs": 200, "scout": 0.8, name: value}
+            )
+            for name, value in (("gkp_normalise", "samples"), ("gkp_lambda", 1.0))
+        },
+    },
     "long-three-views": {
         "bcl,epochs=200": Cell("bcl", {"epochs": 200}),
         "gkp-gsa,epochs=200,scout=0.8": Cell("gkp-gsa", {"epochs": 200, "scout": 0.8}),
@@ -180,7 +189,10 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 def baseline_of(name: str) -> str:
     """The cell that a cell is compared with: BCL of as many epochs, or balanced softmax beside other one-view losses."""
-    one_view = any(name in SWEEPS[sweep] for sweep in ("one-view", "published", "long", "last-fifth", "recipe"))
+    one_view = any(
+        name in SWEEPS[sweep]
+        for sweep in ("one-view", "published", "long", "last-fifth", "last-fifth-weaker", "recipe")
+    )
     _, own, epochs = name.partition(",epochs=")
     return ("balanced-softmax" if one_view else "bcl") + own + epochs.partition(",")[0]
 
