@@ -74,6 +74,20 @@ def half_cifar(*sweeps: str) -> str:
     return "\n\n".join(ablation.table(sweep, RESULTS / "ablation-cifar10-half.jsonl") for sweep in sweeps)
 
 
+FULL = "cifar10-lt-resnet8"
+FULL_CIFAR = (
+    "All 12,406 training pictures, ratio {imbalance:g}, the recipe of `--dataset cifar10-lt` (200 epochs, multistep) with a "
+    "{model}, {precision}, {device}. ".format(**ablation.FULL)
+    + f"Rows: [ablation-{FULL}.jsonl](ablation-{FULL}.jsonl)"
+)
+
+
+def full_cifar() -> str:
+    """What acts in the last fifth of the epochs, on all of CIFAR-10-LT."""
+    sweeps = ("last-fifth", "last-fifth-weaker")
+    return "\n\n".join(ablation.table(sweep, RESULTS / f"ablation-{FULL}.jsonl") for sweep in sweeps)
+
+
 def read(bench: str) -> list[Row]:
     """All rows of one results file, oldest first; none if there is no file."""
     return seeded.rows(RESULTS / f"{bench}.jsonl")
@@ -274,6 +288,7 @@ def report() -> str:
         f"## Accuracy, CIFAR-10-LT\n\n{smoke}\n\n{accuracy('cifar10-lt')}",
         f"## Ablations\n\n{PAIRED}\n\n{picture}{ablations()}",
         f"## Ablations, CIFAR-10-LT\n\n{ablations('cifar10-lt')}",
+        f"## CIFAR-10-LT in full, a small network\n\n{FULL_CIFAR}\n\n{full_cifar()}",
         f"## CIFAR-10-LT at half size\n\n{HALF_CIFAR}\n\n{half_cifar()}",
         f"Every published rule at its default:\n\n{half_cifar('published')}",
         f"Five times the epochs:\n\n{half_cifar(*LONG)}",
@@ -289,6 +304,7 @@ def fill_page(path: Path) -> None:
     made = {name: lambda name=name: figures.accuracy_table(name) for name in ("digits-lt", "cifar10-lt")}
     made |= {f"ablation-{s}": lambda s=s: ablation.table(s, RESULTS / "ablation.jsonl") for s in ablation.SWEEPS}
     made |= {"precision": precision, "peers": peer_tables.optimizer_part, "steps": peer_tables.whole_steps}
+    made["full-cifar"] = full_cifar
     made["half-cifar"] = half_cifar
     made["half-cifar-published"] = lambda: half_cifar("published")
     made["half-cifar-long"] = lambda: half_cifar(*LONG)

@@ -191,7 +191,7 @@ def main() -> None:
                     figures, profile = measure_on_gpu(method, sgd)
                 profiles[f"{method}, {case.model}, {mode}"] = profile
                 note(f"{method}/{case.name}/{mode}", figures, profile, args.write)
-    if args.write:
+    if args.write and profiles:
         what = "sections of eager steps" if device.type == "cpu" else "kernels; forward holds the backward too"
         path = ROOT / "docs" / "img" / f"step-{device.type}.png"
         picture(path, profiles, f"Where one step's time goes, {device.type} ({what})")
