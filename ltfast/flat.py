@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,16 @@ def _is_sharded(p: nn.Parameter) -> bool:
 
 def _check_apart(params: Sequence[Tensor]) -> None:
     """ValueError if two parameters share memory: flattening would silently untie them."""
-    by_address = sorted((p for p in params if p.numel()), key=lambda p: p.data_ptr())
-    for first, second in pairwise(by_address):
-        if _end(first) > second.data_ptr() and _share(first, second):
-            raise ValueError(
-                f"params holds two parameters, {tuple(first.shape)} and {tuple(second.shape)}, that share memory: "
-                "tie modules by giving them the same Parameter"
-            )
+    before: list[Tensor] = []  # those that reach beyond where the next one begins
+    for p in sorted((p for p in params if p.numel()), key=lambda p: p.data_ptr()):
+        before = [other for other in before if _end(other) > p.data_ptr()]
+        for other in before:
+            if _share(other, p):
+                raise ValueError(
+                    f"params holds two parameters, {tuple(other.shape)} and {tuple(p.shape)}, that share memory: "
+                    "tie modules by giving them the same Parameter"
+                )
+        before.append(p)
 
 
 def _end(tensor: Tensor) -> int:

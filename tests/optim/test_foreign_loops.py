@@ -216,6 +216,8 @@ def test_parameters_with_common_elements_are_refused() -> None:
         FlatParameters([nn.Parameter(base), nn.Parameter(base[:, :3])])
     with pytest.raises(ValueError, match="share memory"):
         FlatParameters([nn.Parameter(base[:, 2:4]), nn.Parameter(base[:, :3])])
+    with pytest.raises(ValueError, match="share memory"):  # the first and the last, with another one between
+        FlatParameters([nn.Parameter(base[:, :2]), nn.Parameter(base[0, 2:4]), nn.Parameter(base[3:, 1:3])])
     FlatParameters([nn.Parameter(base[:, :3]), nn.Parameter(base[:, 3:])])  # columns of one matrix
 
 
