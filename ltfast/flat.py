@@ -45,6 +45,11 @@ def _of_its_own(view: Tensor) -> Tensor:
         return torch.from_dlpack(view)
 
 
+def _view(buffer: Tensor, like: Tensor, strides: Sequence[int], offset: int) -> Tensor:
+    """The part of a [N] buffer that belongs to parameter `like`."""
+    return buffer.as_strided(like.shape, strides, buffer.storage_offset() + offset)
+
+
 def _is_sharded(p: nn.Parameter) -> bool:
     """FullyShardedDataParallel marks its parameters; `fully_shard` and tensor parallelism make DTensors of them."""
     return bool(getattr(p, "_fsdp_flattened", False)) or hasattr(p, "device_mesh")
@@ -188,9 +193,8 @@ class FlatParameters:
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Views of a [N] buffer shaped and strided like the parameters, in order."""
-        base = buffer.storage_offset()
         return [
-            buffer.as_strided(p.shape, stride, base + offset)
+            _view(buffer, p, stride, offset)
             for p, stride, offset in zip(self.params, self._strides, self.offsets[:-1], strict=True)
         ]
 
@@ -256,6 +260,7 @@ class GradientRows:
 
         present: parameters whose zeroed gradient counts as one even if nothing is added to it.
         """
+        self._renew(row)
         views = self._views[row]
         if zero:
             self.data[row].zero_()
@@ -308,9 +313,7 @@ class GradientRows:
         views = self._views[row]
         for i, (view, address) in enumerate(zip(views, self._addresses[row], strict=True)):
             if view.data_ptr() != address:
-                like, start = self.params[i], self.data[row].storage_offset()
-                strides, offset = self._layout[i]
-                views[i] = self.data[row].as_strided(like.shape, strides, start + offset).data
+                views[i] = _view(self.data[row], self.params[i], *self._layout[i]).data
                 self._attached[row][i] = views[i]._version
 
     def filled(self, rows: Sequence[int]) -> list[bool]:
@@ -333,6 +336,7 @@ class GradientRows:
     @torch.no_grad()
     def put(self, row: int, grads: Sequence[Tensor | None], *, add: bool = False) -> None:
         """Write (or add) one gradient for each parameter to `row`; None is zero and counts as no gradient."""
+        self._renew(row)
         views, dirty = self._views[row], self._dirty[row]
         held = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
         if held:

@@ -115,6 +115,29 @@ def test_a_gradient_that_got_other_memory_and_was_taken_away() -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [SAM, ImbSAM])
+def test_a_gradient_that_got_other_memory_does_not_come_back(kind: type) -> None:
+    """Neither when it is set to zero nor when the next one is written there, though its step was given up."""
+    found = []
+    for edited in (True, False):
+        model, optimizer = made(kind)
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model).backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            if edited:
+                p.grad.data = torch.ones_like(p)
+        if kind is SAM:
+            optimizer.zero_grad(set_to_none=False)
+            loss_of(model).backward()
+            optimizer.second_step()
+        else:
+            for _ in range(2):
+                optimizer.step(lambda model=model: (model(X).square().mean(0), torch.tensor([0.5, 0.5])))
+        found.append(weights(model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def restarted(state: dict[str, Any]) -> None:
     state["step"] = torch.zeros(())
     state["exp_avg"].zero_()
