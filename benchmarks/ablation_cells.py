@@ -189,10 +189,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 def baseline_of(name: str) -> str:
     """The cell that a cell is compared with: BCL of as many epochs, or balanced softmax beside other one-view losses."""
-    one_view = any(
-        name in SWEEPS[sweep]
-        for sweep in ("one-view", "published", "long", "last-fifth", "last-fifth-weaker", "recipe")
-    )
+    one_view = name.partition("+")[0].partition(",")[0] in ("ce", "balanced-softmax")
     _, own, epochs = name.partition(",epochs=")
     return ("balanced-softmax" if one_view else "bcl") + own + epochs.partition(",")[0]
 

@@ -70,8 +70,12 @@ HALF_CIFAR = (
 def half_cifar(*sweeps: str) -> str:
     """By default: rules on balanced softmax, one view; the default method on bcl, three views; what the speedrun's recipe may
     gain from."""
-    sweeps = sweeps or ("one-view", "three-views", "recipe")
-    return "\n\n".join(ablation.table(sweep, RESULTS / "ablation-cifar10-half.jsonl") for sweep in sweeps)
+    return tables("cifar10-half", *(sweeps or ("one-view", "three-views", "recipe")))
+
+
+def tables(study: str, *sweeps: str) -> str:
+    """Tables of some sweeps of a study."""
+    return "\n\n".join(ablation.table(sweep, RESULTS / f"{ablation.bench_of(study)}.jsonl") for sweep in sweeps)
 
 
 FULL = "cifar10-lt-resnet8"
@@ -84,8 +88,7 @@ FULL_CIFAR = (
 
 def full_cifar() -> str:
     """What acts in the last fifth of the epochs, on all of CIFAR-10-LT."""
-    sweeps = ("last-fifth", "last-fifth-weaker")
-    return "\n\n".join(ablation.table(sweep, RESULTS / f"ablation-{FULL}.jsonl") for sweep in sweeps)
+    return tables(FULL, "last-fifth", "last-fifth-weaker")
 
 
 def read(bench: str) -> list[Row]:

@@ -34,7 +34,7 @@ class OverBase(TwoPasses):
     def _check_base(self, defaults: dict[str, Any]) -> None:
         """ValueError if no step can be made of the base optimizer's."""
         name = type(self.base_optimizer).__name__
-        if not all(hasattr(self.base_optimizer, name) for name in HOOKS):
+        if not all(hasattr(self.base_optimizer, hooks) for hooks in HOOKS):
             raise ValueError(f"base_optimizer {name} does not call Optimizer.__init__: use another")
         closure = inspect.signature(type(self.base_optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:

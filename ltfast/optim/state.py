@@ -59,13 +59,11 @@ class StoredOptimizer(OverBase):
         """
         if not self.climbed:
             self._adopt()  # parameters that were put into a group by hand
-        extra: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
+        merged, extra = dict[str, Any](), dict[str, Any]()
 
         def fit(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            nonlocal merged
-            merged, found = merge_groups(self, given)
-            extra.update(found)
+            nonlocal merged, extra
+            merged, extra = merge_groups(self, given)
             return merged
 
         # The last hook: it gets what those of others make of the state dict.
