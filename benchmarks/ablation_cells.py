@@ -153,6 +153,15 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             for name, value in (("gkp_normalise", "samples"), ("gkp_lambda", 1.0))
         },
     },
+    "begin": {  # GKP from the fall of the learning rate on, .8 of the epochs, and from within what follows
+        "balanced-softmax,epochs=200": Cell("balanced-softmax", {"epochs": 200}),
+        **{
+            f"balanced-softmax+{parts},epochs=200,scout={share}": Cell(
+                f"balanced-softmax+{parts}", {"epochs": 200, "scout": share}
+            )
+            for parts, share in (("gkp", 0.8), ("gkp", 0.85), ("gkp-gsa", 0.85), ("gkp", 0.9))
+        },
+    },
     "long-three-views": {
         "bcl,epochs=200": Cell("bcl", {"epochs": 200}),
         "gkp-gsa,epochs=200,scout=0.8": Cell("gkp-gsa", {"epochs": 200, "scout": 0.8}),

@@ -27,6 +27,7 @@ import report  # noqa: E402
 import run  # noqa: E402
 import seeded  # noqa: E402
 
+from ltfast import train  # noqa: E402
 from ltfast.data.pack import read_pack  # noqa: E402
 from ltfast.recipes import build_config  # noqa: E402
 from ltfast.runs import RunFolder  # noqa: E402
@@ -396,6 +397,24 @@ def test_plain_descent_may_begin_where_others_have_scouted(monkeypatch) -> None:
     monkeypatch.setattr(ablation, "scouted", lambda *key: shares.append(key[3]) or scouted(*key))
     assert ablation.run_cell("digits-lt", plain, 0, flags, share) == alone
     assert shares == [0.7]
+
+
+def test_scouting_goes_on_from_where_a_shorter_one_ended(monkeypatch) -> None:
+    begun: list[int] = []
+    train_epoch = train.Trainer.train_epoch
+    monkeypatch.setattr(
+        train.Trainer, "train_epoch", lambda trainer, epoch: begun.append(epoch) or train_epoch(trainer, epoch)
+    )
+    key = ("digits-lt", "bcl", 5)
+    direct = ablation.scouted(*key, 0.75, (("epochs", 4),))
+    assert ablation.scouted(*key, 0.75, (("epochs", 4),)) is direct
+    ablation.scouted(*key, 0.5, (("epochs", 4),))
+    assert begun == [0, 1, 2, 0, 1], "it cannot go back"
+    tensors, meta = ablation.scouted(*key, 0.75, (("epochs", 4),))
+    assert begun[5:] == [2]
+    assert (meta["epoch"], meta["steps"]) == (direct[1]["epoch"], direct[1]["steps"])
+    for name, value in direct[0].items():
+        assert torch.equal(tensors[name], value), name
 
 
 def test_what_a_plain_cell_has_in_common_with_others() -> None:
