@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ltfast.flat import ALIGN, FlatBuffers, FlatParameters, GradientRows
+from ltfast.flat import ALIGN, FlatBuffers, FlatParameters
+from ltfast.rows import GradientRows
 
 
 def params() -> list[nn.Parameter]:

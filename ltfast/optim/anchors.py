@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ltfast.optim.inner import Block
+from ltfast.optim.block import Block
 
 
 @torch.no_grad()

@@ -16,15 +16,8 @@ from torch.optim import Optimizer
 
 from ltfast.kernels import gram_partials
 from ltfast.optim.anchors import attach_anchor
-from ltfast.optim.inner import (
-    Block,
-    Present,
-    check_fused,
-    check_options,
-    foreign_step,
-    fused,
-    fused_step,
-)
+from ltfast.optim.block import Block, Present
+from ltfast.optim.inner import check_fused, check_options, foreign_step, fused, fused_step
 from ltfast.optim.skips import SkipCounter
 from ltfast.optim.state import StoredOptimizer, export_extra
 

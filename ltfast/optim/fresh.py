@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ltfast.flat import FlatParameters, dense
+from ltfast.flat import FlatParameters
 from ltfast.kernels import gram_partials
+from ltfast.rows import dense
 
 
 class FreshGradients:

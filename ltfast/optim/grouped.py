@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from ltfast.flat import GradientRows
 from ltfast.kernels import gram_partials, perturb
 from ltfast.kernels.common import MAX_ROWS
 from ltfast.optim.across import AcrossProcesses
 from ltfast.optim.ascent import Ascent, Stale
+from ltfast.optim.block import Block
 from ltfast.optim.fresh import FreshGradients
-from ltfast.optim.inner import Block
 from ltfast.optim.rules import Rule
 from ltfast.optim.state import averages_by_index, check_averages, load_averages
+from ltfast.rows import GradientRows
 
 Losses = tuple[Tensor, Tensor]
 Closure = Callable[[], Losses]

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from ltfast.optim.inner import Block
+from ltfast.optim.block import Block
 from ltfast.optim.processes import reduces, several
 from ltfast.optim.statistics import frozen_statistics
 

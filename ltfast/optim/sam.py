@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
 from ltfast.optim.base import FlatOptimizer, uncompiled
-from ltfast.optim.inner import Block, Present, split_shared
+from ltfast.optim.block import Block, Present, split_shared
 from ltfast.optim.state import averages_by_index, check_averages, indices, load_averages
 
 Closure = Callable[[], Any]

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ltfast.optim.anchors import attach_anchor, export_anchor
-from ltfast.optim.inner import SLOTS, Block, adopt_state, check_options
+from ltfast.optim.block import Block
+from ltfast.optim.inner import SLOTS, adopt_state, check_options
 from ltfast.optim.over_base import OverBase, own_counts
 from ltfast.optim.skips import SkipCounter
 
