@@ -119,8 +119,7 @@ class DaliSource(LargeSource):
             threads=self.threads,
             device_id=self.device_id,
         )
-        pipeline.build()
-        return Running(schedule, pipeline)
+        return self._built(schedule, pipeline)
 
     def _evaluate_batches(self, split: str, parts: list[Tensor]) -> Iterator[Batch]:
         for part in parts:
@@ -157,8 +156,18 @@ class DaliSource(LargeSource):
             threads=self.threads,
             device_id=self.device_id,
         )
-        pipeline.build()
+        return self._built(schedule, pipeline)
+
+    def _built(self, schedule: Schedule, pipeline: Any) -> Running:
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise self._fault(error) or error from None
         return Running(schedule, pipeline)
+
+    def _fault(self, error: RuntimeError) -> RuntimeError | None:
+        """What to raise at once where the device is at fault; None where a file may be."""
+        return None if self.device_id is None else _fault_of_the_device(error)
 
     def _run(self, pipeline: Any) -> list[Tensor]:
         """The next outputs as tensors without a copy, or none when DALI failed (the reason is in self._failure)."""
@@ -169,7 +178,7 @@ class DaliSource(LargeSource):
                 outputs = pipeline.run(torch.cuda.current_stream(self.device))
             return [torch.from_dlpack(output.as_tensor()) for output in outputs]
         except RuntimeError as error:
-            if self.device_id is not None and (fault := _fault_of_the_device(error)):
+            if fault := self._fault(error):
                 raise fault from None
             self._failure = error
             return []

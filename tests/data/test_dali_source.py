@@ -295,11 +295,12 @@ Current pipeline object is no longer valid."""
     (OPERATOR.format("MIXED", "CUDA driver API error CUDA_ERROR_ECC_UNCORRECTABLE (214)"), RuntimeError),
     (OPERATOR.format("MIXED", "Can't allocate 4096 bytes on host."), RuntimeError),
 ])  # fmt: skip
-def test_a_fault_of_the_device_is_raised_before_any_file_is_looked_at(tmp_path, monkeypatch, said, kind):
+@pytest.mark.parametrize("when", ["build", "run"])
+def test_a_fault_of_the_device_is_raised_before_any_file_is_looked_at(tmp_path, monkeypatch, when, said, kind):
     """A decode of all files under way by PIL takes minutes, and would end in the same error."""
     monkeypatch.setattr(DaliSource, "_find_bad", lambda *_: pytest.fail("looked for a bad file"))
     with pytest.raises(kind) as caught:
-        next(failing_source(tmp_path, monkeypatch, said).train(0))
+        next(failing_source(tmp_path, monkeypatch, said, when).train(0))
     assert caught.type is kind
     assert (
         "operator" not in str(caught.value) or kind is RuntimeError
@@ -318,13 +319,14 @@ def test_a_bad_picture_on_the_device_is_looked_for(tmp_path, monkeypatch, said):
         next(failing_source(tmp_path, monkeypatch, OPERATOR.format("MIXED", said)).train(0))
 
 
-def failing_source(folder: Path, monkeypatch, said: str) -> DaliSource:
-    """A source on a device whose pipeline fails with these words."""
+def failing_source(folder: Path, monkeypatch, said: str, when: str = "run") -> DaliSource:
+    """A source on a device whose pipeline fails with these words, when it is built or run."""
     source = open_source("dali", make_set(folder, (9, 7)))
 
     class Broken:
         def build(self):
-            pass
+            if when == "build":
+                raise RuntimeError(said)
 
         def run(self, stream):
             raise RuntimeError(said)
