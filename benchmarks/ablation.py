@@ -177,8 +177,8 @@ def mechanics(run: Any) -> dict[str, float]:
 
     gkp_over_grad: norm of the GKP force over that of the loss gradient; clipped_below, clipped_above: shares of radii on a
     bound; length: |s^-1 eps| of a group; refresh_cos: remembered against exact direction at Gram refreshes;
-    eps_sq: squared length of the perturbation that was applied; anchor_away: distance of theta from GKP's anchor when it was
-    made, over theta's norm.
+    anchor_away: distance of theta from GKP's anchor when it was made, over theta's norm; anchor_capped: share of the
+    encoder's parameters whose weight A was capped, so that they do not overshoot.
     """
     epochs = {row["epoch"]: row for row in run.metrics("epoch") if row["phase"] == "train"}
     found: dict[str, list[float]] = defaultdict(list)
@@ -187,6 +187,7 @@ def mechanics(run: Any) -> dict[str, float]:
             found["gkp_over_grad"].append(row["gkp"] / max(epochs[row["epoch"]]["grad_norm"], 1e-12))
     for row in run.metrics("anchor"):
         found["anchor_away"].append(row["away"])
+        found["anchor_capped"].append(row["capped"])
     for row in run.metrics("ascent"):
         if row["epoch"] not in epochs:
             continue
@@ -270,7 +271,8 @@ def paired(cell: str, runs: seeded.Runs, figure: str) -> str:
 def mechanics_text(runs: Iterable[Mapping[str, float]]) -> str:
     """What the rows say about the mechanics of a cell, for instance `GKP/grad .03`."""
     names = {
-        "gkp_over_grad": "GKP/gradient", "anchor_away": "anchor away", "length": "length", "clipped_above": "on upper bound",
+        "gkp_over_grad": "GKP/gradient", "anchor_away": "anchor away", "anchor_capped": "capped", "length": "length",
+        "clipped_above": "on upper bound",
         "clipped_below": "on lower bound", "refresh_cos": "refresh cosine",
     }  # fmt: skip
     runs, parts = list(runs), []
