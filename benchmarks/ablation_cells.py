@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 RHO = (2e-3, 3e-3)  # the paper's clip of Eq. 13
 RELEASE = "release"  # in the place of a method: the released training function
-SCOUT = 0.4  # share of scouting of cells that do not say: what comes after it has 60 % of the run to act
+# Settings of cells that do not say: what comes after scouting has 60 % of the run to act; the paper's strength of GKP.
+SCOUT, LAMBDA = 0.4, 10.0
 
 
 class Cell(NamedTuple):
@@ -95,6 +96,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
     "three-views": {
         "bcl": Cell("bcl", {}),
         **{f"gkp-gsa,scout={share}": Cell("gkp-gsa", {"scout": share}) for share in (0.8, 0.4)},
+        "gkp-gsa,scout=0.8,gkp_lambda=1.0": Cell("gkp-gsa", {"scout": 0.8, "gkp_lambda": 1.0}),
     },
     "one-view": {
         **{
@@ -105,6 +107,9 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "balanced-softmax+gkp,gkp_lambda=1": Cell("balanced-softmax+gkp", {"gkp_lambda": 1.0}),
         "balanced-softmax+gkp,scout=0.8": Cell("balanced-softmax+gkp", {"scout": 0.8}),
         "balanced-softmax+gkp-gsa,scout=0.8": Cell("balanced-softmax+gkp-gsa", {"scout": 0.8}),
+        "balanced-softmax+gkp-gsa,scout=0.8,gkp_lambda=1.0": Cell(
+            "balanced-softmax+gkp-gsa", {"scout": 0.8, "gkp_lambda": 1.0}
+        ),
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
@@ -216,5 +221,5 @@ def resolved(cell: Cell) -> dict[str, Any]:
 
     if cell.method == RELEASE:
         return {"released": True, **cell.settings}
-    config = build_config("digits-lt", cell.method, {}, {"scout": SCOUT, **cell.settings})
+    config = build_config("digits-lt", cell.method, {}, {"scout": SCOUT, "gkp_lambda": LAMBDA, **cell.settings})
     return {**config.to_dict(), "method": None, "sharpness": rule_of(config)}

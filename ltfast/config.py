@@ -186,7 +186,12 @@ class Preserve:
     regroup: int = _opt(0, "epochs between regroupings; 0 = once, after scouting", paper="0", least=0)
     center: bool = _opt(False, "subtract the initial weights before comparing snapshots", paper="false")
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
-    gkp_lambda: float = _opt(10.0, "strength lambda of GKP", paper="10", least=0)
+    gkp_lambda: float | None = _opt(
+        None,
+        "strength lambda of GKP; default 10, of fewer than 100 classes a tenth of their number",
+        paper="10",
+        least=0,
+    )
     gkp_normalise: str = _opt(
         "classes",
         "divide a group's term by its number of classes or of training images",

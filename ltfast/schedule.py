@@ -6,6 +6,8 @@ import math
 
 from ltfast.config import Optim, Preserve
 
+PAPER_LAMBDA = 10.0
+
 
 def lr_at(optim: Optim, epoch: float) -> float:
     """Learning rate after `epoch` epochs: linear warm-up, then multistep (x0.1 at 80 % and 90 %), cosine or constant."""
@@ -33,6 +35,17 @@ def warm_up_note(optim: Optim) -> str:
 def alpha_at(preserve: Preserve, progress: float) -> float:
     """Weight alpha of GSA against GKP: cosine from alpha_start to alpha_end; `progress` in [0, 1] of the run."""
     return preserve.alpha_end + (preserve.alpha_start - preserve.alpha_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def strength_of(preserve: Preserve, num_classes: int) -> float:
+    """GKP's lambda: as given, else the paper's 10, but not more than C / 10 where groups are divided by their classes.
+
+    With Fishers F_j = F the penalty has (1 - alpha) lambda G^2 (G - 1) / C times the curvature F of the loss. At the paper's
+    settings that is .96 for CIFAR-100's C; with fewer classes lambda = 10 would hold the network all the harder.
+    """
+    if preserve.gkp_lambda is not None:
+        return preserve.gkp_lambda
+    return PAPER_LAMBDA if preserve.gkp_normalise == "samples" else min(PAPER_LAMBDA, num_classes / 10)
 
 
 def scouting_epochs(preserve: Preserve, epochs: int) -> int:

@@ -42,7 +42,7 @@ from ltfast.recipes import needs_groups, rule_of
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.resume import load_bank
 from ltfast.runs import RunFolder
-from ltfast.schedule import alpha_at, lr_at, scouting_epochs
+from ltfast.schedule import alpha_at, lr_at, scouting_epochs, strength_of
 from ltfast.speedrun import warm_up
 from ltfast.step import TrainStep
 from ltfast.survive import Action, Signals
@@ -87,6 +87,7 @@ class Trainer(Durable):
         self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin, holds=ranks.main)
         self.needs_groups = needs_groups(config, self.rule)
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
+        self.strength = strength_of(config.preserve, self.source.num_classes)  # GKP's lambda
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
         self.anchor: Anchor | None = None
         self.meter = AscentMeter(self.source.steps_per_epoch)
@@ -175,7 +176,7 @@ class Trainer(Durable):
         Fishers of early snapshots reach A of 30 and more; uncapped, lambda = 10 then diverges within an epoch.
         """
         cfg = self.config
-        strongest = (1 - min(cfg.preserve.alpha_start, cfg.preserve.alpha_end)) * cfg.preserve.gkp_lambda
+        strongest = (1 - min(cfg.preserve.alpha_start, cfg.preserve.alpha_end)) * self.strength
         limit = critical_weight(cfg.optim.lr, cfg.optim.momentum, strongest)
         theta = self.flat.data
         capped = float((anchor.weight > limit).sum() / sum(p.numel() for p in self.model.encoder.parameters()))
@@ -185,8 +186,9 @@ class Trainer(Durable):
             )
         away = float((theta - anchor.target).mul(anchor.weight > 0).norm() / theta[self.encoder].norm())
         where = f"{away:.2g} of the encoder's norm away" if away else "where the encoder is now"
-        self.progress.note(f"GKP's anchor lies {where}")
-        self.log("anchor", epoch=self.epoch, limit=limit, capped=capped, largest=float(anchor.weight.max()), away=away)
+        self.progress.note(f"GKP's anchor lies {where}, its strength lambda is {self.strength:g}")
+        found = {"limit": limit, "capped": capped, "largest": float(anchor.weight.max()), "away": away}
+        self.log("anchor", epoch=self.epoch, strength=self.strength, **found)
         return anchor._replace(weight=anchor.weight.clamp_max(limit))
 
     def make_step(self) -> None:
@@ -255,7 +257,7 @@ class Trainer(Durable):
         if self.anchor is not None:
             alpha = alpha_at(cfg.preserve, position / cfg.optim.epochs)
             self.update.alpha.fill_(alpha)
-            self.update.strength.fill_((1 - alpha) * cfg.preserve.gkp_lambda)
+            self.update.strength.fill_((1 - alpha) * self.strength)
 
     def remember(self, epoch: int) -> None:
         """Give each class whose features were never better this epoch's encoder as its bank entry."""

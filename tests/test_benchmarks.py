@@ -278,13 +278,13 @@ def test_a_cell_is_run_once_with_any_sweep_that_has_it(results: Path, monkeypatc
     monkeypatch.setattr(ablation, "run_cell", lambda _, cell, *__: ran.append(cell.method) or {"top1": 1.0})
     for _ in range(2):
         ablation.run_sweeps(["three-views", "baseline"], [0], math.inf, {})
-        assert sorted(ran) == ["bcl", "gkp-gsa", "gkp-gsa"]
+        assert sorted(ran) == ["bcl", "gkp-gsa", "gkp-gsa", "gkp-gsa"]
     path = results / "ablation.jsonl"
     cells = {cell for cell, _ in ablation.rows(path)}
-    assert cells == {"bcl", "gkp-gsa,scout=0.8", "gsa-full+gkp,radius=x1"}
+    assert cells == {"bcl", "gkp-gsa,scout=0.8", "gkp-gsa,scout=0.8,gkp_lambda=1.0", "gsa-full+gkp,radius=x1"}
     configs = [json.loads(line)["config"] for line in path.read_text().splitlines()]
     assert {config["sweep"] for config in configs} == {"three-views"}, "the first sweep that has it"
-    assert sorted(config["scout"] for config in configs) == [0.4, 0.4, 0.8]
+    assert sorted(config["scout"] for config in configs) == [0.4, 0.4, 0.8, 0.8]
 
 
 def put(folder: Path, cell: str, seed: int, torch: str = "2", draws: int | None = None, **figures: float) -> None:
@@ -299,7 +299,7 @@ def test_mechanics_are_of_the_epochs_after_scouting():
     rows = {
         "epoch": [{"epoch": e, "phase": phase, "grad_norm": 4.0} for e, phase in ((0, "scout"), (1, "train"), (2, "train"))],
         "forces": [{"epoch": e, "gkp": gkp} for e, gkp in ((0, 400.0), (1, 1.0), (2, None))],
-        "anchor": [{"epoch": 1, "away": 0.2}, {"epoch": 2, "away": 0.4}],
+        "anchor": [{"epoch": 1, "away": 0.2, "capped": 0.0}, {"epoch": 2, "away": 0.4, "capped": 0.5}],
         "ascent": [
             {"epoch": 0, "above": [9.0], "below": [9.0], "length": [9.0]},
             {"epoch": 1, "above": [0.5, None], "below": [0.25, None], "length": [0.1, 0.3], "refresh_cos": 0.9},
@@ -308,7 +308,7 @@ def test_mechanics_are_of_the_epochs_after_scouting():
     }  # fmt: skip
     found = ablation.mechanics(SimpleNamespace(metrics=rows.__getitem__))
     expected = {"gkp_over_grad": 0.25, "clipped_above": 0.6, "clipped_below": 0.15, "length": 0.3, "refresh_cos": 0.9}
-    assert found == pytest.approx(expected | {"anchor_away": 0.3})
+    assert found == pytest.approx(expected | {"anchor_away": 0.3, "anchor_capped": 0.25})
 
 
 def test_fields_of_a_row_replace_the_facts_of_the_process(results: Path):

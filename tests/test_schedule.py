@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from ltfast.config import Optim, Preserve
-from ltfast.schedule import alpha_at, lr_at, scouting_epochs
+from ltfast.preserve.anchor import stream_anchor
+from ltfast.schedule import alpha_at, lr_at, scouting_epochs, strength_of
 
 
 def optim(schedule: str, warmup: float = 0.0, epochs: int = 50) -> Optim:
@@ -50,6 +52,25 @@ def test_alpha_goes_from_start_to_end_by_a_cosine() -> None:
     preserve = Preserve(alpha_start=0.9, alpha_end=0.5)
     found = [alpha_at(preserve, progress) for progress in (0.0, 1 / 3, 0.5, 2 / 3, 1.0)]
     assert found == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5], rel=1e-12)
+
+
+def test_gkp_is_weaker_for_few_classes_unless_its_strength_is_given() -> None:
+    """The same curvature beside the loss's as the paper's 10 has for 100 classes: groups are divided by their classes."""
+    found = [strength_of(Preserve(), classes) for classes in (2, 10, 99, 100, 8142)]
+    assert found == pytest.approx([0.2, 1.0, 9.9, 10.0, 10.0])
+    assert strength_of(Preserve(gkp_normalise="samples"), 10) == 10.0
+    assert [strength_of(Preserve(gkp_lambda=value), 10) for value in (0.0, 10.0, 30.0)] == [0.0, 10.0, 30.0]
+
+
+def test_the_curvature_of_gkp_beside_that_of_the_loss() -> None:
+    """(1 - alpha) lambda G^2 (G - 1) / C for groups of equal size and Fisher, .96 for the paper's settings and C = 100."""
+    fisher, groups = torch.rand(7), 4
+    for classes, expected in ((100, 0.96), (10_000, 0.0096)):
+        sizes = torch.full((groups,), classes / groups)
+        anchor = stream_anchor([(torch.zeros(7), fisher)] * groups, sizes)
+        preserve = Preserve(groups=groups)
+        strength = (1 - alpha_at(preserve, 1.0)) * strength_of(preserve, classes)
+        torch.testing.assert_close(strength * anchor.weight, expected * fisher)
 
 
 def test_scouting_takes_its_share_at_least_one_epoch_and_none_with_a_bank() -> None:
