@@ -1,10 +1,10 @@
 """Ablations: each cell changes one thing, every seed is paired with plain BCL (or balanced softmax) of the same seed.
 
     python benchmarks/ablation.py --list                                # sweeps and their cells
-    python benchmarks/ablation.py --sweeps radius-full sam --seeds 0 1 2     # digits-lt: 10 to 30 s a run on one quiet core
+    python benchmarks/ablation.py --sweeps radius-full sam --seeds 0 1 2     # digits-lt
     python benchmarks/ablation.py --dataset cifar10-lt --data-dir CIFAR --sweeps baseline gkp    # needs a GPU
-    python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # 3 to 6 minutes a run
-    python benchmarks/ablation.py --dataset cifar10-lt-resnet8 --data-dir CIFAR --sweeps last-fifth    # an hour a seed
+    python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # minutes a run
+    python benchmarks/ablation.py --dataset cifar10-lt-resnet8 --data-dir CIFAR --sweeps last-fifth    # hours
     python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
 Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
 with like. A cell and seed that has its row is not run again. HALF.npz is what half_size.py writes. Rows: case
@@ -37,7 +37,7 @@ HALF = {
     **SMALL, "imbalance": 100.0, "limit_train": 4000, "val_per_class": 0, "model": "resnet8", "epochs": 40, "batch": 64,
     "lr": 0.1, "schedule": "cosine", "warmup": 3.0,
 }  # fmt: skip
-# All of CIFAR-10-LT by its own recipe, in the precision of a GPU, with the network that two CPU cores can train: 10 s an epoch.
+# All of CIFAR-10-LT by its own recipe, in the precision of a GPU, with the network that two CPU cores can train.
 FULL = {"device": "cpu", "precision": "bf16", "compile": "on", "imbalance": 100.0, "model": "resnet8"}
 STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF), "cifar10-lt-resnet8": ("cifar10-lt", FULL),

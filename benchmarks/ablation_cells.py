@@ -66,7 +66,7 @@ def last_fifth(base: str) -> dict[str, Cell]:
 SWEEPS: dict[str, dict[str, Cell]] = {
     "baseline": {"bcl": Cell("bcl", {})},
     "sam": settings_of("bcl+sam", "rho", (0.02, 0.05, 0.1, 0.2)),
-    "asam": settings_of("bcl+asam", "rho", (0.5, 1.0, 2.0, 4.0)),  # GSA is adaptive, too: its lengths are 0.2 to 3
+    "asam": settings_of("bcl+asam", "rho", (0.5, 1.0, 2.0, 4.0)),  # GSA is adaptive, too
     "radius-full": {f"gsa-full,radius=x{k}": Cell("gsa-full", radius(k)) for k in (1, 3, 10, 30)},
     "radius-paper": {f"gsa-paper,radius=x{k}": Cell("gsa-paper", radius(k)) for k in (1, 3, 10, 30)},
     "gkp": {f"gsa-full+gkp,radius=x{k}": Cell("gsa-full+gkp", radius(k)) for k in (1, 3)},

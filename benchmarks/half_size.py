@@ -1,4 +1,4 @@
-"""A pack of CIFAR's pictures at half their size: a study that two CPU cores finish in an hour.
+"""A pack of CIFAR's pictures at half their size: a study for two CPU cores.
 
     python benchmarks/half_size.py CIFAR.npz HALF.npz      # for `ablation.py --dataset cifar10-half --data-dir HALF.npz`
 

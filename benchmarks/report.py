@@ -25,7 +25,7 @@ from peer_tables import NOT_MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "kernels.md")
-SUPERSEDED = {"model/host/a rank": "host/a rank/torch loader/n=2000000"}  # computed once, measured since
+SUPERSEDED = {"model/host/a rank": "host/a rank/torch loader/n=2000000"}  # computed: measured
 Row = dict[str, Any]
 
 

@@ -1,6 +1,6 @@
 """What long-tailed bookkeeping costs at iNaturalist's size, without a picture or a network.
 
-    python benchmarks/scale.py                                 # C = 8,142, 100 snapshots of a ResNet-50; needs 13 GiB of memory
+    python benchmarks/scale.py                                 # C = 8,142, 100 snapshots of a ResNet-50; needs 12 GiB of memory
     python benchmarks/scale.py --snapshots 20 --append         # and appends rows to benchmarks/results/scale.jsonl
 
 Sampling order, class and group statistics, streaming quality, memory bank, clustering, group means and the collapsed

@@ -136,7 +136,7 @@ def strong_scaling(m: Machine, batch: int = 1024, classes: int = 8142) -> list[t
 
 
 def memory_by_classes(classes: int, batch: int = 128, snapshots: int = 100) -> dict[str, float]:
-    """GiB that grow with the number of classes, as the code is today: everything whole on every GPU."""
+    """GiB that grow with the number of classes, with everything whole on every GPU, as the code has it."""
     net, n = RESNET50, parameters(RESNET50, classes)
     rows = gradient_rows(RULES["gsa-full"], GROUPS)
     bytes_of = {

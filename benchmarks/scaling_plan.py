@@ -1,6 +1,6 @@
 """Experiments behind the plan for a million classes and a billion images in docs/scaling.md; one CPU, no GPU, no network.
 
-    python benchmarks/scaling_plan.py                     # prints; a few minutes
+    python benchmarks/scaling_plan.py                     # prints
     python benchmarks/scaling_plan.py --append            # and appends rows to benchmarks/results/scale.jsonl
 
 sharded   what sharding the classifier makes of memory and step time on paper (the model of scaling_model.py), and that

@@ -19,8 +19,8 @@ from torch import Tensor
 
 R = TypeVar("R")
 
-# Elements of a block. 25.6M elements on one thread of an EPYC (L2 512 KiB), whole -> blocks of 2^15, 2^16, 2^17, 2^18: perturb
-# 317 -> 72, 53, 44, 46 ms, gram of one row 124 -> 43, 32, 25, 98 ms; a copy takes 16 ms.
+# Elements of a block: 512 KiB of float32, of which a core's cache holds one or a few. Larger ones leave it before the next
+# call, and of smaller ones torch's calls cost more than their work.
 BLOCK = 131_072
 # Arrays of one such block are cut into parts that torch works through on the calling thread, whatever its number of threads.
 SERIAL = 32_768

@@ -9,9 +9,9 @@ from .common import jit, load_number, tl
 # Partials summed at a time: 8192 float64 are 64 registers a thread; the fewer trips, the fewer waits for memory.
 PARTIAL_ELEMENTS = 8192
 WARPS = 8
-# One program owns its SM; without a bound ptxas stops at 80 registers and spills 8 bytes (sm_80, G = 4). With it nothing spills
-# for G up to 32 and for 64. In between odd G did (400 bytes around float64 divisions, whatever the bound and the number of
-# warps): coefficients.py fills those up with absent groups to 64.
+# One program owns its SM; without a bound ptxas takes few registers and spills. With it nothing spills
+# for G up to 32 and for 64. In between odd G did, around float64 divisions, whatever the bound and the number of warps:
+# coefficients.py fills those up with absent groups to 64.
 MAX_REGISTERS = 240
 
 

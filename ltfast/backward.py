@@ -13,7 +13,7 @@ class Backward:
     """`backward(loss, row)` writes the gradient of a scalar loss into gradient row `row` of `flat`.
 
     Autograd hands the gradients over and a few multi-tensor launches move them all into the row; adding each into its
-    `p.grad` would be one launch a parameter, a third of all launches of a small network's backward. `p.grad` stays alone.
+    `p.grad` would be one launch a parameter. `p.grad` stays alone.
 
     Args:
         scaler: loss scale of fp16; rows are unscaled.

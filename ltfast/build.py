@@ -208,7 +208,7 @@ def build_model(
     torch.manual_seed(config.run.seed)
     channels, side = input_shape[0], input_shape[-1]
     cfg = config.model
-    # CIFAR ResNets keep their own stem at any size: on 8x8 digits it is better than a full-resolution one.
+    # CIFAR ResNets keep their own stem at any size, on 8x8 digits too.
     imagenet_resnet = cfg.model.startswith(("resnet", "resnext", "wide_resnet")) and not is_cifar_encoder(cfg.model)
     stem = "small" if side <= 40 and imagenet_resnet else "default"
     given = Path(cfg.weights or "")

@@ -173,7 +173,7 @@ class Trainer(Durable):
     def stable(self, anchor: Anchor) -> Anchor:
         """Cap A where the descent would overshoot the anchor, see `critical_weight`.
 
-        Fishers of early snapshots reach A of 30 and more; uncapped, lambda = 10 then diverges within an epoch.
+        The Fisher of early snapshots may be large; uncapped, descent then diverges.
         """
         cfg = self.config
         strongest = (1 - min(cfg.preserve.alpha_start, cfg.preserve.alpha_end)) * self.strength

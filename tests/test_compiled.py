@@ -114,8 +114,8 @@ def test_twenty_steps_through_aotautograd_give_the_same_weights(kind: str) -> No
 def test_twenty_steps_through_inductor_give_the_same_weights(kind: str) -> None:
     """Fused kernels round differently: observed 4e-7, 2e-5 and 2e-7 of weights up to 1.5.
 
-    At ten times this learning rate it is 6e-3, and exactly so for two eager runs whose first weights differ in the last
-    bit: there the steps amplify, whoever rounds.
+    At a much larger learning rate the steps amplify it, as they do between two eager runs whose first weights differ in the
+    last bit.
     """
     torch.use_deterministic_algorithms(True)
     try:

@@ -211,7 +211,7 @@ def inat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_statistics_of_anchors_come_from_batches_of_one_size(
     budget: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A last batch of one picture weighed as much as the whole ones, and a network that ends at 1 x 1 pixel raised."""
+    """Each weighs the same in the mean, and none has one picture alone, which a network that ends at 1 x 1 pixel refuses."""
     made, found = trainer("ce+gkp", fisher_budget=budget, groups=2), []
 
     @contextmanager

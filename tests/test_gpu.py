@@ -36,7 +36,7 @@ from tests.test_step import COUNTS, GROUPS, flat_of
 pytestmark = pytest.mark.gpu
 STEPS, LR = 20, 0.005
 B, SIDE = 64, 16
-# Of the way that the weights went in STEPS steps. On the CPU, eager and inductor end 1e-4 and less apart (test_compiled).
+# Of the way that the weights went in STEPS steps.
 COMPILED, DEVICES, HALF = 2e-2, 2e-2, 0.25
 
 

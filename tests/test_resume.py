@@ -31,7 +31,7 @@ from ltfast.scaler import INITIAL, LossScale
 from ltfast.train import train
 from tests import procs
 
-# Nine steps an epoch for about 0.1 s, scouting for two epochs, then groups, anchor and sharpness: everything there is.
+# Nine steps an epoch, scouting for two epochs, then groups, anchor and sharpness: everything there is.
 SMALL = {
     "epochs": 5, "scout": 0.4, "batch": 36, "fisher_budget": 16, "deterministic": True, "tensorboard": False, "device": "cpu",
     "keep_checkpoints": 2,

@@ -9,11 +9,8 @@ hue is a YIQ rotation in degrees.
 Deliberate settings: adjust_orientation=False (DALI rotates by EXIF by default, PIL and BCL's code do not);
 antialias=True (default, torchvision's filter); jpeg_fancy_upsampling=True (GPU pixels otherwise differ for
 subsampled JPEGs). A window is given to the resize as a region of interest, so its outermost pixels see their
-neighbours, as with PIL's resize(box=...): 0.2 of 255 levels from crop-then-resize on average, and 1.6 ms of CPU less
-for three views. A region whose left end exceeds its right one is flipped.
-
-Measured on 2 CPU cores: three views from one decode 5.0 ms of CPU, three fn.random_resized_crop 5.5, slice and
-resize 6.7.
+neighbours, as with PIL's resize(box=...); cropping first would cost a copy of each window. A region whose left end exceeds its
+right one is flipped.
 """
 
 from __future__ import annotations
@@ -25,12 +22,12 @@ import numpy as np
 
 from ltfast.data.large_views import ASPECT, CROP_TRIES, evaluation_size
 
-PREFETCH = 2  # depth 1 did not lower memory, 3 did not raise speed
+PREFETCH = 2  # batches that DALI is ahead
 CROP_INPUTS = 6  # path, across, down, place, flip, index
 
 
 def dali_available() -> bool:
-    """Whether nvidia.dali can be imported (it takes 0.3 s, so the answer is found without importing it)."""
+    """Whether nvidia.dali can be imported (found without importing it, which takes a while)."""
     import importlib.util
 
     try:
@@ -40,7 +37,7 @@ def dali_available() -> bool:
 
 
 def decodes_regions(views: int, device_id: int | None) -> bool:
-    """Whether only the window of a picture is decoded: on a CPU, for one view, where it takes 2.27 ms instead of 2.53.
+    """Whether only the window of a picture is decoded: on a CPU, for one view, where it is less work.
 
     A truncated JPEG then decodes or fails with the window that is asked for, so DaliSource looks at the bytes first.
     """

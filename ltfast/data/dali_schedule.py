@@ -24,7 +24,7 @@ from ltfast.data.lists import ImageList
 if TYPE_CHECKING:
     from ltfast.data.dali_source import DaliSource
 
-PART, PART_PER_THREAD = 16, 8  # pictures; whole batches of 64 held about 90 MiB more with three views and 2 threads
+PART, PART_PER_THREAD = 16, 8  # pictures; whole batches hold more memory
 
 
 def part_size(device_type: str, threads: int, batch: int) -> int:

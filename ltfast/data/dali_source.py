@@ -3,8 +3,7 @@ a run.
 
 DALI runs ahead over the ends of epochs: the feed numbers its steps through, so no pipeline is ever reset (a reset in
 mid-epoch would be ignored) and an epoch starts without a pause. One bad file ends a DALI pipeline for good; then the
-culprit is found, named once, replaced (or left out, in evaluation), and the pipeline is built anew at that step,
-which takes about 0.3 s.
+culprit is found, named once, replaced (or left out, in evaluation), and the pipeline is built anew at that step.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class DaliSource(LargeSource):
             self._looked_at["train"].fill_(False)
 
     def usable(self, index: Tensor) -> Tensor:
-        """See LargeSource.usable; where regions are decoded, every file is looked at (30 us) before its first use, else
+        """See LargeSource.usable; where regions are decoded, every file is looked at before its first use, else
         every TIFF."""
         while True:
             shown = super().usable(index)
@@ -186,7 +185,7 @@ class DaliSource(LargeSource):
     def _find_bad(self, split: str, sent: list[Tensor]) -> None:
         """Reports the bad files among the images sent; raises DALI's own error when none is to be found.
 
-        Cheapest look first: headers (30 us a file), then a full decode by PIL, then DALI alone, one file at a time.
+        Cheapest look first: headers, then a full decode by PIL, then DALI alone, one file at a time.
         The batch that failed is the oldest that has not come back; the younger ones are asked only when it is
         innocent.
         """

@@ -22,7 +22,7 @@ class Finisher:
     """Turns uint8 [n, H, W, 3] pictures into normalised float views [n, 3, H, W].
 
     mean, std: RGB on the 0..1 scale; dtype: of the views on a GPU (float32 or bfloat16), computed in float32 and
-    rounded once: doing the arithmetic in bfloat16 has 2.7 times the error. CPU views are float32, NCHW; GPU views
+    rounded once: doing the arithmetic in bfloat16 has a larger error. CPU views are float32, NCHW; GPU views
     channels_last; threads: pictures finished at a time on a CPU.
     """
 

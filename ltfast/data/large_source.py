@@ -95,7 +95,7 @@ class LargeSource(Ordered):
         self.rank, self.world, self.eval_batch, self.workers = rank, world, eval_batch, workers
         self.on_bad_image = on_bad_image
         self.device = torch.device(device)
-        # Half of the threads: decoding and cropping, DALI's half, cost about as much as colour on a CPU.
+        # Half of the threads; DALI has the other half, for decoding and cropping.
         threads = max(workers // 2, 1) if self.loader == "dali" else 1
         self.mean, self.std = tuple(mean), tuple(std)
         self.finisher = Finisher(mean, std, self.device, dtype, threads)

@@ -1,7 +1,7 @@
 """Image lists: '<relative path> <label>' text files, CSV and iNaturalist's JSON; folders.py reads image-folder trees.
 
 Everything ends as an `ImageList`: compact paths, int32 labels, class names. Parsing is vectorised over the whole
-file: a million lines take about a second and stay under 1 GiB (benchmarks/data.py measures it).
+file.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Arrays: {train,test}_bytes uint8, {train,test}_offsets int64 [n + 1], {train,test}_labels integers [n], class_names [C]
 strings. Read with allow_pickle=False. Pictures are decoded when they are asked for, so a long-tailed subset costs only
-itself: 0.1 ms for 32 x 32 on one core, 2.5 s for CIFAR-10-LT with its test split (threads gain nothing under the
-interpreter lock), so nothing is cached on disk.
+itself and nothing is cached on disk.
 """
 
 from __future__ import annotations

@@ -83,8 +83,7 @@ class SmallSource(Ordered):
         """The training batch for `draw` [b] of `epoch_draws`: tensor arithmetic only, so it can be compiled or captured.
         Augmentation hangs on the draw, so an image that is drawn again looks different.
 
-        `source.make_batch = torch.compile(source.make_batch, fullgraph=True)` makes one graph for all epochs; Inductor
-        fuses the 1,200 operations of the three CIFAR views into 67 kernels (counted on the CPU back end, torch 2.15).
+        `source.make_batch = torch.compile(source.make_batch, fullgraph=True)` makes one graph for all epochs.
         """
         index = draw % self.sizes["train"]
         images = self.images["train"][index]

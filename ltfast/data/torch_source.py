@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as F  # here, not in functions: each forked worker would import it again (2 s)
+import torchvision.transforms.functional as F  # here, not in functions: each forked worker would import it again
 from PIL.Image import Image, preinit
 from torch import Tensor
 from torchvision.transforms import InterpolationMode

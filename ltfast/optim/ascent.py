@@ -117,7 +117,7 @@ class Ascent:
 
     def _remember(self, matrix: Tensor, shares: Tensor) -> None:
         """Average norms in the logarithm and correlations as they are: one batch with an odd picture, whose gradient is
-        four times as long, would otherwise rule the memory for many refreshes."""
+        much longer, would otherwise rule the memory for many refreshes."""
         norms, held = (m.diagonal().clamp_min(0).sqrt() for m in (matrix, self.memory))
         # A batch that overflowed, or a group that is absent or without a gradient, leaves no trace.
         present = (shares > 0) & (norms > 0) & torch.isfinite(matrix).all()

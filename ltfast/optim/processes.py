@@ -29,8 +29,8 @@ def several(model: nn.Module | None) -> bool:
 def wrappers_of(params: Sequence[Tensor]) -> list[DistributedDataParallel]:
     """The DistributedDataParallel modules that reduce gradients of `params` over several processes.
 
-    Such a module leaves no mark on its parameters, so this looks through all objects that the garbage collector knows:
-    some 10 ms for 100,000 of them. What was made before `gc.freeze` is not found.
+    Such a module leaves no mark on its parameters, so this looks through all objects that the garbage collector
+    knows. What was made before `gc.freeze` is not found.
     """
     found = _search(params)
     if found:

@@ -37,7 +37,7 @@ class SAM(FlatOptimizer):
     Args:
         params: parameters or param groups; groups may have their own rho and adaptive beside the base optimizer's options.
         base_optimizer: torch.optim.SGD or AdamW (fused) or any other optimizer class.
-        rho: radius of the ascent, >= 0. For adaptive steps about ten times that of plain ones.
+        rho: radius of the ascent, >= 0. Adaptive steps want a larger one (ASAM's paper: about ten times).
         adaptive: scale by |theta| (ASAM).
         base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 

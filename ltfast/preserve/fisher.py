@@ -1,8 +1,8 @@
 """Diagonal empirical Fisher of the base loss at a group's anchor, F = E[(d log p(y|x) / d theta)^2].
 
 "per-sample" (default) squares each sample's gradient; "batch" squares the mean gradient of a batch, as the released
-code does, and comes out about 1 / batch size of it. BatchNorm runs on its running statistics, so samples do not mix; a
-mean of snapshots has none of its own, hence `reestimate_batchnorm`. Only the anchored (encoder) parameters are
+code does, and comes out smaller by the size of a batch or more. BatchNorm runs on its running statistics, so samples do not
+mix; a mean of snapshots has none of its own, hence `reestimate_batchnorm`. Only the anchored (encoder) parameters are
 differentiated; the classifier is the model's current one. A network that torch's vmap cannot batch: feed it batches of
 one image in mode "batch", which is the same number, slower.
 
@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ltfast.modes import evaluating
 from ltfast.preserve.layers import Unlike, known_layers, sample_squares
 
-# Bytes of per-sample gradients held at once when `chunk` is not given: 9 samples of a ResNet-50, 512 of a ResNet-32.
+# Bytes of per-sample gradients held at once when `chunk` is not given: 11 samples of a ResNet-50, 512 of a ResNet-32.
 CHUNK_BYTES = 1 << 30
 MAX_CHUNK = 512
 LossFn = Callable[[Tensor, Tensor], Tensor]  # (outputs [B, C], labels [B]) -> loss of each sample [B]

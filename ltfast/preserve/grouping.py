@@ -18,8 +18,7 @@ from ltfast.preserve.bank import MemoryBank, stack_into
 from ltfast.progress import counted
 
 log = logging.getLogger(__name__)
-# Columns per block of the Gram matrix. 100 snapshots of 25.6M, 2 idle cores: 9.0 s at 4096, 9.3 s at 16384, 9.7 s at
-# 32768. Narrower blocks make threads wait for each other on a busy machine.
+# Columns per block of the Gram matrix. Narrower blocks make threads wait for each other on a busy machine.
 BLOCK = 1 << 14
 # k-means starts. Each costs microseconds; the cut value picks the winner, so more starts only guard against bad optima.
 STARTS = 32

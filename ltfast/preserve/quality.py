@@ -29,8 +29,8 @@ class Quality(NamedTuple):
 class QualityStats:
     """Running sum f, sum |f|^2 and count of each class; one fused `index_add_` a step and no host synchronisation.
 
-    The sums are float64. V is a difference of two numbers near |centroid|^2, and late in training V / |centroid|^2
-    reaches 1e-4: float32 sums over thousands of images would leave V with errors of per cents, or negative.
+    The sums are float64. V is a difference of two numbers near |centroid|^2, and late in training the
+    quotient of the two is small: float32 sums over thousands of images would leave V inaccurate, or negative.
 
     `flat` is the whole state as one float64 vector of C * (D + 2): ranks add theirs (`all_reduce(stats.flat)`) before
     `compute`. With `torch.use_deterministic_algorithms(True)` the sums are reproducible on CUDA to the bit.

@@ -26,7 +26,7 @@ from ltfast.resume import load_bank
 
 SIDES = ("head", "tail")
 IMAGES = 256  # training images a side
-LANCZOS_STEPS, LANCZOS_PROBES, TRACE_PROBES = 24, 2, 12  # digits, ResNet-8, 2 cores: about 8 s a side
+LANCZOS_STEPS, LANCZOS_PROBES, TRACE_PROBES = 24, 2, 12
 LANCZOS_MINIMUM = 8  # steps: fewer place the largest eigenvalue too roughly
 BASIS_BYTES = 8 << 30  # of Lanczos vectors: 24 x 25.6M x 4 bytes are 2.5 GB
 LEVELS = 3  # landscapes of 17 x 17 points

@@ -27,7 +27,7 @@ from ltfast.preserve import sample_indices
 from ltfast.runs import RunFolder
 
 HELD_BYTES = 1 << 30  # of images kept on the device for curvature and landscapes
-CHUNK = 64  # images differentiated twice at once: eight times fewer than a training step's activations at batch 256
+CHUNK = 64  # images differentiated twice at once, which takes far more memory an image than a training step
 INTERRUPTED = "the report was interrupted before"
 OUT_OF_TIME = "left out: its share of --max-minutes did not suffice"
 

@@ -201,9 +201,7 @@ def class_sorted(n: int, classes: int) -> dict[str, ImageList]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_order_of_a_class_sorted_list_is_uniform_for_every_epoch_and_rank(seed):
-    """DALI's random_shuffle keeps neighbours together (position correlation .995): this is why the order is our
-    own.
-    """
+    """DALI's random_shuffle keeps neighbours together: this is why the order is our own."""
     n, world, batch = 4000, 4, 64
     lists = class_sorted(n, 8)
     sources = [

@@ -85,7 +85,7 @@ def test_evaluation_is_torchvisions_compose():
 
 
 def test_bf16_views_are_rounded_once():
-    """Subtract and divide in float32, then round: all arithmetic in bfloat16 has 2.7 times the error."""
+    """Subtract and divide in float32, then round: all arithmetic in bfloat16 has a larger error."""
     from ltfast.data.finish import Finisher
 
     finisher = Finisher(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.bfloat16)

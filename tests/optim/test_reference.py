@@ -17,7 +17,7 @@ STEPS = 50
 RHO = 0.5
 STRONG = {"C": 3.0, "rho_min": 5e-3, "rho_max": 4e-2}  # some radii inside the bounds, perturbations that show
 # Largest |difference| after 50 steps: observed up to 5e-7 in fp32 (8e-7 of the state) and 5e-3 (9e-3) in bf16, where an
-# activation may round the other way; a twin wrong by one term is off by 5e-4 and more (radii of CC-SAM), mostly by 1e-1.
+# activation may round the other way; a twin wrong by one term is off by more than REJECTED.
 TOLERANCE = {"fp32": 5e-6, "bf16": 2e-2}
 REJECTED = 2e-4
 

@@ -1,4 +1,4 @@
-"""What users do that no protocol asks for: each of these once lost weights, steps or gradients in silence."""
+"""What users do that no protocol asks for: none of it may lose weights, steps or gradients in silence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies, loaded state and options changed in mid-run: each of these once went on with something else in silence."""
+"""Copies, loaded state and options changed in mid-run: none of it may go on with something else in silence."""
 
 from __future__ import annotations
 

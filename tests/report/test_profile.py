@@ -67,7 +67,7 @@ def test_kinds_of_step_count_as_often_as_they_are_taken(gram, ascent, shares):
 
 
 def test_the_mean_step_weighs_each_kind(lives, monkeypatch):
-    """gram_every 16 had its only exact step in the warm-up, and the median of ascent_every 5 was that of a repetition."""
+    """A median would be that of the commonest kind alone."""
     clock, cost = [0.0], {EXACT: 9.0, STALE: 3.0, REPEAT: 1.0}
 
     def take(trainer, kind, batch):
