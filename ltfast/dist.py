@@ -87,9 +87,10 @@ class Ranks:
         """[world, ...] the tensors of all ranks, on every rank (shapes must agree)."""
         if self.world == 1:
             return tensor[None]
+        tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         self.traffic.add(tensor)
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
     # -- decisions of the host -----------------------------------------------------------------------------------------

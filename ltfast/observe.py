@@ -183,6 +183,8 @@ def refresh_row(trainer: Trainer) -> dict[str, float]:
 def observe_epoch(trainer: Trainer, epoch: int) -> None:
     """Write the rows of an epoch that is over; keep the weights of the marked ones."""
     epochs = trainer.config.optim.epochs
+    if trainer.meter.sums is not None:
+        trainer.ranks.mean_(trainer.meter.sums)  # local ascents differ
     ascent = trainer.meter.result()
     if ascent:
         trainer.log("ascent", epoch=epoch, **ascent, **refresh_row(trainer))

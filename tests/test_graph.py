@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -282,3 +282,111 @@ def test_no_garbage_is_collected_while_a_graph_is_recorded(monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="not recorded"):
         recorder.record(fails)
     assert gc.isenabled()
+
+
+class Lines:
+    """Streams that note who waits for whom."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        lines = self
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name, self.device = name, None
+
+            def wait_stream(self, other: Stream) -> None:
+                lines.said.append(f"{self.name} waits for {other.name}")
+
+        self.side, self.current = Stream("side"), Stream("main")
+
+        @contextmanager
+        def inside(stream: Stream) -> Iterator[None]:
+            before, self.current = self.current, stream
+            yield
+            self.current = before
+
+        def select(stream: Stream) -> None:
+            self.current = stream
+
+        for name, value in (
+            ("Stream", lambda _: self.side), ("stream", inside), ("current_stream", lambda *_: self.current),
+            ("set_stream", select), ("graph_pool_handle", lambda: "pool"), ("CUDAGraph", lambda: SimpleNamespace(replay=None)),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_the_side_stream_and_the_current_one_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Lines(monkeypatch)
+    with CudaRecorder(torch.device("cuda")).aside():
+        lines.said.append(f"work on {lines.current.name}")
+    assert lines.said == ["side waits for main", "work on side", "main waits for side"]
+    assert lines.current.name == "main"
+
+
+def test_a_recording_shares_memory_and_stream_and_leaves_no_stream_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, given = Lines(monkeypatch), []
+
+    def graph(*_: Any, **options: Any) -> AbstractContextManager[None]:
+        given.append(options)
+        return nullcontext()
+
+    def fails() -> None:
+        lines.current = lines.side  # as if the recording could not be ended
+        raise RuntimeError("not recorded")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    recorder = CudaRecorder(torch.device("cuda"))
+    recorder.record(lambda: None)
+    assert given == [{"pool": "pool", "stream": lines.side, "capture_error_mode": "thread_local"}]
+    with pytest.raises(RuntimeError, match="not recorded"):
+        recorder.record(fails)
+    assert lines.current.name == "main"
+
+
+def test_memory_that_does_not_suffice_for_a_recording_is_told_as_such() -> None:
+    """Not taken for a reason to go on eagerly."""
+
+    class Full(Broken):
+        def record(self, function: Callable[[], Any]) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    captured = Captured(Counter(), "count", Full(), warmup=1)
+    captured("add", torch.ones(3))
+    with pytest.raises(torch.OutOfMemoryError):
+        captured("add", torch.ones(3))
+    assert captured.reason is None
+
+
+def test_other_dtypes_are_refused() -> None:
+    captured = Captured(Counter(), "count", TapeRecorder())
+    captured("add", torch.ones(3))
+    with pytest.raises(ValueError, match=r"count: recorded for torch.float32 \(3,\), got torch.float64 \(3,\)"):
+        captured("add", torch.ones(3).double())
+
+
+def test_the_first_call_is_never_recorded() -> None:
+    function = Counter()
+    captured = Captured(function, "count", TapeRecorder(), warmup=0)
+    for _ in range(3):
+        out = captured("add", torch.ones(3))
+    assert out["total"].tolist() == [3, 3, 3]
+    assert len(captured.recorder.tapes) == 1
+    assert captured.branches["add"].calls == 3
+    assert function.python_calls == 2
+
+
+def test_recordings_go_when_another_one_fails() -> None:
+    """Their memory, too: nothing replays them any more."""
+
+    class Second(TapeRecorder):
+        def record(self, function: Callable[[], Any]) -> Any:
+            if self.tapes:
+                raise RuntimeError("no second one")
+            return super().record(function)
+
+    captured = Captured(Counter(), "count", Second(), warmup=1)
+    for branch in ("add", "add", "subtract", "subtract"):
+        captured(branch, torch.ones(3))
+    assert captured.reason == "RuntimeError: no second one"
+    assert not captured.branches

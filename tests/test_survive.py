@@ -578,3 +578,19 @@ def test_the_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
     train(quick(out, epochs=1, limit_train=0, checkpoint_minutes=1e-6), progress=Times())
     assert len(steps) == 9
     assert len(written) < len(steps)
+
+
+def test_a_terminal_that_is_gone_does_not_turn_a_hangup_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with Signals(launched=False) as signals:
+        monkeypatch.setattr("ltfast.survive.os.write", gone)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+
+
+def test_images_of_bad_steps_that_cannot_be_written_are_told_beside_the_cause(tmp_path: Path) -> None:
+    watch = BadSteps(1, torch.ones(()), Ranks(), tmp_path / "gone")
+    with pytest.raises(UserError, match=r"1 step in a row .*bad_steps.json could not be written \(No such file or dir"):
+        watch.after_step(0, 0, torch.tensor([3]))

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ltfast import cli, dist, launch
 from ltfast.build import build_device
 from ltfast.config import Config
-from ltfast.dist import Ranks
+from ltfast.dist import Ranks, joined, lost_peer, start
 from ltfast.errors import UserError
 from ltfast.recipes import build_config
 from ltfast.runs import RunFolder
@@ -410,3 +411,61 @@ def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:1: several processes need a GPU each"):
         build_device(build_config("digits-lt", "ce", {}, {"device": "cuda:1"}), Ranks(1, 2, 1))
+
+
+def test_a_process_of_another_machine_has_its_own_device_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of the second machine's eight, and its first."""
+    monkeypatch.setattr("ltfast.dist._joined", Ranks())  # put back afterwards
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.new_group", lambda **_: "host")
+    values = {"WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for rank, local in (("9", "1"), ("8", "0")):
+        for name, value in (*values.items(), ("RANK", rank), ("LOCAL_RANK", local)):
+            monkeypatch.setenv(name, value)
+        assert start() == joined() == Ranks(int(rank), 16, int(local))
+        assert not joined().main
+        assert joined().host == "host"
+
+
+def test_workers_keep_the_threads_that_the_user_has_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    elastic = Elastic(monkeypatch, lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launch.launch(2, ["train"], out="run", max_restarts=0, cpu=False) == 0
+    assert elastic.environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_workers_on_gpus_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    elastic = Elastic(monkeypatch, lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert launch.launch(2, ["train"], out="run", max_restarts=0, cpu=False) == 0
+    assert elastic.environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+def test_workers_have_time_for_a_checkpoint_and_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    elastic = Elastic(monkeypatch, lambda: None)
+    assert launch.launch(2, ["train"], out="run", max_restarts=0, cpu=True) == 0
+    assert elastic.environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(launch.GRACE_SECONDS)
+    assert getattr(elastic.config, "shutdown_timeout", launch.GRACE_SECONDS) == launch.GRACE_SECONDS
+    assert elastic.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_workers_know_when_their_launcher_started_by_their_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--max-hours counts from there."""
+    elastic, before = Elastic(monkeypatch, lambda: None), time.monotonic()
+    assert launch.launch(2, ["train"], out="run", max_restarts=0, cpu=True) == 0
+    assert before <= float(elastic.environment[launch.STARTED]) <= time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), True),
+        (torch.distributed.DistBackendError("NCCL error"), True), (RuntimeError("size mismatch"), False),
+        (RuntimeError("Connection refused"), False),
+    ],
+)  # fmt: skip
+def test_whose_fault_a_failed_collective_is(error: RuntimeError, lost: bool) -> None:
+    assert lost_peer(error) is lost

@@ -16,7 +16,7 @@ from ltfast.errors import UserError
 from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
 from ltfast.reduce import Agreement, GradientReducer
-from ltfast.survive import Action, BadSteps, Signals, Watch
+from ltfast.survive import VOTE_SECONDS, VOTE_STEPS_MAX, Action, BadSteps, Signals, Watch
 from ltfast.syncbn import SyncedBatchNorm, synchronise
 from tests.procs import run_ranks
 
@@ -333,3 +333,107 @@ def test_bad_steps_stop_every_rank_and_name_all_images(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "bad_steps.json").read_text())["steps"]
     assert [row["batch"] for row in rows] == [4, 5, 6, 7, 8]
     assert rows[0]["index"] == [40, 41]
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+def test_synced_batchnorm_without_weights_or_statistics(options: dict[str, bool]) -> None:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(SyncedBatchNorm(3, **options)(x), nn.BatchNorm1d(3, **options)(x), rtol=1e-5, atol=1e-5)
+
+
+class Backwards(nn.Module):
+    """Its last layer comes first: backward fills the flat row from its beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b, self.a = nn.Linear(11, 2), nn.Linear(7, 11), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def reduced_backwards(ranks: Ranks) -> tuple[int, Tensor]:
+    torch.manual_seed(0)
+    net = Backwards()
+    flat = FlatParameters(net.parameters(), rows=1)
+    reducer = GradientReducer(flat, ranks, bucket_bytes=256)
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).chunk(ranks.world)[ranks.rank]
+    reducer.arm(flat.attach(0))
+    net(x).square().mean().backward()
+    reducer.finish(torch.tensor(0.0))
+    return len(reducer.spans), flat.grads[0].clone()
+
+
+def reduced_backwards_alone() -> Tensor:
+    torch.manual_seed(0)
+    net = Backwards()
+    flat = FlatParameters(net.parameters(), rows=1)
+    flat.attach(0)
+    net(torch.randn(8, 5, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+    return flat.grads[0].clone()
+
+
+def test_a_span_waits_for_those_before_it_whatever_the_order_of_backward(tmp_path: Path) -> None:
+    expected = reduced_backwards_alone()
+    for spans, mean in run_ranks(2, tmp_path, reduced_backwards):
+        assert spans > 2
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-7)
+
+
+def contrast_of_three(ranks: Ranks) -> tuple[list[int], Tensor]:
+    """Rank r's loss is sum of w_r(b) z_b, b the whole batch's numbers, own first."""
+    z = torch.zeros(2, 1, requires_grad=True)  # one picture, two views
+    everyone_z, labels, own = Agreement(ranks, True).contrast(z, torch.tensor([ranks.rank]))
+    assert labels[own].tolist() == [ranks.rank]
+    weights = torch.tensor([10.0**r for r in labels.tolist()]) * (1 + ranks.rank)  # of each picture, by its label
+    (everyone_z * weights.repeat(2)[:, None]).sum().backward()
+    assert z.grad is not None
+    return labels.tolist(), z.grad
+
+
+def test_three_ranks_each_get_what_all_losses_say_of_their_own(tmp_path: Path) -> None:
+    """With two of them, one place on and one place back are the same."""
+    for rank, (labels, grad) in enumerate(run_ranks(3, tmp_path, contrast_of_three)):
+        assert labels == [rank, (rank + 1) % 3, (rank + 2) % 3]
+        assert grad.tolist() == [[10.0**rank * (1 + 2 + 3)]] * 2
+
+
+def between_epochs(ranks: Ranks) -> list[Any]:
+    """Told to stop between two epochs: rank 1 alone, then both, as the launcher does; a vote of the steps is under way."""
+    found = []
+    for told in ((1,), (0, 1)):
+        signals = Signals()
+        watch = Watch(ranks, signals)
+        assert [watch.after_step() for _ in range(3)] == [Action.GO] * 3
+        signals.received = 15 * (ranks.rank in told)
+        found += [watch.between_epochs(), watch.reason]
+    return found
+
+
+def test_all_ranks_stop_between_the_same_epochs(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, between_epochs) == [[Action.STOP, "stopped by SIGTERM"] * 2] * 2
+
+
+def pace(ranks: Ranks, seconds: float) -> tuple[list[int], int]:
+    """Intervals between votes where a step takes rank 0 `seconds` and rank 1 twice that; the steps until a signal is acted upon."""
+    now = [0.0]
+    signals, intervals = Signals(), []
+    watch = Watch(ranks, signals, clock=lambda: now[0])
+    for step in range(600):
+        now[0] += seconds * (1 + ranks.rank)
+        if step == 300 and ranks.rank == 1:
+            signals.received = 15
+        if watch.after_step() is Action.STOP:
+            return intervals, step - 300
+        intervals.append(watch._interval)
+    return intervals, -1
+
+
+@pytest.mark.parametrize(("seconds", "interval"), [(0.0625, 4), (1e-6, VOTE_STEPS_MAX), (3.0, 1)])
+def test_votes_keep_to_the_pace_of_the_slowest_rank(tmp_path: Path, seconds: float, interval: int) -> None:
+    assert interval == max(1, min(int(VOTE_SECONDS / (2 * seconds)), VOTE_STEPS_MAX))
+    first, second = run_ranks(2, tmp_path, pace, seconds)
+    assert first == second
+    intervals, steps = first
+    assert set(intervals[150:]) == {interval}
+    assert 0 <= steps <= 2 * interval
