@@ -234,6 +234,26 @@ class RunFolder:
                     "data set with a test split of its own"
                 )
 
+    def as_trained(self, source: Source, what: str) -> None:
+        """Give a source what the run had of its training pictures, whatever lies there now: how many of each class, and the
+        mean and deviation that its network is used to.
+
+        Raises:
+            UserError: begun by `what`; the pictures have another shape.
+        """
+        for row in self.metrics("data")[-1:]:
+            source.train_counts = torch.tensor(row["counts"], dtype=torch.int64)
+            if used := row.get("preprocess"):
+                channels, height, width = source.input_shape
+                if (used["channels"], used["size"], used["size"]) != (channels, height, width):
+                    raise UserError(
+                        f"{what}: trained on pictures of {used['size']} x {used['size']} pixels and {used['channels']} channels, these "
+                        f"have {width} x {height} and {channels}; give the data that the run was trained on"
+                    )
+                mean, std = tuple(used["mean"]), tuple(used["std"])
+                if (mean, std) != (source.mean, source.std):
+                    source.normalise(mean, std)
+
     @staticmethod
     def open(path: str | Path, *, lock: bool = False) -> RunFolder:
         """An existing run folder, locked if it is to be written.

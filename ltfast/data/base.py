@@ -66,6 +66,10 @@ class Source(Protocol):
         """What decides which image stands where in an epoch, as plain values: a run goes on only where it is the same."""
         ...
 
+    def normalise(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Take this mean and deviation of each channel (of values in 0..1) for the plain views from now on."""
+        ...
+
     def set_groups(self, group_of_class: Tensor) -> None:
         """Tell the group-stratified sampler which group each class belongs to (LongTensor[C])."""
         ...

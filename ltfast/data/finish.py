@@ -38,8 +38,12 @@ class Finisher:
         # One intra-op thread each: pictures are the parallelism.
         pooled = device.type == "cpu" and threads > 1
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) if pooled else None
-        self._mean = (255 * torch.tensor(mean, dtype=torch.float64)).float().view(1, 3, 1, 1).to(device)
-        self._scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).float().view(1, 3, 1, 1).to(device)
+        self.normalise(mean, std)
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take another mean and deviation."""
+        self._mean = (255 * torch.tensor(mean, dtype=torch.float64)).float().view(1, 3, 1, 1).to(self.device)
+        self._scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).float().view(1, 3, 1, 1).to(self.device)
 
     def plain(self, pictures: Tensor) -> Tensor:
         """Normalisation only."""

@@ -97,12 +97,17 @@ class LargeSource(Ordered):
         self.device = torch.device(device)
         # Half of the threads; DALI has the other half, for decoding and cropping.
         threads = max(workers // 2, 1) if self.loader == "dali" else 1
-        self.mean, self.std = tuple(mean), tuple(std)
         self.finisher = Finisher(mean, std, self.device, dtype, threads)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.bad: dict[str, str] = {}
         self.replaced = torch.zeros((), dtype=torch.int64, device=self.device)  # this rank's, in this epoch so far
         self._labels = {split: torch.from_numpy(lists[split].labels.astype(np.int64)) for split in SPLITS}
         self.substitutes = Substitutes(train.labels)
+
+    def normalise(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """See Source.normalise; before the first batch."""
+        self.mean, self.std = mean, std
+        self.finisher.normalise(mean, std)
 
     def epoch_steps(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
         """This rank's steps of one epoch. ValueError when start_step is outside the epoch."""

@@ -78,7 +78,13 @@ def _read(dataset: str, data_dir: Path | None, download: bool, image_size: int |
         raise UserError(
             f"{dataset}: --data-dir is needed, a folder with train/<class>/ and test/<class>/, or an .npz pack"
         )
-    return read_pack(data_dir) if data_dir.is_file() else read_tree(data_dir, image_size), str(data_dir)
+    if not data_dir.is_file():
+        return read_tree(data_dir, image_size), str(data_dir)
+    pool = read_pack(data_dir)
+    side = pool.images.shape[-1]
+    if image_size not in (None, side):
+        raise UserError(f"--image-size {image_size}: {data_dir} holds pictures of {side} pixels; leave the option out")
+    return pool, str(data_dir)
 
 
 def _normalisation(dataset: str, splits: Splits) -> tuple[tuple[float, ...], tuple[float, ...]]:

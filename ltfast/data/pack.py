@@ -1,8 +1,8 @@
-"""An .npz pack of JPEG files: for train and test, all files one after another, their offsets and their labels.
+"""An .npz pack of square JPEG or PNG pictures: all files of a split one after another, their offsets and their labels.
 
 Arrays: {train,test}_bytes uint8, {train,test}_offsets int64 [n + 1], {train,test}_labels integers [n], class_names [C]
-strings. Read with allow_pickle=False. Pictures are decoded when they are asked for, so a long-tailed subset costs only
-itself and nothing is cached on disk.
+strings; val_* likewise, where there is a validation split. Read with allow_pickle=False. Pictures are decoded when they are
+asked for, so a long-tailed subset costs only itself and nothing is cached on disk.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ PARTS = {"bytes": "uint8", "offsets": "integer", "labels": "integer"}
 
 
 class JpegPictures:
-    """n encoded pictures of one size that decode on indexing, as uint8 [m, 3, H, W] RGB."""
+    """n encoded squares of one size that decode on indexing, as uint8 [m, 3, H, W] RGB."""
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray, where: str) -> None:
         self._files = [data[start:stop].tobytes() for start, stop in itertools.pairwise(offsets.tolist())]
         self._where = where
         self.shape = (len(self._files), *self._decode(0).shape)
+        height, width = self.shape[2:]
+        if height != width:
+            raise UserError(f"{where}: pictures are {width} x {height} pixels; crop or resize them to squares")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -55,7 +58,8 @@ class JpegPictures:
 def read_pack(path: Path) -> Pool:
     """The whole pack, pictures decoded on use. UserError naming the file and the array or picture that is wrong."""
     arrays = _load(path)
-    wanted = [f"{split}_{part}" for split in ("train", "test") for part in PARTS] + ["class_names"]
+    splits = ["train", "test"] + (["val"] if any(key.startswith("val_") for key in arrays) else [])
+    wanted = [f"{split}_{part}" for split in splits for part in PARTS] + ["class_names"]
     missing = [key for key in wanted if key not in arrays]
     if missing:
         raise UserError(f"{path}: the array {missing[0]!r} is missing; a pack holds {', '.join(wanted)}")
@@ -65,13 +69,16 @@ def read_pack(path: Path) -> Pool:
         )
     names = tuple(str(name) for name in arrays["class_names"])
     train, train_labels = _split(path, arrays, "train", len(names))
-    test, test_labels = _split(path, arrays, "test", len(names))
-    if train.shape[1:] != test.shape[1:]:
-        raise UserError(
-            f"{path}: train pictures are {train.shape[1:]}, test pictures {test.shape[1:]}; they must agree"
-        )
+    held = {}
+    for split in splits[1:]:
+        pictures, labels = _split(path, arrays, split, len(names))
+        if train.shape[1:] != pictures.shape[1:]:
+            raise UserError(
+                f"{path}: train pictures are {train.shape[1:]}, {split} pictures {pictures.shape[1:]}; they must agree"
+            )
+        held[split] = pictures[np.arange(len(pictures))], labels
     return Pool(
-        train, train_labels, test[np.arange(len(test))], test_labels, names, identity=zlib.crc32(arrays["train_bytes"])
+        train, train_labels, *held["test"], names, val=held.get("val"), identity=zlib.crc32(arrays["train_bytes"])
     )
 
 

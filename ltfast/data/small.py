@@ -57,13 +57,18 @@ class SmallSource(Ordered):
         self.device = torch.device(device)
         self.images = {split: splits.images[split].to(self.device) for split in SPLITS}
         self.labels = {split: splits.labels[split].to(self.device) for split in SPLITS}
-        self.mean, self.std = plain.mean, plain.std
-        self.views, self.plain = tuple(view.to(self.device) for view in views), plain.to(self.device)
+        self.views = tuple(view.to(self.device) for view in views)
+        self.normalise(plain.mean, plain.std)
         self.batch, self.eval_batch, self.sampler, self.seed = batch, eval_batch, sampler, seed
         self.rank, self.world, self.epochs_total = rank, world, epochs_total
         self.steps_per_epoch = steps_per_epoch(self.sizes["train"], batch)
         probe = self.plain(self.images["train"][:1])
         self.input_shape: tuple[int, int, int] = (probe.shape[1], probe.shape[2], probe.shape[3])
+
+    def normalise(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """See `Source.normalise`."""
+        self.mean, self.std = mean, std
+        self.plain = Plain(mean, std).to(self.device)
 
     def epoch_indices(self, epoch: int) -> Tensor:
         """[steps, batch / world] int64 on the device: the images that this rank trains on, step by step."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ltfast.cli import main
 from ltfast.data.longtail import select_subset
+from ltfast.report.runs import open_live, open_runs
 from ltfast.runs import RunFolder
 from tests.data.bad_files import bad_files
 
@@ -65,6 +66,26 @@ def test_a_test_split_of_the_sets_own_is_evaluated_as_it_is(dataset: str, tmp_pa
     capsys.readouterr()
     assert main(["eval", str(run), "--split", "val"]) == 2
     assert "its val images are drawn from the training pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset", ["folder", "folder-small"])
+def test_a_run_is_evaluated_by_the_training_pictures_that_it_had(dataset: str, tmp_path: Path, capsys) -> None:
+    """Bright pictures that come to a class afterwards change neither the normalisation nor which class is few-shot."""
+    root = pictures(tmp_path / "set", test=True)
+    run = trained(dataset, root, tmp_path / "run")
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json"]) == 0
+    before = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for i in range(40):
+        Image.fromarray(np.full((16, 16, 3), 255, dtype=np.uint8)).save(root / "train" / "dog" / f"white{i}.png")
+    assert main(["eval", str(run), "--json", "--csv", str(tmp_path / "classes.csv")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == before
+    assert before["train_counts"] == list(COUNTS)
+    assert (tmp_path / "classes.csv").read_text().splitlines()[3].startswith("dog,1,")
+    live = open_live(open_runs([str(run)])[0], device="cpu")
+    assert live.source.train_counts.tolist() == list(COUNTS)
+    used = RunFolder.open(run).metrics("data")[0]["preprocess"]
+    assert [list(live.source.mean), list(live.source.std)] == [used["mean"], used["std"]]
 
 
 def test_runs_of_before_are_evaluated(tmp_path: Path, capsys) -> None:

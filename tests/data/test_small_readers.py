@@ -95,6 +95,35 @@ def test_pack(tmp_path: Path) -> None:
         assert source.train_counts.tolist() == [20, 15, 11, 9, 7, 5, 4, 3, 2, 2]
 
 
+def test_a_pack_may_have_a_validation_split(tmp_path: Path) -> None:
+    arrays = small_sets.pack_arrays()
+    arrays |= {key.replace("test", "val"): value for key, value in arrays.items() if key.startswith("test_")}
+    np.savez(tmp_path / "pack.npz", **arrays)
+    source = load("folder-small", data_dir=tmp_path / "pack.npz", batch=32)
+    assert source.sizes == {"train": 200, "val": len(arrays["val_labels"]), "test": len(arrays["test_labels"])}
+    assert torch.equal(source.images["val"], source.images["test"])
+    del arrays["val_labels"]
+    np.savez(tmp_path / "pack.npz", **arrays)
+    with pytest.raises(UserError, match="the array 'val_labels' is missing"):
+        load("folder-small", data_dir=tmp_path / "pack.npz", batch=32)
+
+
+def test_pictures_of_a_pack_are_squares_and_stay_as_they_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "pack.npz", **small_sets.pack_arrays(side=20))
+    assert load("folder-small", data_dir=tmp_path / "pack.npz", batch=32, image_size=20).input_shape == (3, 20, 20)
+    with pytest.raises(UserError, match=r"--image-size 24: .*pack.npz holds pictures of 20 pixels"):
+        load("folder-small", data_dir=tmp_path / "pack.npz", batch=32, image_size=24)
+    oblong = small_sets.jpeg(np.zeros((3, 16, 48), np.uint8))
+    arrays = small_sets.pack_arrays()
+    for split in ("train", "test"):
+        n = len(arrays[f"{split}_labels"])
+        arrays[f"{split}_bytes"] = np.frombuffer(oblong * n, dtype=np.uint8)
+        arrays[f"{split}_offsets"] = len(oblong) * np.arange(n + 1)
+    np.savez(tmp_path / "pack.npz", **arrays)
+    with pytest.raises(UserError, match=r"pack.npz \(train\): pictures are 48 x 16 pixels; crop or resize them"):
+        load("folder-small", data_dir=tmp_path / "pack.npz", batch=32)
+
+
 def test_tree_with_splits(tmp_path: Path) -> None:
     small_sets.write_tree(tmp_path, {"train": (4, 3, 2), "val": (1, 1, 1), "test": (2, 2, 2)})
     source = load("folder-small", data_dir=tmp_path, batch=4)
