@@ -177,7 +177,9 @@ def command_train(args: argparse.Namespace) -> int:
         if args.method:  # a flag goes before the file: what the file's own method was made of must not come back in
             fields = {name: fields[name] for name in fields.keys() - method_values(method).keys()}
         config = build_config(dataset, method, {**named[2], **fields}, flags)
-        idle = unread(config, [*fields, *flags])
+        usual = build_config(dataset, method, named[2], flags).to_dict()  # a run's config.toml holds every setting
+        chosen = [name for name, value in fields.items() if usual[FIELDS[name][0]].get(name) != value]
+        idle = unread(config, [*chosen, *flags])
         if idle and not launch.launched():
             print(f"note: no effect with {config.method}: {', '.join(map(flag, idle))}")
     for name in ("gpus", "procs"):

@@ -20,7 +20,7 @@ from ltfast.plan import make_plan
 from ltfast.progress import counted
 from ltfast.recipes import build_config
 from ltfast.report.budget import Progress as ReportProgress
-from ltfast.runs import RunFolder
+from ltfast.runs import RunFolder, toml_of
 from tests.test_resume import assert_same_run
 
 QUICK = ["--epochs", "2", "--scout", "0.5", "--fisher-budget", "32", "--no-tensorboard"]
@@ -129,6 +129,16 @@ def test_options_that_a_method_does_not_read_are_said(method: str, idle: str | N
     assert main(["train", "--method", method, "--dry-run", *words]) == 0
     line = next((line for line in capsys.readouterr().out.splitlines() if line.startswith("note: no effect")), None)
     assert line == (idle and f"note: no effect with {method}: {idle}")
+
+
+def test_of_a_files_idle_settings_those_are_said_that_somebody_chose(tmp_path: Path, capsys) -> None:
+    """The config.toml of a run holds all of them."""
+    file = tmp_path / "config.toml"
+    for loss, idle in (({}, None), ({"a_scl": 0.9}, "--a-scl")):
+        file.write_text(toml_of(build_config("digits-lt", "ce", {}, loss).to_dict()))
+        assert main(["train", "--config", str(file), "--dry-run"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: no effect")]
+        assert lines == ([f"note: no effect with ce: {idle}"] if idle else [])
 
 
 def test_momentum_is_asked_for_by_sgd_alone(capsys) -> None:
