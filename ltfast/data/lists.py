@@ -43,6 +43,8 @@ class ImageList:
     class_names: tuple[str, ...] | None = None
     split: str = ""
     """The data set's own split that the images are of: 'val' for a test split that the set calls val."""
+    class_ids: tuple[int, ...] | None = None
+    """The number of each class in the list file, where it is not the label itself (JSON's category ids)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,14 +107,17 @@ def read_list(path: str | Path, root: str | Path) -> ImageList:
         except (OSError, EOFError) as error:
             raise UserError(f"list file {path} is not a complete gzip file ({error}); obtain it again") from error
         kind = Path(path.stem).suffix.lower()
-    parsers: dict[str, Callable[[bytes, str], tuple[PathTable, np.ndarray, tuple[str, ...] | None]]] = {
+    parsers: dict[str, Callable[[bytes, str], tuple[PathTable, np.ndarray, list[tuple[int, str]] | None]]] = {
         ".csv": _parse_csv,
         ".json": _parse_json,
     }
     names, labels, classes = parsers.get(kind, _parse_text)(data, str(path))
     if not len(labels):
         raise UserError(f"list file {path} holds no image; expected lines '<relative path> <label>'")
-    return ImageList(root, contained(names, root, str(path)), labels, str(path), classes)
+    images = ImageList(root, contained(names, root, str(path)), labels, str(path))
+    if classes is None:
+        return images
+    return replace(images, class_names=tuple(name for _, name in classes), class_ids=tuple(i for i, _ in classes))
 
 
 def _parse_text(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:
@@ -203,11 +208,12 @@ def _parse_csv(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:
     )
 
 
-def _parse_json(data: bytes, source: str) -> tuple[PathTable, np.ndarray, tuple[str, ...]]:
+def _parse_json(data: bytes, source: str) -> tuple[PathTable, np.ndarray, list[tuple[int, str]]]:
     """iNaturalist's COCO-like file: images {id, file_name}, annotations {image_id, category_id}, categories {id,
     name}.
 
-    Labels are the categories in the order of their ids (in 2018 the ids are already 0..8141).
+    Labels are the categories in the order of their ids (in 2018 the ids are already 0..8141); match_classes makes them
+    those of train.
     """
     try:
         content = json.loads(data)
@@ -221,7 +227,36 @@ def _parse_json(data: bytes, source: str) -> tuple[PathTable, np.ndarray, tuple[
             f"{source} is not an iNaturalist annotation file ({type(error).__name__}: {error}); "
             "it needs images, annotations and categories"
         ) from error
-    return names, labels, tuple(name for _, name in order)
+    return names, labels, order
+
+
+def match_classes(lists: dict[str, ImageList]) -> dict[str, ImageList]:
+    """The splits of one data set with JSON's categories numbered as in train, by id and name.
+
+    UserError for a category that train lacks or calls otherwise, or where train's file has no names to match.
+    """
+    train = lists["train"]
+    return {s: i if i is train or i.class_ids is None else _numbered_as(train, i) for s, i in lists.items()}
+
+
+def _numbered_as(train: ImageList, images: ImageList) -> ImageList:
+    ids, names = images.class_ids or (), images.class_names or ()
+    if train.class_ids is None or train.class_names is None:
+        if images.num_classes == train.num_classes:
+            return images
+        raise UserError(
+            f"{images.source}: {len(ids):,} categories, but {train.source} has {train.num_classes:,} classes and no names "
+            "to match them by; give a JSON list of train, too"
+        )
+    known = dict(zip(train.class_ids, train.class_names, strict=True))
+    for identity, name in zip(ids, names, strict=True):
+        if (there := known.get(identity)) != name:
+            what = "is not in" if there is None else f"is {there!r} in"
+            raise UserError(
+                f"{images.source}: category {identity} ({name!r}) {what} {train.source}; all lists need the same categories"
+            )
+    labels = np.searchsorted(train.class_ids, ids).astype(np.int32)[images.labels]  # ids ascend
+    return replace(images, labels=labels, class_names=train.class_names, class_ids=train.class_ids)
 
 
 def unknown_label(split: str, images: ImageList, train: ImageList) -> str:

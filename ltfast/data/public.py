@@ -11,7 +11,7 @@ import numpy as np
 
 from ltfast.data.base import SPLITS
 from ltfast.data.folders import check_folder, scan_folder
-from ltfast.data.lists import ImageList, hold_out, hold_out_each, read_list
+from ltfast.data.lists import ImageList, hold_out, hold_out_each, match_classes, read_list
 from ltfast.data.longtail import SUBSET_SEED
 from ltfast.data.registry import LARGE
 from ltfast.errors import UserError
@@ -120,7 +120,7 @@ def find_lists(
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(LARGE)}")
-    return assign_splits(lists, val_per_class)
+    return assign_splits(match_classes(lists), val_per_class)
 
 
 def assign_splits(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ltfast.cli import main
 from ltfast.data.folders import limit, scan_folder, thin
 from ltfast.data.lists import ImageList, hold_out, read_list, validate_lists
 from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices, shared_indices
@@ -105,6 +106,41 @@ def test_inaturalist_json(tmp_path):
         read_list(write(tmp_path / "x.json", json.dumps(content)), tmp_path)
     with pytest.raises(UserError, match="is not an iNaturalist annotation file"):
         read_list(write(tmp_path / "y.json", "{"), tmp_path)
+
+
+def coco(path: Path, categories: dict[int, str], ids: list[int]) -> Path:
+    """An annotation file with one image of each category of `ids`."""
+    content = {
+        "images": [{"id": i, "file_name": f"{path.stem}/{i}.jpg"} for i in range(len(ids))],
+        "annotations": [{"image_id": i, "category_id": c} for i, c in enumerate(ids)],
+        "categories": [{"id": c, "name": name} for c, name in categories.items()],
+    }
+    return write(path, json.dumps(content))
+
+
+def test_json_lists_have_the_classes_of_train(tmp_path):
+    def found(train: Path, test: Path) -> ImageList:
+        return find_lists("list", tmp_path, train_list=train, test_list=test)["test"]
+
+    train = coco(tmp_path / "train.json", {3: "ant", 5: "bee", 8: "cat"}, [3, 5, 8])
+    test = found(train, coco(tmp_path / "test.json", {3: "ant", 8: "cat"}, [8, 3, 8]))
+    assert test.labels.tolist() == [2, 0, 2]
+    assert test.class_names == ("ant", "bee", "cat")
+    for categories, message in (
+        (
+            {3: "ant", 9: "dog"},
+            r"o\.json: category 9 \('dog'\) is not in .*train\.json; all lists need the same categories",
+        ),
+        ({3: "ant", 5: "cat"}, r"o\.json: category 5 \('cat'\) is 'bee' in .*train\.json"),
+    ):
+        other = coco(tmp_path / "o.json", categories, [3])
+        with pytest.raises(UserError, match=message):
+            found(train, other)
+        assert main(["data", "check", str(tmp_path), "--train-list", str(train), "--test-list", str(other)]) == 2
+    text = write(tmp_path / "train.txt", "a.jpg 0\nb.jpg 1\nc.jpg 2\n")
+    assert found(text, train).labels.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"test\.json: 2 categories, but .*train\.txt has 3 classes and no names"):
+        found(text, tmp_path / "test.json")
 
 
 def test_unreadable_list_files(tmp_path):
