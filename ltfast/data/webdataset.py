@@ -19,6 +19,7 @@ import os
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
@@ -44,7 +45,7 @@ _EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 @dataclass(frozen=True, slots=True)
 class TarList(ImageList):
     """An ImageList whose picture i is `sizes[i]` bytes at `starts[i]` of shards[shard[i]]; its paths read
-    <shard>/<member>.
+    <shard>/<member>, the shard as in shard_names.
     """
 
     shards: tuple[Path, ...] = ()
@@ -179,11 +180,28 @@ def _parse_index(path: Path) -> list[list[Component]]:
     return samples
 
 
-def read_shards(pattern: str) -> TarList:
-    """All samples of the shards of a pattern, in the order of the shards."""
+def shard_names(shards: Iterable[Path]) -> dict[Path, str]:
+    """Each shard's file name, after as many of its folders as tell it from others of that file name."""
+    left = {shard: shard.absolute().parts for shard in shards}
+    names: dict[Path, str] = {}
+    depth = 0
+    while left:
+        depth += 1
+        ends = Counter(parts[-depth:] for parts in set(left.values()))
+        alone = {shard: parts[-depth:] for shard, parts in left.items() if ends[parts[-depth:]] == 1}
+        names |= {shard: os.path.join(*end) for shard, end in alone.items()}
+        left = {shard: parts for shard, parts in left.items() if shard not in alone}
+    return names
+
+
+def read_shards(pattern: str, beside: Iterable[Path] = ()) -> TarList:
+    """All samples of the shards of a pattern, in the order of the shards; beside: the shards of the other splits, so
+    that no name is given twice.
+    """
     shards = expand_shards(pattern)
+    named = shard_names([*shards, *beside])
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
-        parts = list(pool.map(_read_shard, shards))
+        parts = list(pool.map(_read_shard, shards, [named[shard] for shard in shards]))
     names = [name for part in parts for name in part[0]]
     if not names:
         raise UserError(f"{pattern}: the shards hold no sample with a picture and a .{LABEL} label")
@@ -194,7 +212,7 @@ def read_shards(pattern: str) -> TarList:
     )
 
 
-def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+def _read_shard(shard: Path, called: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     samples = shard_index(shard)
     names, rows = [], np.empty((len(samples), 3), dtype=np.int64)
     with open(shard, "rb") as file:
@@ -216,5 +234,5 @@ def _read_shard(shard: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndar
             if not digits.isdigit() or len(digits) > MAX_LABEL_DIGITS:
                 raise UserError(f"shard {shard}: {label[3]!r} holds {digits[:40]!r}, not a label 0..C-1 in decimal")
             rows[i] = int(digits), picture[1], picture[2]
-            names.append(f"{shard.name}/{picture[3]}")
+            names.append(f"{called}/{picture[3]}")
     return names, rows[:, 0].astype(np.int32), rows[:, 1].copy(), rows[:, 2].copy()

@@ -18,7 +18,7 @@ from ltfast.cli import main
 from ltfast.data.check import check_dataset
 from ltfast.data.large import load_large
 from ltfast.data.lists import ImageList, read_list
-from ltfast.data.webdataset import expand_shards, read_shards, shard_index
+from ltfast.data.webdataset import expand_shards, read_shards, shard_index, shard_names
 from ltfast.errors import UserError
 from tests.data import bad_files
 from tests.data.pictures import make_set, needs_dali
@@ -34,7 +34,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def pack(images: ImageList, folder: Path, shards: int, extension: str = "jpg") -> str:
     """The pictures of a list as shards, in its order; returns the pattern."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for shard, part in enumerate(np.array_split(np.arange(len(images)), shards)):
         with tarfile.open(folder / f"train-{shard:03d}.tar", "w") as tar:
             for i in part.tolist():
@@ -77,6 +77,31 @@ def test_one_shard_twice_is_refused_but_shards_of_one_name_are_not(loose, tmp_pa
     test = pack(loose, tmp_path / "test", 1)
     source = load_large("webdataset", data_dir=f"{once}::{again}", test_list=test, batch=4, loader="torch", workers=0)
     assert source.sizes["train"] == 2 * len(loose)
+
+
+def test_pictures_in_shards_of_one_name_are_told_apart(loose, tmp_path):
+    train, test = (pack(loose, tmp_path / "w" / split, 2) for split in ("train", "test"))
+    bad = tmp_path / "bad.txt"
+    bad.write_text("train/train-000.tar/sub/000003.jpg\ttruncated\n")
+    source = load_large("webdataset", data_dir=train, test_list=test, exclude_list=bad, batch=4, loader="torch")
+    assert source.sizes == {"train": len(loose) - 1, "val": 0, "test": len(loose)}
+    assert source.lists["test"].paths[3] == "test/train-000.tar/sub/000003.jpg"
+
+
+def test_shards_are_called_by_their_file_names_where_these_are_unique():
+    names = {
+        "/w/train/0.tar": "train/0.tar",
+        "/w/val/0.tar": "val/0.tar",
+        "/w/train/1.tar": "1.tar",
+        "/a/b/2.tar": "a/b/2.tar",
+        "/b/2.tar": "/b/2.tar",
+        "/c/b/2.tar": "c/b/2.tar",
+    }
+    assert shard_names(map(Path, [*names, *names])) == {Path(shard): name for shard, name in names.items()}
+    assert shard_names([Path("0.tar"), Path("0.tar").absolute()]) == {
+        Path("0.tar"): "0.tar",
+        Path("0.tar").absolute(): "0.tar",
+    }
 
 
 def test_data_check_and_stats_look_into_shards(loose, pattern, tmp_path, capsys):
