@@ -83,7 +83,8 @@ class ImageList:
         return replace(self, paths=self.paths.select(indices), labels=self.labels[indices])
 
     def without(self, excluded: set[bytes]) -> ImageList:
-        """The list without the paths in `excluded`; classes keep their numbers."""
+        """The list without the paths in `excluded`, spelled plainly or not; classes keep their numbers."""
+        excluded = excluded.union(PathTable.of(excluded).plain().iter_raw())
         keep = np.fromiter((name not in excluded for name in self.paths.iter_raw()), dtype=bool, count=len(self))
         return self if keep.all() else self.select(np.flatnonzero(keep))
 

@@ -63,6 +63,24 @@ class PathTable(Sequence[str]):
             indices = np.flatnonzero(indices)
         return PathTable.of(self.raw(int(i)) for i in indices)
 
+    def plain(self) -> PathTable:
+        """The same names without '.' and empty components ('./a//b' is 'a/b'), so that a file has one name."""
+        if b"./" not in self._text and b"//" not in self._text:
+            return self
+        text = np.frombuffer(self._text, dtype=np.uint8)
+        slash, first = text == ord("/"), np.zeros(len(text) + 1, dtype=bool)
+        first[self.offsets] = True
+        begins = first[:-1].copy()  # where a component begins
+        begins[1:] |= slash[:-1]
+        dot = begins & (text == ord("."))
+        dot[:-1] &= slash[1:]
+        dot &= ~first[1:]
+        dropped = dot | (slash & begins & ~first[:-1])
+        dropped[1:] |= dot[:-1]
+        return PathTable(
+            text[~dropped].tobytes(), self.offsets - np.searchsorted(np.flatnonzero(dropped), self.offsets)
+        )
+
     def ending_in(self, *suffixes: bytes) -> np.ndarray:
         """Which names end so, in capitals or not; bool [n]."""
         ends = (name.lower().endswith(suffixes) for name in self.iter_raw())
@@ -132,12 +150,13 @@ def unreadable(error: OSError) -> NoReturn:
 
 
 def contained(names: PathTable, root: Path, source: str) -> PathTable:
-    """The same table with every name relative and inside `root`, by its text.
+    """The same table with every name plain (PathTable.plain), relative and inside `root`, by its text.
 
     An absolute name inside root is made relative. A '..' component, a name outside root, an empty name or a NUL byte
     is a UserError that names `source`. Symbolic links are followed on purpose: data sets are often assembled from
     links.
     """
+    names = names.plain()
     text = names._text
     absolute = any(name.startswith(b"/") for name in names.iter_raw()) if b"/" in text else False
     if not absolute and b".." not in text and b"\0" not in text and bool(np.all(np.diff(names.offsets) > 0)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_random_lists_equal_a_plain_parser(tmp_path):
         labels = rng.integers(0, 10 ** rng.integers(1, 7), n)
         text = "".join(f"{a} {b}\n" for a, b in zip(names, labels, strict=True))
         images = read_list(write(tmp_path / "l.txt", text), tmp_path)
-        assert list(images.paths) == names
+        assert list(images.paths) == [re.sub(r"/(\.?/)+", "/", name) for name in names]
         assert images.labels.tolist() == labels.tolist()
 
 
@@ -167,6 +168,22 @@ def test_harmless_dots_and_absolute_names_inside_the_root_stay(tmp_path):
     table = PathTable.of(["a", ""])
     with pytest.raises(UserError, match="entry 2"):
         contained(table, tmp_path, "l")
+
+
+def test_a_file_spelled_in_two_ways_is_one_file(tmp_path):
+    names = ["./a.jpg", "b//./c", ".//./d", "/e//f", "x.", "/g./h", "", "../.i/./...", "././", "j/.", "/.k/"]
+    plain = ["a.jpg", "b/c", "d", "/e/f", "x.", "/g./h", "", "../.i/...", "", "j/.", "/.k/"]
+    assert list(PathTable.of(names).plain()) == plain
+    same = PathTable.of(["a..b/.c", "x.", "/d"])
+    assert list(same.plain()) == list(same)
+    train = read_list(
+        write(tmp_path / "train.txt", f"./a/0.png 0\na//1.png 1\n{tmp_path.resolve()}//a/2.png 1\n"), tmp_path
+    )
+    assert list(train.paths) == ["a/0.png", "a/1.png", "a/2.png"]
+    test = read_list(write(tmp_path / "test.txt", "a/0.png 0\nb.png 1\n"), tmp_path)
+    with pytest.raises(UserError, match=r"1 of 2 test images are in train too, first 'a/0\.png'"):
+        validate_lists({"train": train, "test": test}, exist=False)
+    assert list(train.without({b"a/0.png", b"./a//1.png"}).paths) == ["a/2.png"]
 
 
 def test_path_table():
