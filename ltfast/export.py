@@ -36,10 +36,14 @@ def export(run: str | Path, format: str = "safetensors", *, which: str = "last",
     out: the file, by default RUN/export/<which><suffix>.
 
     Raises:
-        UserError: unknown format, not a run, a package is missing, or the file cannot be written.
+        UserError: unknown format, not a run, a package is missing, or the file cannot be written or ends in .json.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: choose from {', '.join(FORMATS)}")
+    if out is not None and Path(out).suffix.lower() == ".json":
+        raise UserError(
+            f"--out {out}: a .json is the description of a model; use {Path(out).with_suffix(SUFFIX[format])}"
+        )
     if format == "onnx":
         missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:
@@ -53,6 +57,11 @@ def export(run: str | Path, format: str = "safetensors", *, which: str = "last",
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror or error}); give another --out") from None
     return path
+
+
+def _renamed(path: Path, suffix: str) -> Path:
+    """`path` with this suffix in the place of a format's own; any other, as in model.v1, is part of the name."""
+    return path.with_suffix(suffix) if path.suffix in SUFFIX.values() else path.with_name(path.name + suffix)
 
 
 def _safetensors(trained: Trained, path: Path) -> None:
@@ -88,4 +97,4 @@ def _onnx(trained: Trained, path: Path) -> None:
         program.save(path, external_data=True)
     else:
         checkpoint.write_atomically(path, [program.model_proto.SerializeToString()])
-    path.with_suffix(".json").write_text(json.dumps(trained.describe()) + "\n")
+    _renamed(path, ".json").write_text(json.dumps(trained.describe()) + "\n")

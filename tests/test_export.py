@@ -17,7 +17,7 @@ from ltfast import build, checkpoint
 from ltfast.cli import main
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
-from ltfast.export import FORMATS, INFO, export
+from ltfast.export import FORMATS, INFO, SUFFIX, export
 from ltfast.predict import Preprocess, load_trained, pictures_below, predict
 from ltfast.recipes import build_config
 from ltfast.train import train
@@ -98,6 +98,20 @@ def test_weights_too_large_for_one_onnx_file_lie_beside_it(run: Path, truth, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.onnx", "model.onnx.data"]
     logits = onnxruntime.InferenceSession(str(path)).run(None, {"pictures": truth["x"].numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(logits), truth["logits"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_each_onnx_graph_has_a_description_of_its_own(run: Path, tmp_path: Path) -> None:
+    for name in ("model.v1", "model.v2"):
+        export(run, "onnx", out=tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.v1", "model.v1.json", "model.v2", "model.v2.json"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_is_not_written_where_its_description_goes(run: Path, tmp_path: Path, format: str) -> None:
+    with pytest.raises(UserError, match=rf"x.json: a .json is the description of a model; use .*x\{SUFFIX[format]}"):
+        export(run, format, out=tmp_path / "x.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_onnx_without_the_package(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
