@@ -47,10 +47,10 @@ def add_run_commands(commands: Any) -> None:
     report.set_defaults(run=command_report)
 
     export = commands.add_parser("export", help="write a run's model for use elsewhere")
-    export.add_argument("folder", metavar="RUN", help="run folder")
+    export.add_argument("folder", metavar="RUN", help="run folder, or file of `ltfast export --format safetensors`")
     export.add_argument("--format", default="safetensors", help="safetensors, torch-export or onnx [safetensors]")
     export.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
-    export.add_argument("--out", default=None, metavar="FILE", help="file to write [RUN/export/...]")
+    export.add_argument("--out", default=None, metavar="FILE", help="file to write [RUN/export/..., or beside a file]")
     export.set_defaults(run=command_export)
 
     predict = commands.add_parser("predict", help="classes and probabilities of pictures")

@@ -31,12 +31,12 @@ EXAMPLE_BATCH = 2  # torch.export takes a size of 1 for a constant
 
 
 def export(run: str | Path, format: str = "safetensors", *, which: str = "last", out: str | Path | None = None) -> Path:
-    """Write the model of a run (`which`: last or best) in `format`; returns the file.
+    """Write the model of a run (`which`: last or best) or of a safetensors export in `format`; returns the file.
 
-    out: the file, by default RUN/export/<which><suffix>.
+    out: the file, by default RUN/export/<which><suffix>, or beside an export that is given.
 
     Raises:
-        UserError: unknown format, not a run, a package is missing, or the file cannot be written or ends in .json.
+        UserError: unknown format, neither of them, a package is missing, or the file cannot be written or ends in .json.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: choose from {', '.join(FORMATS)}")
@@ -49,13 +49,21 @@ def export(run: str | Path, format: str = "safetensors", *, which: str = "last",
         if missing:
             raise UserError(f"--format onnx: needs the package {' and '.join(missing)}; pip install onnx onnxscript")
     trained = load_trained(run, which)
-    default = Path(run) / "export" / (which + SUFFIX[format])
-    path = default if out is None else Path(out)
+    path = _default(Path(run), which, SUFFIX[format]) if out is None else Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[format](trained, path)
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror or error}); give another --out") from None
+    return path
+
+
+def _default(run: Path, which: str, suffix: str) -> Path:
+    if not run.is_file():
+        return run / "export" / (which + suffix)
+    path = _renamed(run, suffix)
+    if path == run:
+        raise UserError(f"{run}: is in this format already; give another --format, or --out")
     return path
 
 

@@ -114,6 +114,17 @@ def test_a_model_is_not_written_where_its_description_goes(run: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, of its own archive
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_an_export_is_exported_again_beside_itself(run: Path, tmp_path: Path, name: str) -> None:
+    first = export(run, out=tmp_path / name)
+    assert export(first, "torch-export") == tmp_path / "model.pt2"
+    if name != "model":
+        with pytest.raises(UserError, match="in this format already; give another --format, or --out"):
+            export(first)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "model.pt2"])
+
+
 def test_onnx_without_the_package(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else known(name))
