@@ -139,7 +139,7 @@ def assign_splits(
     elif "test" not in lists:
         lists["train"], lists["test"] = hold_out(lists["train"], share, SUBSET_SEED)
     if val_per_class:
-        if "val" in lists:
+        if len(lists.get("val", ())):
             raise UserError(
                 f"--val-per-class {val_per_class}: {lists['val'].source} is a validation split of the set's own; "
                 "leave the option out"

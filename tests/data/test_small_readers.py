@@ -157,8 +157,13 @@ def test_tree_of_class_folders_holds_out_a_test_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("val_per_class", [0, 1])
 @pytest.mark.parametrize(
     "counts",
-    [{"": (12, 6, 3)}, {"train": (6, 5, 3), "val": (2, 1, 0)}, {"train": (6, 5, 3), "test": (2, 0, 1)}],
-    ids=["alone", "val", "test"],
+    [
+        {"": (12, 6, 3)},
+        {"train": (6, 5, 3), "val": (2, 1, 0)},
+        {"train": (6, 5, 3), "test": (2, 0, 1)},
+        {"train": (6, 5, 3), "test": (2, 0, 1), "val": (0, 0, 0)},
+    ],
+    ids=["alone", "val", "test", "empty val"],
 )
 def test_a_tree_is_split_alike_small_and_large(
     tmp_path: Path, counts: dict[str, tuple[int, ...]], val_per_class: int
