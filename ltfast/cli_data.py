@@ -69,9 +69,11 @@ def _lists(args: argparse.Namespace) -> dict[str, ImageList]:
 
 
 def _print_note(lists: dict[str, ImageList]) -> None:
-    from ltfast.data.base import split_note
+    from ltfast.data.base import lacking_classes, split_note
 
-    if note := split_note({split: len(images) for split, images in lists.items()}, lists["test"].split):
+    sizes, classes = {split: len(images) for split, images in lists.items()}, lists["train"].num_classes
+    lacking = lacking_classes({split: images.labels for split, images in lists.items()}, classes)
+    if note := split_note(sizes, lists["test"].split, lacking, classes):
         print(note)
 
 

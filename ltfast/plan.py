@@ -153,7 +153,7 @@ def make_plan(config: Config) -> Plan:
         processes=processes,
         images_a_process=config.data.batch // processes,
         missing=first_missing(source) if isinstance(source, LargeSource) else "",
-        splits=split_note(source.sizes, source.test_from),
+        splits=split_note(source.sizes, source.test_from, source.lacking, source.num_classes),
     )
 
 

@@ -106,7 +106,7 @@ class ConsoleProgress(Progress):
             f"{cfg.data.dataset}: {counted(src.sizes['train'], 'training image')}, {src.num_classes:,} classes of "
             f"{int(counts.max())} to {int(counts.min())} images, {src.sizes.get('val', 0):,} validation, {src.sizes['test']:,} test"
         )
-        if note := split_note(src.sizes, src.test_from):
+        if note := split_note(src.sizes, src.test_from, src.lacking, src.num_classes):
             self.console.print(note)
         self.console.print(
             f"{cfg.method} on {cfg.model.model} ({trainer.flat.numel:,} parameters), {trainer.device}, "

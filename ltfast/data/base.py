@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
@@ -36,8 +38,9 @@ class Source(Protocol):
 
     train_counts is LongTensor[C] and train_labels LongTensor[n], both on the CPU; sizes maps each split to its number
     of images (val may have none); test_from is the set's own split that the test images are of, 'val' where the set calls
-    it so, 'train' where they are held out of it; fingerprint tells other training images in hexadecimal, wherever they
-    lie; eval_batch is how many images `evaluate` gives at a time.
+    it so, 'train' where they are held out of it; lacking maps each split to its number of classes without an image;
+    fingerprint tells other training images in hexadecimal, wherever they lie; eval_batch is how many images `evaluate`
+    gives at a time.
     """
 
     num_classes: int
@@ -47,6 +50,7 @@ class Source(Protocol):
     input_shape: tuple[int, int, int]
     sizes: dict[str, int]
     test_from: str
+    lacking: dict[str, int]
     fingerprint: str
     steps_per_epoch: int
     eval_batch: int
@@ -75,12 +79,24 @@ class Source(Protocol):
         ...
 
 
-def split_note(sizes: Mapping[str, int], test_from: str) -> str:
-    """What is unusual about the splits, in one line: no test split of the set's own, no validation; '' for nothing."""
+def lacking_classes(labels: Mapping[str, ArrayLike], num_classes: int) -> dict[str, int]:
+    """How many of the classes have no image in a split, for `labels` [n] of each split on the CPU."""
+    counts = {split: np.bincount(np.asarray(y), minlength=num_classes) for split, y in labels.items()}
+    return {split: int((count[:num_classes] == 0).sum()) for split, count in counts.items()}
+
+
+def split_note(sizes: Mapping[str, int], test_from: str, lacking: Mapping[str, int], num_classes: int) -> str:
+    """What is unusual about the splits, in one line: no test split of the set's own, no validation, classes without an
+    image; '' for nothing. Arguments as in Source."""
     test = {"val": "tested on the split named val, there is no other", "train": "tested on images held out of train"}
     parts = [test[test_from]] if test_from in test else []
     if not sizes.get("val", 0):
         parts.append("no validation split, so no best checkpoint is chosen (--val-per-class N holds one out of train)")
+    for split in ("val", "test"):
+        if sizes.get(split, 0) and lacking[split]:
+            parts.append(
+                f"{split} has no image of {lacking[split]:,} of {num_classes:,} classes: means are over the others"
+            )
     return "; ".join(parts)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltfast.data.base import SPLITS, Batch
+from ltfast.data.base import SPLITS, Batch, lacking_classes
 from ltfast.data.finish import Finisher
 from ltfast.data.large_views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from ltfast.data.lists import ImageList
@@ -89,6 +89,7 @@ class LargeSource(Ordered):
         self.input_shape = (3, image_size, image_size)
         self.sizes = {split: len(lists[split]) for split in SPLITS}
         self.test_from = lists["test"].split or "test"
+        self.lacking = lacking_classes({split: lists[split].labels for split in SPLITS}, self.num_classes)
         self.fingerprint = f"{train.fingerprint():08x}"
         self.steps_per_epoch = steps_per_epoch(len(train), batch)
         self.batch, self.sampler, self.seed, self.epochs_total = batch, sampler, seed, epochs_total

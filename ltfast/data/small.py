@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ltfast.data.augment import Plain, View
-from ltfast.data.base import SPLITS, Batch
+from ltfast.data.base import SPLITS, Batch, lacking_classes
 from ltfast.data.pool import Splits
 from ltfast.data.rng import epoch_key, uniforms
 from ltfast.data.sampler import Ordered, check_batch, check_sampler, rank_slice, steps_per_epoch, times_before
@@ -51,6 +51,7 @@ class SmallSource(Ordered):
         self.train_counts = splits.train_counts
         self.sizes = {split: len(splits.labels[split]) for split in SPLITS}
         self.test_from = splits.test_from
+        self.lacking = lacking_classes(splits.labels, self.num_classes)
         self.fingerprint = f"{zlib.crc32(self.train_labels.numpy().tobytes(), splits.identity):08x}"
         check_batch(batch, self.sizes["train"], world, name)
         check_sampler(sampler, epochs_total)

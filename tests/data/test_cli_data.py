@@ -40,6 +40,29 @@ def test_no_checkpoint_is_chosen_on_test_pictures(tmp_path: Path, capsys: pytest
     assert "best on validation" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dataset", ["folder", "folder-small"])
+def test_classes_that_are_not_measured_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str
+) -> None:
+    write_tree(tmp_path, {"train": TREE["train"], "val": (1, 1, 0), "test": (2, 0, 0)})
+    notes = [
+        f"{split} has no image of {n} of 3 classes: means are over the others" for split, n in (("val", 1), ("test", 2))
+    ]
+    words = train(tmp_path) if dataset == "folder" else [*train(tmp_path)[: -len(QUICK)], *QUICK[:-5], QUICK[-1]]
+    words += ["--dataset", dataset]
+    assert main([*words, "--dry-run"]) == 0
+    assert "; ".join(notes) in capsys.readouterr().out
+    assert main(words) == 0
+    assert "; ".join(notes) in capsys.readouterr().out
+    assert main(["data", "stats", str(tmp_path)]) == 0
+    assert "; ".join(notes) in capsys.readouterr().out
+    (tmp_path / "val/class002/0.png").write_bytes((tmp_path / "val/class000/0000.png").read_bytes())
+    for c in (1, 2):
+        (tmp_path / f"test/class00{c}/0.png").write_bytes((tmp_path / "test/class000/0000.png").read_bytes())
+    assert main([*words, "--out", str(tmp_path / "whole"), "--dry-run"]) == 0
+    assert "has no image of" not in capsys.readouterr().out
+
+
 def test_a_broken_test_picture_costs_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path, TREE)
     broken = bad_files()["cut PNG"]

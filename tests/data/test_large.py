@@ -61,7 +61,9 @@ def test_thinning_limiting_holding_out_and_excluding(root, tmp_path):
     assert next(iter(own.lists["test"].paths)).startswith("val/")
     tested = small(root, test_list="val.txt")
     assert tested.sizes == {"train": 31, "val": 0, "test": 8}
-    assert split_note(tested.sizes, tested.test_from).startswith("no validation split, so no best checkpoint")
+    assert split_note(tested.sizes, tested.test_from, tested.lacking, 4).startswith(
+        "no validation split, so no best checkpoint"
+    )
     (tmp_path / "bad.txt").write_text("train/3/0.jpg\ttruncated\n")
     assert small(root, val_list="val.txt", exclude_list=tmp_path / "bad.txt").train_counts.tolist() == [12, 9, 6, 3]
 
