@@ -96,7 +96,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
     "three-views": {
         "bcl": Cell("bcl", {}),
         **{f"gkp-gsa,scout={share}": Cell("gkp-gsa", {"scout": share}) for share in (0.8, 0.4)},
-        "gkp-gsa,scout=0.8,gkp_lambda=1.0": Cell("gkp-gsa", {"scout": 0.8, "gkp_lambda": 1.0}),
+        "gkp-gsa,scout=0.8,gkp_lambda=0.1": Cell("gkp-gsa", {"scout": 0.8, "gkp_lambda": 0.1}),
     },
     "one-view": {
         **{
@@ -107,9 +107,12 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "balanced-softmax+gkp,gkp_lambda=1": Cell("balanced-softmax+gkp", {"gkp_lambda": 1.0}),
         "balanced-softmax+gkp,scout=0.8": Cell("balanced-softmax+gkp", {"scout": 0.8}),
         "balanced-softmax+gkp-gsa,scout=0.8": Cell("balanced-softmax+gkp-gsa", {"scout": 0.8}),
-        "balanced-softmax+gkp-gsa,scout=0.8,gkp_lambda=1.0": Cell(
-            "balanced-softmax+gkp-gsa", {"scout": 0.8, "gkp_lambda": 1.0}
-        ),
+        **{
+            f"balanced-softmax+gkp-gsa,scout=0.8,gkp_lambda={value}": Cell(
+                "balanced-softmax+gkp-gsa", {"scout": 0.8, "gkp_lambda": value}
+            )
+            for value in (1.0, 0.1)
+        },
         "balanced-softmax+asam,rho=2": Cell("balanced-softmax+asam", {"rho": 2.0}),
         "ce": Cell("ce", {}),
     },
@@ -155,7 +158,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             f"balanced-softmax+gkp-gsa,epochs=200,scout=0.8,{name}={value}": Cell(
                 "balanced-softmax+gkp-gsa", {"epochs": 200, "scout": 0.8, name: value}
             )
-            for name, value in (("gkp_normalise", "samples"), ("gkp_lambda", 1.0))
+            for name, value in (("gkp_normalise", "samples"), ("gkp_lambda", 1.0), ("gkp_lambda", 0.1))
         },
     },
     "begin": {  # GKP from the fall of the learning rate on, .8 of the epochs, and from within what follows

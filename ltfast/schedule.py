@@ -38,14 +38,14 @@ def alpha_at(preserve: Preserve, progress: float) -> float:
 
 
 def strength_of(preserve: Preserve, num_classes: int) -> float:
-    """GKP's lambda: as given, else the paper's 10, but not more than C / 10 where groups are divided by their classes.
+    """GKP's lambda: as given, else the paper's 10, but not more than C / 100 where groups are divided by their classes.
 
-    With Fishers F_j = F the penalty has (1 - alpha) lambda G^2 (G - 1) / C times the curvature F of the loss. At the paper's
-    settings that is .96 for CIFAR-100's C; with fewer classes lambda = 10 would hold the network all the harder.
+    With Fishers F_j = F the penalty has (1 - alpha) lambda G^2 (G - 1) / C times the curvature F of the loss: with this lambda a
+    tenth of it at most, with lambda = 10 as much for 100 classes and ten times as much for 10 (docs/findings.md).
     """
     if preserve.gkp_lambda is not None:
         return preserve.gkp_lambda
-    return PAPER_LAMBDA if preserve.gkp_normalise == "samples" else min(PAPER_LAMBDA, num_classes / 10)
+    return PAPER_LAMBDA if preserve.gkp_normalise == "samples" else min(PAPER_LAMBDA, num_classes / 100)
 
 
 def scouting_epochs(preserve: Preserve, epochs: int) -> int:

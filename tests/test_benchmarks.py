@@ -281,7 +281,7 @@ def test_a_cell_is_run_once_with_any_sweep_that_has_it(results: Path, monkeypatc
         assert sorted(ran) == ["bcl", "gkp-gsa", "gkp-gsa", "gkp-gsa"]
     path = results / "ablation.jsonl"
     cells = {cell for cell, _ in ablation.rows(path)}
-    assert cells == {"bcl", "gkp-gsa,scout=0.8", "gkp-gsa,scout=0.8,gkp_lambda=1.0", "gsa-full+gkp,radius=x1"}
+    assert cells == {"bcl", "gkp-gsa,scout=0.8", "gkp-gsa,scout=0.8,gkp_lambda=0.1", "gsa-full+gkp,radius=x1"}
     configs = [json.loads(line)["config"] for line in path.read_text().splitlines()]
     assert {config["sweep"] for config in configs} == {"three-views"}, "the first sweep that has it"
     assert sorted(config["scout"] for config in configs) == [0.4, 0.4, 0.8, 0.8]

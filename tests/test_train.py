@@ -218,7 +218,7 @@ def test_the_anchors_distance_is_told_at_any_size(distance: float, note: str, mo
     held = torch.zeros_like(trainer.flat.data)
     held[trainer.encoder] = 1e-6
     trainer.stable(Anchor(held, trainer.flat.data * (1 - distance)))
-    assert told == [f"GKP's anchor lies {note}, its strength lambda is 1"]
+    assert told == [f"GKP's anchor lies {note}, its strength lambda is 0.1"]
 
 
 def test_the_test_split_sees_the_best_weights_too_and_the_last_ones_stay() -> None:
