@@ -161,13 +161,13 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             for name, value in (("gkp_normalise", "samples"), ("gkp_lambda", 1.0), ("gkp_lambda", 0.1))
         },
     },
-    "begin": {  # GKP from the fall of the learning rate on, .8 of the epochs, and from within what follows
+    "begin": {  # GKP where a multistep schedule lowers the learning rate, .8 of the epochs, and ten epochs later
         "balanced-softmax,epochs=200": Cell("balanced-softmax", {"epochs": 200}),
         **{
-            f"balanced-softmax+{parts},epochs=200,scout={share}": Cell(
-                f"balanced-softmax+{parts}", {"epochs": 200, "scout": share}
+            f"balanced-softmax+gkp,epochs=200,scout={share}": Cell(
+                "balanced-softmax+gkp", {"epochs": 200, "scout": share}
             )
-            for parts, share in (("gkp", 0.8), ("gkp", 0.85), ("gkp-gsa", 0.85), ("gkp", 0.9))
+            for share in (0.8, 0.85)
         },
     },
     "long-three-views": {
