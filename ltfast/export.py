@@ -105,4 +105,4 @@ def _onnx(trained: Trained, path: Path) -> None:
         program.save(path, external_data=True)
     else:
         checkpoint.write_atomically(path, [program.model_proto.SerializeToString()])
-    _renamed(path, ".json").write_text(json.dumps(trained.describe()) + "\n")
+    checkpoint.write_atomically(_renamed(path, ".json"), [json.dumps(trained.describe()).encode() + b"\n"])

@@ -99,6 +99,8 @@ def load_trained(where: str | Path, which: str = "last") -> Trained:
         UserError: neither of them, or incomplete.
     """
     if Path(where).is_file():
+        if which != "last":
+            raise UserError(f"--checkpoint {which}: {where} holds one model; leave the option out")
         if Path(where).suffix in (".pt2", ".onnx"):
             raise UserError(
                 f"{where}: for use without ltfast (torch.export.load, onnxruntime); give the run folder, or a file of "

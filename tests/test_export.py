@@ -52,6 +52,8 @@ def test_safetensors(run: Path, truth: dict[str, torch.Tensor]) -> None:
     path = export(run)
     assert path == run / "export" / "last.safetensors"
     trained = load_trained(path)
+    with pytest.raises(UserError, match=r"--checkpoint best: .* holds one model"):
+        load_trained(path, "best")
     assert trained.classes == tuple("0123456789")
     with torch.no_grad():
         assert torch.equal(trained.model(truth["x"]), truth["logits"])
