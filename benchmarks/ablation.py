@@ -26,11 +26,11 @@ from typing import Any
 import harness
 import seeded
 import torch
-from ablation_cells import LAMBDA, RELEASE, SCOUT, SWEEPS, Cell, baseline_of, same
+from ablation_cells import RELEASE, SWEEPS, USUAL, Cell, baseline_of, same
 
 FIGURES = ("top1", "medium", "few", "ece")
 DIGITS = "digits-lt"
-FIXED = {"tensorboard": False, "checkpoint_every": 10**6, "scout": SCOUT, "gkp_lambda": LAMBDA}
+FIXED = {"tensorboard": False, "checkpoint_every": 10**6, **USUAL}
 SMALL = {"device": "cpu", "compile": "off"}  # of digits-lt: everywhere the same
 # CIFAR-10-LT as far as two CPU cores go: 4,000 training pictures of 16 pixels (1,612 to 16 a class), all 10,000 of the test split.
 HALF = {
@@ -272,8 +272,7 @@ def mechanics_text(runs: Iterable[Mapping[str, float]]) -> str:
     """What the rows say about the mechanics of a cell, for instance `GKP/grad .03`."""
     names = {
         "gkp_over_grad": "GKP/gradient", "anchor_away": "anchor away", "anchor_capped": "capped", "length": "length",
-        "clipped_above": "on upper bound",
-        "clipped_below": "on lower bound", "refresh_cos": "refresh cosine",
+        "clipped_above": "on upper bound", "clipped_below": "on lower bound", "refresh_cos": "refresh cosine",
     }  # fmt: skip
     runs, parts = list(runs), []
     for key, label in names.items():
@@ -321,7 +320,7 @@ def run_sweeps(
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
             own = study_of(dataset)[1]
-            config = {"method": cell.method, "scout": SCOUT, "gkp_lambda": LAMBDA, **own, **cell.settings, **flags}
+            config = {"method": cell.method, **USUAL, **own, **cell.settings, **flags}
             config |= {"sweep": sweep, "draws": seeded.DRAWS}
             config.pop("data_dir", None)
             for metric, value in figures.items():

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 RHO = (2e-3, 3e-3)  # the paper's clip of Eq. 13
 RELEASE = "release"  # in the place of a method: the released training function
-# Settings of cells that do not say: what comes after scouting has 60 % of the run to act; the paper's strength of GKP.
-SCOUT, LAMBDA = 0.4, 10.0
+# Of cells that do not say: what comes after scouting has 60 % of the run to act; GKP has the paper's strength.
+USUAL = {"scout": 0.4, "gkp_lambda": 10.0}
 
 
 class Cell(NamedTuple):
@@ -224,5 +224,5 @@ def resolved(cell: Cell) -> dict[str, Any]:
 
     if cell.method == RELEASE:
         return {"released": True, **cell.settings}
-    config = build_config("digits-lt", cell.method, {}, {"scout": SCOUT, "gkp_lambda": LAMBDA, **cell.settings})
+    config = build_config("digits-lt", cell.method, {}, {**USUAL, **cell.settings})
     return {**config.to_dict(), "method": None, "sharpness": rule_of(config)}

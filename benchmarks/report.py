@@ -52,7 +52,7 @@ SECTIONS = (
 )
 PAIRED = (
     "Top-1 and few-shot accuracy on the balanced test split of digits-lt (CPU); differences are paired with the baseline of "
-    f"the same seed, +- half of a 95 % interval (Student's t). Cells that do not say scout for {ablation.SCOUT:g} of the epochs."
+    f"the same seed, +- half of a 95 % interval (Student's t). Cells that do not say scout for {ablation.USUAL['scout']:g} of the epochs."
 )
 
 

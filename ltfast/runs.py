@@ -250,9 +250,7 @@ class RunFolder:
                         f"{what}: trained on pictures of {used['size']} x {used['size']} pixels and {used['channels']} channels, these "
                         f"have {width} x {height} and {channels}; give the data that the run was trained on"
                     )
-                mean, std = tuple(used["mean"]), tuple(used["std"])
-                if (mean, std) != (source.mean, source.std):
-                    source.normalise(mean, std)
+                source.normalise(tuple(used["mean"]), tuple(used["std"]))
 
     @staticmethod
     def open(path: str | Path, *, lock: bool = False) -> RunFolder:

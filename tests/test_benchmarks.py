@@ -425,7 +425,7 @@ def test_what_a_plain_cell_has_in_common_with_others() -> None:
         assert {ablation.baseline_of(name) for name in cells} == {f"{base},epochs=200"}
     assert ablation.in_common("cifar10-half", plain, ablation.SWEEPS["one-view"].values()) is None, "other epochs"
     one_view = ablation.SWEEPS["one-view"]
-    assert ablation.in_common("digits-lt", one_view["balanced-softmax"], one_view.values()) == ablation.SCOUT
+    assert ablation.in_common("digits-lt", one_view["balanced-softmax"], one_view.values()) == ablation.USUAL["scout"]
     assert ablation.in_common("digits-lt", one_view["balanced-softmax+sam"], one_view.values()) is None, "another rule"
     assert ablation.in_common("digits-lt", one_view["ce"], one_view.values()) is None, "another loss"
     recipe = ablation.SWEEPS["recipe"]["balanced-softmax,weight_decay=0.002"]

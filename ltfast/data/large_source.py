@@ -98,8 +98,8 @@ class LargeSource(Ordered):
         self.device = torch.device(device)
         # Half of the threads; DALI has the other half, for decoding and cropping.
         threads = max(workers // 2, 1) if self.loader == "dali" else 1
-        self.finisher = Finisher(mean, std, self.device, dtype, threads)
         self.mean, self.std = tuple(mean), tuple(std)
+        self.finisher = Finisher(mean, std, self.device, dtype, threads)
         self.bad: dict[str, str] = {}
         self.replaced = torch.zeros((), dtype=torch.int64, device=self.device)  # this rank's, in this epoch so far
         self._labels = {split: torch.from_numpy(lists[split].labels.astype(np.int64)) for split in SPLITS}

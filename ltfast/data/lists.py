@@ -1,7 +1,6 @@
 """Image lists: '<relative path> <label>' text files, CSV and iNaturalist's JSON; folders.py reads image-folder trees.
 
-Everything ends as an `ImageList`: compact paths, int32 labels, class names. Parsing is vectorised over the whole
-file.
+Everything ends as an `ImageList`: compact paths, int32 labels, class names. Parsing is vectorised.
 """
 
 from __future__ import annotations

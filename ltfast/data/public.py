@@ -104,11 +104,10 @@ def find_lists(
     root = Path(data_dir)
     given = {"train": train_list, "val": val_list, "test": test_list}
     if dataset == "webdataset":
-        from ltfast.data.webdataset import expand_shards, read_shards
+        from ltfast.data.webdataset import read_splits
 
         patterns = {split: str(p) for split, p in {**given, "train": data_dir}.items() if p is not None}
-        shards = [shard for p in patterns.values() for shard in expand_shards(p)]
-        lists: dict[str, ImageList] = {split: read_shards(p, beside=shards) for split, p in patterns.items()}
+        lists: dict[str, ImageList] = {**read_splits(patterns)}
         return assign_splits(lists, val_per_class)
     check_folder(root)
     if dataset == "folder":

@@ -19,10 +19,10 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -194,12 +194,19 @@ def shard_names(shards: Iterable[Path]) -> dict[Path, str]:
     return names
 
 
-def read_shards(pattern: str, beside: Iterable[Path] = ()) -> TarList:
-    """All samples of the shards of a pattern, in the order of the shards; beside: the shards of the other splits, so
-    that no name is given twice.
-    """
-    shards = expand_shards(pattern)
-    named = shard_names([*shards, *beside])
+def read_shards(pattern: str) -> TarList:
+    """All samples of the shards of a pattern, in the order of the shards."""
+    return read_splits({"train": pattern})["train"]
+
+
+def read_splits(patterns: Mapping[str, str]) -> dict[str, TarList]:
+    """`read_shards` of each split's pattern; no two pictures of all splits have one name."""
+    shards = {split: expand_shards(pattern) for split, pattern in patterns.items()}
+    named = shard_names(chain.from_iterable(shards.values()))
+    return {split: _read_all(pattern, shards[split], named) for split, pattern in patterns.items()}
+
+
+def _read_all(pattern: str, shards: list[Path], named: Mapping[Path, str]) -> TarList:
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
         parts = list(pool.map(_read_shard, shards, [named[shard] for shard in shards]))
     names = [name for part in parts for name in part[0]]

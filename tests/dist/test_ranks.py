@@ -341,15 +341,12 @@ def test_synced_batchnorm_without_weights_or_statistics(options: dict[str, bool]
     torch.testing.assert_close(SyncedBatchNorm(3, **options)(x), nn.BatchNorm1d(3, **options)(x), rtol=1e-5, atol=1e-5)
 
 
-class Backwards(nn.Module):
+class Backwards(Net):
     """Its last layer comes first: backward fills the flat row from its beginning."""
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.c, self.b, self.a = nn.Linear(11, 2), nn.Linear(7, 11), nn.Linear(5, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(self.b(self.a(x).relu()).relu())
 
 
 def reduced_backwards(ranks: Ranks) -> tuple[int, Tensor]:
