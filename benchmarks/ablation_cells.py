@@ -161,6 +161,16 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             for name, value in (("gkp_normalise", "samples"), ("gkp_lambda", 1.0), ("gkp_lambda", 0.1))
         },
     },
+    "scope-of-gsa": {  # GSA of all parameters or of the classifier alone, which costs half as much, with the default's GKP
+        "balanced-softmax,epochs=200": Cell("balanced-softmax", {"epochs": 200}),
+        **{
+            f"balanced-softmax+{gsa}{gkp},epochs=200,scout=0.8{weak}": Cell(
+                f"balanced-softmax+{gsa}{gkp}", {"epochs": 200, "scout": 0.8, **({"gkp_lambda": 0.1} if gkp else {})}
+            )
+            for gkp, weak in (("+gkp", ",gkp_lambda=0.1"), ("", ""))
+            for gsa in ("gsa-paper", "gsa-full")
+        },
+    },
     "begin": {  # GKP where a multistep schedule lowers the learning rate, .8 of the epochs, and ten epochs later
         "balanced-softmax,epochs=200": Cell("balanced-softmax", {"epochs": 200}),
         **{
