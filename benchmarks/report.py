@@ -56,7 +56,7 @@ PAIRED = (
 )
 
 
-LONG = ("long", "long-three-views")
+LONG = ("long", "scope-of-gsa", "long-three-views")
 RELEASE = ("release", "long-release")
 HALF_CIFAR = (
     "{limit_train:,} training pictures of 16 pixels, ratio {imbalance:g}, {model}, {epochs} epochs; all 10,000 pictures of "
@@ -87,8 +87,8 @@ FULL_CIFAR = (
 
 
 def full_cifar() -> str:
-    """What acts in the last fifth of the epochs, weaker or later, on all of CIFAR-10-LT."""
-    return tables(FULL, "last-fifth", "last-fifth-weaker", "begin")
+    """What acts in the last fifth of the epochs, weaker, of the classifier alone, or later, on all of CIFAR-10-LT."""
+    return tables(FULL, "last-fifth", "last-fifth-weaker", "scope-of-gsa", "begin")
 
 
 def read(bench: str) -> list[Row]:

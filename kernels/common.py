@@ -1,8 +1,7 @@
 """What every op shares: the triton guard, the choice of path, argument checks, and the counters of launches and bytes.
 
 CUDA tensors take the Triton kernel, CPU tensors the same arithmetic in torch a cache-sized block at a time; with
-TRITON_INTERPRET=1 CPU tensors take the kernel too. float64 parameters (checks of gradients, never training) and CUDA
-without triton take the torch oracle.
+TRITON_INTERPRET=1 CPU tensors take the kernel too. Elsewhere (CUDA without triton, or in float64) the torch oracle runs.
 """
 
 import math
@@ -48,7 +47,7 @@ def jit(function: Callable) -> Any:
 
 
 def use_kernel(tensor: Tensor, *, float64_too: bool = False) -> bool:
-    """True if ops on `tensor` run the Triton kernel, False if they run the torch oracle."""
+    """True if ops on `tensor` run the Triton kernel, False if they run in torch."""
     return triton is not None and (float64_too or tensor.dtype != torch.float64) and (tensor.is_cuda or INTERPRET)
 
 

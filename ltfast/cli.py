@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 import ltfast
 from ltfast.cli_data import add_data_commands
 from ltfast.cli_runs import add_run_commands, print_result
-from ltfast.config import FIELDS, SECTIONS, Config, base_type, check, flag, flatten, load_toml, nearest
+from ltfast.config import (
+    DEFAULT_DATASET,
+    DEFAULT_METHOD,
+    FIELDS,
+    SECTIONS,
+    Config,
+    base_type,
+    check,
+    flag,
+    flatten,
+    load_toml,
+    nearest,
+)
 from ltfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +120,9 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
     train = commands.add_parser(
-        "train", help="train a model", description="Train a model; with no argument, gkp-gsa on digits-lt."
+        "train",
+        help="train a model",
+        description=f"Train a model; with no argument, {DEFAULT_METHOD} on {DEFAULT_DATASET}.",
     )
     train.usage = "ltfast train [--dataset NAME] [--method NAME] [--data-dir PATH] [options]"
     train.epilog = (
@@ -116,7 +130,7 @@ def build_parser() -> Parser:
         "folder, list and webdataset: resnet50, 90 epochs, lr 0.1, cosine, no warm-up). --dry-run prints the most important "
         "of them, a run's config.toml all. Later wins: defaults, recipe, method, --config, flags."
     )
-    train.add_argument("--method", default=None, help="method name, see `ltfast methods` [gkp-gsa]")
+    train.add_argument("--method", default=None, help=f"method name, see `ltfast methods` [{DEFAULT_METHOD}]")
     train.add_argument("--recipe", default=None, metavar="NAME", help="a named recipe: cifar10-lt-speedrun")
     train.add_argument("--config", default=None, metavar="FILE", help="TOML file of settings; flags override it")
     train.add_argument("--resume", default=None, metavar="RUN", help="continue this run folder")
@@ -171,7 +185,7 @@ def command_train(args: argparse.Namespace) -> int:
     else:
         values = load_toml(args.config) if args.config else {}
         fields = flatten(values, args.config or "")
-        named = named_recipe(args.recipe) if args.recipe else ("digits-lt", "gkp-gsa", {})
+        named = named_recipe(args.recipe) if args.recipe else (DEFAULT_DATASET, DEFAULT_METHOD, {})
         dataset = flags.pop("dataset", None) or fields.pop("dataset", named[0])
         method = args.method or values.get("method", named[1])
         if args.method:  # a flag goes before the file: what the file's own method was made of must not come back in

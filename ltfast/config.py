@@ -25,6 +25,7 @@ LIMITS = {
 }  # fmt: skip
 SEED_MAX = 2**32 - 1  # numpy's and torch's generators take more, but not the products made of it
 DEVICES = r"auto|cpu|cuda(:\d+)?"
+DEFAULT_DATASET, DEFAULT_METHOD = "digits-lt", "gkp-gsa"
 
 
 def _opt(default: Any, text: str, *, paper: str = "", choices: tuple[str, ...] = (), **limits: float) -> Any:
@@ -35,11 +36,11 @@ def _opt(default: Any, text: str, *, paper: str = "", choices: tuple[str, ...] =
 class Data:
     """What to train on."""
 
-    dataset: str = _opt("digits-lt", "dataset name (see `ltfast datasets`)")
+    dataset: str = _opt(DEFAULT_DATASET, "dataset name (see `ltfast datasets`)")
     data_dir: str | None = _opt(None, "folder, .npz pack, list root or shard pattern of the dataset")
     imbalance: float | None = _opt(
         None,
-        "ratio of the largest to the smallest class after thinning; 1 = balanced (large folders, lists and shards: as they are); "
+        "ratio of the largest to the smallest class after thinning; 1 = balanced (large folders, lists, shards: left as they are); "
         "default 100 for digits and CIFAR",
         paper="100",
         least=1,
@@ -60,7 +61,7 @@ class Data:
     batch: int = _opt(256, "global batch size (over all processes)", paper="256", least=1)
     views: str = _opt(
         "auto",
-        "augmentation recipe; auto = the dataset's; for large pictures imagenet, or crop (crop and flip only), for small ones the rest",
+        "augmentation recipe; auto = the dataset's own; large pictures: imagenet, crop (crop and flip only); small ones: the others",
         choices=("auto", "digits", "cifar", "plain", "imagenet", "crop"),
     )
     image_size: int | None = _opt(
@@ -130,7 +131,7 @@ class Sharpness:
     sharpness: str = _opt("none", "rule (see `ltfast methods`); none = plain descent")
     direction: str | None = _opt(
         None,
-        "override: what a group climbs along, of its gradient",
+        "override: the part of its gradient that a group climbs along",
         choices=("joint", "none", "orthogonal", "projected", "friendly"),
         paper="orthogonal",
     )
@@ -151,9 +152,13 @@ class Sharpness:
     sigma: float | None = _opt(
         None, "override: strength of the moving average removed by `friendly`", paper="1", least=0
     )
-    lmbda: float | None = _opt(None, "override: decay of that moving average", paper="0.9", least=0, most=1)
+    lmbda: float | None = _opt(
+        None, "override: decay of the moving average of `friendly`", paper="0.9", least=0, most=1
+    )
     aggregate: str | None = _opt(
-        None, "override: averaging of groups in a shared perturbation", choices=("uniform", "share")
+        None,
+        "override: how a shared perturbation averages the groups: all alike, or by their shares of the batch",
+        choices=("uniform", "share"),
     )
     gram_every: int | None = _opt(None, "override: steps between exact group gradients; 1 = every step", least=1)
     gram_ema: float | None = _opt(None, "override: weight of the old Gram matrix at a refresh", least=0, below=1)
@@ -199,13 +204,15 @@ class Preserve:
         paper="classes",
     )
     fisher: str = _opt(
-        "per-sample", "squares of per-sample gradients or of batch means", choices=("per-sample", "batch")
+        "per-sample",
+        "Fisher information from squares of per-sample gradients, or of batch means (as released)",
+        choices=("per-sample", "batch"),
     )
-    fisher_budget: int = _opt(512, "training images a group used for its Fisher", least=1)
+    fisher_budget: int = _opt(512, "training images per group for its Fisher information", least=1)
     alpha_start: float = _opt(
         0.9, "weight of GSA against GKP at the start (cosine schedule)", paper="0.9", least=0, most=1
     )
-    alpha_end: float = _opt(0.8, "the same at the end", paper="0.8", least=0, most=1)
+    alpha_end: float = _opt(0.8, "weight of GSA against GKP at the end", paper="0.8", least=0, most=1)
     bank: str | None = _opt(None, "use the memory bank of this earlier run: classes are grouped before training")
 
 
@@ -271,7 +278,9 @@ class Run:
         -1, "GPUs of this machine, one process each; -1 = all for large data sets, else one; 0 = CPU", least=-1
     )
     procs: int = _opt(0, "processes on the CPU instead of GPUs; 0 = one process", least=0)
-    max_restarts: int = _opt(3, "how often all processes restart from the last checkpoint after one has died", least=0)
+    max_restarts: int = _opt(
+        3, "how many times all processes may restart from the last checkpoint after one has died", least=0
+    )
     sync_bn: bool = _opt(False, "BatchNorm statistics over all processes; off = over each process's part of the batch")
     ascent: str = _opt(
         "local",
@@ -289,7 +298,7 @@ SECTIONS: dict[str, type] = {
 class Config:
     """Everything that decides a run; `method` records the name it was built from."""
 
-    method: str = "gkp-gsa"
+    method: str = DEFAULT_METHOD
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
@@ -322,7 +331,7 @@ class Config:
     def from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
         """Build from the nested form of `to_dict`; see `flatten` for the errors."""
         return dataclasses.replace(
-            Config().with_(**flatten(values, where)), method=str(values.get("method", "gkp-gsa"))
+            Config().with_(**flatten(values, where)), method=str(values.get("method", DEFAULT_METHOD))
         )
 
 

@@ -19,7 +19,7 @@ from ltfast.data.base import SHOT_NAMES, Batch, shot_groups
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
-from ltfast.modes import evaluating
+from ltfast.modes import evaluating, untuned
 from ltfast.preserve import Quality, sample_indices
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def gradient_gram(
     """
     ranks = ranks or Ranks()
     rows, losses = [], []
-    with evaluating(model):
+    with untuned(), evaluating(model):
         for batches in groups:
             row, total = torch.zeros_like(flat.data), torch.zeros(2, dtype=torch.float64, device=flat.device)
             for batch in batches:

@@ -148,11 +148,9 @@ class TrainStep:
         kept = self.engine.kept if self.engine is not None else None
         norm = self.update(self.flat.grads[self._final_row], kept, bad)
         self.buffers.undo(self.update.in_a_row)
-        if self.engine is not None:
-            self.engine.climbed = False
         figures = {"loss": loss, "grad_norm": norm, **means(stats)}
         good = self.update.in_a_row == 0
-        # Of no skipped step.
+        # A skipped step counts as 0 in the log.
         values = torch.where(good, torch.stack([value.float() for value in figures.values()]), 0.0)
         result = dict(zip(figures, values.unbind(), strict=True))
         return Taken({**result, "good": good.float()}, features[: labels.numel()], stats)

@@ -195,7 +195,7 @@ class Trainer(Durable):
         """The step for the groups there are: plain descent while scouting for them."""
         rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
         membership = build.build_membership(self.config, self.rule, self.source.train_counts, self.groups)
-        # Of the stratified sampler.
+        # The stratified sampler needs to know them, too.
         self.source.set_groups(membership.argmax(1) if self.groups is None else self.groups)
         self.step = TrainStep(
             self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, forward=self.forward,

@@ -15,9 +15,8 @@ class Update:
 
     Attributes:
         lr: learning rate, 0-dim device tensor (changing it recompiles and synchronises nothing).
-        anchor: (A [N], T [N]) of shared GKP or None; `strength` is (1 - alpha) * lambda, `alpha` scales the gradient.
+        anchor: (A [N], T [N]) of GKP or None; `strength` is (1 - alpha) * lambda, `alpha` scales the gradient.
         scaler: loss scale of fp16, told of every skipped step, or None.
-        state: tensors to checkpoint.
     """
 
     def __init__(

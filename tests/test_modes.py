@@ -9,6 +9,7 @@ from torch import nn
 from ltfast.data.base import Batch
 from ltfast.evaluate import evaluate
 from ltfast.flat import FlatParameters
+from ltfast.modes import untuned
 from ltfast.observe import gradient_gram
 from ltfast.preserve.fisher import fisher_sums, reestimate_batchnorm
 from ltfast.report.curvature import hessian_product
@@ -66,3 +67,11 @@ def test_every_layer_keeps_its_mode(look, fails):
     else:
         LOOKS[look](model, failing)
     assert [m.training for m in model.modules()] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_cudnn_tries_nothing_inside_and_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch, tuned: bool) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", tuned)
+    with untuned():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark == tuned

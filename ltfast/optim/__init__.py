@@ -1,12 +1,14 @@
 """Sharpness-aware optimizers: drop-in for other training loops, and the engine of ltfast's own.
 
-The drop-in optimizers, each class built on the one above it:
+The drop-in optimizers, from the ground up:
     TwoPasses         passes.py     a step that has begun: theta + eps and back, loss scaling, BatchNorm, several processes
     OverBase          over_base.py  the base optimizer: its own steps, hooks and state dicts
     StoredOptimizer   state.py      state dicts, copies and pickles
     FlatOptimizer     base.py       flat parameters and gradients, the fused update that restores theta, the anchor
     SAM, FriendlySAM  sam.py        one gradient: first_step and second_step, or a closure
-    GroupAscent       grouped.py    (on FlatOptimizer) the ascent by group losses; gsa.py adds the step: GSA, ImbSAM, ...
+    AcrossProcesses   across.py     (on FlatOptimizer) group gradients of several processes
+    GroupAscent       grouped.py    the ascent by group losses
+    GSA, ImbSAM, ...  gsa.py        its step, as closures
 """
 
 from ltfast.optim.gsa import CCSAM, GSA, FocalSAM, ImbSAM

@@ -1,6 +1,6 @@
-"""The one engine behind SAM, ASAM, Friendly-SAM, ImbSAM, CC-SAM, Focal-SAM and GSA.
+"""The trainer's ascent on all parameters, by any rule; `GroupAscent` (grouped.py) is the same for the drop-in optimizers.
 
-    rows  = group gradients [R, N]                      (autograd accumulates straight into them)
+    rows  = group gradients [R, N]                       one backward pass for each, gathered into one buffer
     M     = gram(rows, theta)                            one read of the rows and theta
     coef  = rule(M, |theta|, shares, counts)             one tiny launch, no host synchronisation
     theta + eps = perturb(theta, rows, coef)             one pass; theta is kept aside, bit for bit
@@ -41,7 +41,7 @@ class Engine(Ascent):
         classifier: parameters, neighbours in `flat`, whose group gradients mode R computes in every step (ltfast.optim.fresh).
 
     Attributes:
-        kept: [N] theta as it was before the climb, bit-exact; meaningful while `climbed` is true.
+        kept: [N] theta as it was before the climb, bit-exact.
         stats: device tensors describing the last ascent, for logging.
     """
 
@@ -59,7 +59,6 @@ class Engine(Ascent):
         self.kept = torch.empty_like(flat.data)
         self.eps = torch.zeros_like(flat.data) if rule.ascent_every > 1 else None
         self.held: dict[str, Tensor] = {}
-        self.climbed = False
         self.classifier = classifier if rule.gram_every > 1 and rule.scope == "all" else ()
         super().__init__(rule, counts, flat.numel, flat.device)
 
@@ -97,7 +96,6 @@ class Engine(Ascent):
         """
         self.pending = None  # of a step that was broken off
         coef, rows = self._exact(losses, shares) if branch == EXACT else self._stale(losses, shares, classifier_rows)
-        self.climbed = True
         if self.rule.objective == "per_group":
             self.kept.copy_(self.flat.data)
         else:
@@ -122,18 +120,11 @@ class Engine(Ascent):
         """Climb by the last ascent's eps without a pass of its own (rule.ascent_every > 1)."""
         assert self.eps is not None
         self.kept.copy_(self.flat.data)
-        self.climbed = True
         self.flat.data.add_(self.eps)
 
     def move_to(self, coef: Tensor) -> None:
         """Put theta + s^2 * coef @ rows into the parameters (theta = `kept`)."""
         perturb(self.kept, self.rows, coef, self.rule.adaptive, out=self.flat.data)
-
-    def restore(self) -> None:
-        """Bring theta back, bit for bit."""
-        if self.climbed:
-            self.flat.data.copy_(self.kept)
-            self.climbed = False
 
     # -- mode E: every group's gradient ----------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
+from ltfast.modes import untuned
 from ltfast.preserve.anchor import Anchor, stream_anchor
 from ltfast.preserve.bank import MemoryBank
 from ltfast.preserve.fisher import fisher_sums, reestimate_batchnorm, sample_indices, swapped_parameters
@@ -72,17 +72,6 @@ def collapse_knowledge(
             yield theta_star, (ranks.sum_(sums) / total).float()
 
     return stream_anchor(pairs(), sizes)
-
-
-@contextmanager
-def untuned() -> Iterator[None]:
-    """Inside, cuDNN takes the kernels that it expects to be fast: trying them costs more than a few batches can gain."""
-    tuned = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = tuned
 
 
 @torch.no_grad()

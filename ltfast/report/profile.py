@@ -81,7 +81,6 @@ def revive(live: Live) -> Trainer:
     grouping = live.folder.metrics("group")
     if grouping:
         trainer.groups = torch.tensor(grouping[-1]["groups"])
-        trainer.source.set_groups(trainer.groups)
         if config.preserve.gkp:  # its values cost no more and no less than zeros
             nothing = torch.zeros_like(trainer.flat.data)
             trainer.anchor = Anchor(nothing, nothing)

@@ -14,7 +14,7 @@ from ltfast.flat import FlatParameters
 from ltfast.models import LongTailModel
 from ltfast.preserve.bank import MemoryBank
 from ltfast.preserve.fisher import sample_indices
-from ltfast.preserve.knowledge import agree_on_statistics, collapse_knowledge, untuned
+from ltfast.preserve.knowledge import agree_on_statistics, collapse_knowledge
 
 GROUPS = torch.tensor([0, 1, 1, 1])
 SIZES = torch.tensor([1.0, 3.0], dtype=torch.float64)
@@ -136,11 +136,3 @@ def test_statistics_of_two_equal_shares_are_those_of_all_images() -> None:
     assert (norm.running_var - variances.mean(0)).abs().min() > 0.2  # the means are apart
     agree_on_statistics(network, Ranks())
     torch.testing.assert_close(norm.running_mean, everything.mean(0), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("tuned", [False, True])
-def test_cudnn_tries_nothing_inside_and_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch, tuned: bool) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", tuned)
-    with untuned():
-        assert not torch.backends.cudnn.benchmark
-    assert torch.backends.cudnn.benchmark == tuned
