@@ -14,11 +14,12 @@ import numpy as np
 import seeded
 from harness import RESULTS
 
+from ltfast.config import DEFAULT_METHOD
 from ltfast.recipes import ALIASES
 
 ROOT = Path(__file__).resolve().parent.parent
 # Okabe-Ito colours with distinct markers: readable in grey print and to colour-blind eyes.
-STYLES = {"ce": ("#D55E00", "s", "--"), "gkp-gsa": ("#0072B2", "o", "-")}
+STYLES = {"ce": ("#D55E00", "s", "--"), DEFAULT_METHOD: ("#0072B2", "o", "-")}
 
 
 def read(bench: str) -> seeded.Runs:
@@ -71,7 +72,7 @@ def fill(path: Path, marker: str, text: str) -> None:
 
 
 def accuracy_by_count(path: Path, counts: list[int]) -> None:
-    """Per-class accuracy against training images, plain cross-entropy and gkp-gsa, mean and range over seeds."""
+    """Per-class accuracy against training images, plain cross-entropy and the default method, mean and range over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

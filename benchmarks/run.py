@@ -77,7 +77,7 @@ def kernels(seconds: float) -> Iterator[Stage]:
         yield Stage(f"kernel-{op}", (f"benchmarks/bench_{op}.py", "--device", "{device}", "--write"), seconds)
 
 
-METHODS = ("ce", "bcl", "gkp-gsa", "gsa-paper", "bcl+sam", "gsa-full", "gsa-release,groups=1")
+METHODS = ("ce", "bcl", "gsa-paper+gkp", "gkp-gsa", "gsa-paper", "bcl+sam", "gsa-full", "gsa-release,groups=1")
 CIFAR = Stage(
     "cifar10-lt",
     ("benchmarks/accuracy.py", "--dataset", "cifar10-lt", "--data-dir", "{data}", "--budget", "{budget}",

@@ -206,6 +206,8 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
                         f"--weights {path}: {k} is {list(tensors[k].shape)}, the model needs {list(v.shape)}; "
                         "is it for another --model or --image-size?"
                     )
+                if not bool(tensors[k].isfinite().all()):
+                    raise UserError(f"--weights {path}: {k} holds NaN or inf")
                 v.copy_(tensors[k])
 
 

@@ -62,7 +62,9 @@ def add_run_commands(commands: Any) -> None:
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object a picture")
     form.add_argument(
-        "--csv", action="store_true", help="print a row a picture: image, class 1, probability 1, class 2, ..."
+        "--csv",
+        action="store_true",
+        help="print a table, a row per picture: image, class_1, probability_1, class_2, ...",
     )
     predict.set_defaults(run=command_predict)
 
@@ -131,13 +133,18 @@ def command_predict(args: argparse.Namespace) -> int:
 
     trained = load_trained(args.model, args.checkpoint)
     images, table = list(pictures_below(args.images)), csv.writer(sys.stdout, lineterminator="\n")
+    header = args.csv
     for row in predict(trained, images, top=args.top, device=args.device, unreadable=unreadable):
         if args.json:
             print(to_json(row))
             continue
         pairs = list(zip(row["classes"], row["probabilities"], strict=True))
+        if header:
+            names = (f"{what}_{k}" for k in range(1, len(pairs) + 1) for what in ("class", "probability"))
+            table.writerow(["image", *names])
+            header = False
         if args.csv:
-            table.writerow([row["image"], *(cell for name, p in pairs for cell in (name, f"{p:.6f}"))])
+            table.writerow([row["image"], *(cell for name, p in pairs for cell in (name, f"{p:.6g}"))])
         else:
             print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))
     return 2 if problems else 0

@@ -25,7 +25,7 @@ LIMITS = {
 }  # fmt: skip
 SEED_MAX = 2**32 - 1  # numpy's and torch's generators take more, but not the products made of it
 DEVICES = r"auto|cpu|cuda(:\d+)?"
-DEFAULT_DATASET, DEFAULT_METHOD = "digits-lt", "gkp-gsa"
+DEFAULT_DATASET, DEFAULT_METHOD = "digits-lt", "gsa-paper+gkp"
 
 
 def _opt(default: Any, text: str, *, paper: str = "", choices: tuple[str, ...] = (), **limits: float) -> Any:

@@ -249,6 +249,12 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     assert torch.equal(model.weight, before)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.full((2, 3), float("nan")), "bias": torch.zeros(2)}, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match=r"nan\.pt: weight holds NaN or inf"):
+        checkpoint.load_weights(torch.nn.Linear(3, 2), tmp_path / "nan.pt")
+
+
 def test_shared_names_cannot_leave_the_folder(tmp_path: Path) -> None:
     (tmp_path / "outside.safetensors").write_bytes(b"")
     folder = tmp_path / "run"

@@ -143,7 +143,7 @@ def test_of_a_files_idle_settings_those_are_said_that_somebody_chose(tmp_path: P
 
 def test_momentum_is_asked_for_by_sgd_alone(capsys) -> None:
     assert main(["train", "--dry-run", "--nesterov", "--momentum", "0", "--optimizer", "adamw"]) == 0
-    assert "note: no effect with gkp-gsa: --nesterov" in capsys.readouterr().out
+    assert "note: no effect with gsa-paper+gkp: --nesterov" in capsys.readouterr().out
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -292,8 +292,9 @@ def test_tables_of_classes_and_of_a_folder_of_pictures(
     capsys.readouterr()
     assert main(["predict", str(run), str(data / "test"), "--csv", "--top", "2"]) == 0
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
-    assert len(rows) == 18
-    assert all(len(row) == 5 and row[1] in COLOURS and float(row[2]) >= float(row[4]) for row in rows)
+    assert rows[0] == ["image", "class_1", "probability_1", "class_2", "probability_2"]
+    assert len(rows) == 1 + 18
+    assert all(len(row) == 5 and row[1] in COLOURS and float(row[2]) >= float(row[4]) for row in rows[1:])
     assert main(["predict", str(run), str(data / "test"), "--csv", "--json"]) == 2
     assert "not allowed with" in capsys.readouterr().err
     (tmp_path / "none").mkdir()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ltfast.cli import build_parser, parsed
-from ltfast.config import FIELDS
+from ltfast.config import DEFAULT_DATASET, DEFAULT_METHOD, FIELDS
 from ltfast.recipes import build_config, named_recipe
 from tests.docs.blocks import ROOT
 
@@ -50,7 +50,7 @@ def check_ltfast(words: Sequence[str]) -> None:
     args = build_parser().parse_args(list(words))
     if args.command == "train" and not args.resume:
         flags = {name: parsed(name, value) for name, value in vars(args).items() if name in FIELDS}
-        named = named_recipe(args.recipe) if args.recipe else ("digits-lt", "gkp-gsa", {})
+        named = named_recipe(args.recipe) if args.recipe else (DEFAULT_DATASET, DEFAULT_METHOD, {})
         build_config(flags.pop("dataset", named[0]), args.method or named[1], named[2], flags)
 
 
