@@ -327,9 +327,12 @@ def main() -> None:
     parser.add_argument("--no-pages", action="store_true", help="leave README and docs as they are")
     args = parser.parse_args()
     args.out.write_text(report())
+    written = [args.out]
     for page in PAGES if not args.no_pages else ():
+        before = page.read_text()
         fill_page(page)
-    print(f"wrote {args.out}")
+        written += [page] if page.read_text() != before else []
+    print("wrote " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -125,9 +125,10 @@ def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> t
             missing.append(f"{view.name}: {result.missing.get(name, 'not computed')}.")
         else:
             found.append(Entry(place, view.name, value))
-            if not view.ended:
+            behind = "it has not ended" if not view.ended else view.unwritten
+            if behind:
                 missing.append(
-                    f"{view.name}: it has not ended; this is of its last weights, epoch {epoch_of_last(view.folder)}."
+                    f"{view.name}: {behind}; this is of its last weights, epoch {epoch_of_last(view.folder)}."
                 )
     return found, missing
 

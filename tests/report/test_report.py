@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ltfast import checkpoint
 from ltfast.errors import UserError
 from ltfast.report import report
 from ltfast.report.budget import Budget
@@ -159,6 +160,17 @@ def test_figures_of_a_stopped_run_say_so(runs, tmp_path, small):
     said = "run: it has not ended; this is of its last weights, epoch 3."
     assert [text.count(said), text.count("so there is no test result yet")] == [6, 3]
     assert "<td>3 of 3</td>" in text
+
+
+def test_weights_older_than_the_test_row_are_said_to_be(runs, tmp_path, small):
+    """A disk that is full lets a run end whose last weights it does not hold."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    last = run / "checkpoints/last.safetensors"
+    tensors, meta = checkpoint.load(last)
+    checkpoint.save(last, tensors, {**meta, "epoch": 2})
+    text = report([str(run)], quiet=True).read_text()
+    assert text.count("run: its final weights are not in the folder; this is of its last weights, epoch 2.") == 6
 
 
 def test_run_without_validation_says_so(runs, tmp_path):
