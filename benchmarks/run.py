@@ -120,7 +120,7 @@ STEP_SMALL = Stage(
 )  # fmt: skip
 # The paper's 200 epochs, in a process of its own: what a user waits for.
 FULL = Stage(
-    "cifar10-lt-default",
+    "cifar10-lt-gkp-gsa",
     ("benchmarks/accuracy.py", "--dataset", "cifar10-lt", "--data-dir", "{data}", "--budget", "{budget}",
      "--work", "runs/accuracy", "--seeds", "0", "--methods", "gkp-gsa"),
     300, 200,

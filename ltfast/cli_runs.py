@@ -133,17 +133,16 @@ def command_predict(args: argparse.Namespace) -> int:
 
     trained = load_trained(args.model, args.checkpoint)
     images, table = list(pictures_below(args.images)), csv.writer(sys.stdout, lineterminator="\n")
-    header = args.csv
-    for row in predict(trained, images, top=args.top, device=args.device, unreadable=unreadable):
+    rows = predict(trained, images, top=args.top, device=args.device, unreadable=unreadable)
+    for number, row in enumerate(rows):
         if args.json:
             print(to_json(row))
             continue
         pairs = list(zip(row["classes"], row["probabilities"], strict=True))
-        if header:
-            names = (f"{what}_{k}" for k in range(1, len(pairs) + 1) for what in ("class", "probability"))
-            table.writerow(["image", *names])
-            header = False
         if args.csv:
+            if number == 0:
+                names = (f"{what}_{k}" for k in range(1, len(pairs) + 1) for what in ("class", "probability"))
+                table.writerow(["image", *names])
             table.writerow([row["image"], *(cell for name, p in pairs for cell in (name, f"{p:.6g}"))])
         else:
             print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs))

@@ -8,7 +8,7 @@ The drop-in optimizers, from the ground up:
     SAM, FriendlySAM  sam.py        one gradient: first_step and second_step, or a closure
     AcrossProcesses   across.py     (on FlatOptimizer) group gradients of several processes
     GroupAscent       grouped.py    the ascent by group losses
-    GSA, ImbSAM, ...  gsa.py        its step, as closures
+    GSA, ImbSAM, ...  gsa.py        the step by closures
 """
 
 from ltfast.optim.gsa import CCSAM, GSA, FocalSAM, ImbSAM

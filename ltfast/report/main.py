@@ -125,8 +125,8 @@ def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> t
             missing.append(f"{view.name}: {result.missing.get(name, 'not computed')}.")
         else:
             found.append(Entry(place, view.name, value))
-            behind = "it has not ended" if not view.ended else view.unwritten
-            if behind:
+            if not view.ended or view.folder.progress("last"):  # a full disk lets a run end without its final weights
+                behind = "its final weights are not in the folder" if view.ended else "it has not ended"
                 missing.append(
                     f"{view.name}: {behind}; this is of its last weights, epoch {epoch_of_last(view.folder)}."
                 )

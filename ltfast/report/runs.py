@@ -76,12 +76,6 @@ class RunView:
         return whole if self.ended else f"{max(done, default=0)} of {whole}"
 
     @property
-    def unwritten(self) -> str:
-        """Why the weights there are are not those of the test row, for a run that ended on a full disk; else ''."""
-        whole = self.config.optim.epochs
-        return "its final weights are not in the folder" if epoch_of_last(self.folder) < whole else ""
-
-    @property
     def test(self) -> dict[str, Any]:
         """Figures of the last weights on the test split. Raises Missing for a run that did not end."""
         try:
