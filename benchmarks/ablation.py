@@ -5,6 +5,7 @@
     python benchmarks/ablation.py --dataset cifar10-lt --data-dir CIFAR --sweeps baseline gkp    # needs a GPU
     python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # minutes a run
     python benchmarks/ablation.py --dataset cifar10-lt-resnet8 --data-dir CIFAR --sweeps last-fifth    # hours
+    python benchmarks/ablation.py --dataset cifar10-finetuned --data-dir AFTER.npz --weights BEFORE.safetensors --sweeps fine-tuning
     python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
 Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
 with like. A cell and seed that has its row is not run again. HALF.npz is what half_size.py writes. Rows: case
@@ -39,8 +40,11 @@ HALF = {
 }  # fmt: skip
 # All of CIFAR-10-LT by its own recipe, in the precision of a GPU, with the network that two CPU cores can train.
 FULL = {"device": "cpu", "precision": "bf16", "compile": "on", "imbalance": 100.0, "model": "resnet8"}
+# Five classes of CIFAR-10 (500 to 5 training pictures), from a network trained on the other five (other_classes.py).
+FINE = {**HALF, "limit_train": 729, "model": "resnet20", "batch": 32, "lr": 0.02}
 STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF), "cifar10-lt-resnet8": ("cifar10-lt", FULL),
+    "cifar10-finetuned": ("folder-small", FINE), "cifar10-five": ("folder-small", {**FINE, "lr": 0.1}),
 }  # fmt: skip
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 _kept: dict[tuple[Any, ...], tuple[float, State]] = {}  # the newest end of scouting and its share of the epochs
@@ -169,7 +173,7 @@ def run_cell(
 
 def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags that scouting depends on; no cell changes others than these and those of sharpness and preservation."""
-    return {name: value for name, value in flags.items() if name in ("epochs", "data_dir")}
+    return {name: value for name, value in flags.items() if name in ("epochs", "data_dir", "weights")}
 
 
 def mechanics(run: Any) -> dict[str, float]:
@@ -322,7 +326,8 @@ def run_sweeps(
             own = study_of(dataset)[1]
             config = {"method": cell.method, **USUAL, **own, **cell.settings, **flags}
             config |= {"sweep": sweep, "draws": seeded.DRAWS}
-            config.pop("data_dir", None)
+            for place in ("data_dir", "weights"):
+                config.pop(place, None)
             for metric, value in figures.items():
                 case = f"{dataset}/{name}/seed={seed}"
                 harness.append_row(bench_of(dataset), case, metric, round(value, 6), config=config)
@@ -335,6 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=DIGITS)
     parser.add_argument("--data-dir", help="its folder or pack")
+    parser.add_argument("--weights", help="first weights of the encoder: a file")
     parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--cells", nargs="+", help="only these cells of the sweeps")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
@@ -361,7 +367,7 @@ def main() -> None:
             )
         return
     flags: dict[str, Any] = {"epochs": args.epochs} if args.epochs else {}
-    flags |= {"data_dir": args.data_dir} if args.data_dir else {}
+    flags |= {name: value for name in ("data_dir", "weights") if (value := getattr(args, name))}
     run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells, args.again, args.dataset, args.release)
 
 

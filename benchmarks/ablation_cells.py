@@ -126,6 +126,19 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             "balanced-softmax+gsa-exact", {"objective": "per_group"}
         ),
     },
+    "fine-tuning": {  # from a network trained on other classes: more radii, and the two presets of all parts at their defaults
+        "balanced-softmax": Cell("balanced-softmax", {}),
+        "ce": Cell("ce", {}),
+        **settings_of("balanced-softmax+sam", "rho", (0.1, 0.2)),
+        "balanced-softmax+gsa-full,radius=x10": Cell("balanced-softmax+gsa-full", radius(10)),
+        "balanced-softmax+gkp": Cell("balanced-softmax+gkp", {}),
+        **{
+            f"balanced-softmax+{parts},scout=0.8,gkp_lambda=0.05": Cell(
+                f"balanced-softmax+{parts}", {"scout": 0.8, "gkp_lambda": 0.05}
+            )
+            for parts in ("gsa-paper+gkp", "gkp-gsa")
+        },
+    },
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
         **{
             f"{method},epochs=200{share}": Cell(method, {"epochs": 200} | ({"scout": 0.8} if share else {}))

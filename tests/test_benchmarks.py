@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import ablation  # noqa: E402
 import accuracy  # noqa: E402
 import half_size  # noqa: E402
 import harness  # noqa: E402
+import other_classes  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -206,11 +208,30 @@ def test_half_size_averages_four_pixels_and_keeps_the_rest(tmp_path):
     assert pool.labels.tolist() == [0, 1]
 
 
+def test_a_part_of_a_pack_has_the_files_of_its_classes_numbered_afresh():
+    files = [b"a", b"bb", b"ccc", b"d"]
+    split = {
+        "bytes": np.frombuffer(b"".join(files), dtype=np.uint8),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "labels": np.array([0, 3, 1, 3], dtype=np.uint8),
+    }
+    arrays = {f"{name}_{what}": value for name in ("train", "test") for what, value in split.items()}
+    found = other_classes.part({**arrays, "class_names": np.array(["a", "b", "c", "d"])}, [1, 3])
+    assert found["class_names"].tolist() == ["b", "d"]
+    for name in ("train", "test"):
+        data, ends = found[f"{name}_bytes"].tobytes(), found[f"{name}_offsets"].tolist()
+        assert [data[start:stop] for start, stop in itertools.pairwise(ends)] == files[1:]
+        assert found[f"{name}_labels"].tolist() == [1, 0, 1]
+
+
 def test_studies_are_configurations_of_known_data_sets():
     for study in ablation.STUDIES:
         for cell in ablation.SWEEPS["one-view"].values():
             config = ablation.configured(study, cell.method, {**cell.settings, "data_dir": None})
-            sizes = {ablation.DIGITS: (60, 64), "cifar10-half": (40, 64), "cifar10-lt-resnet8": (200, 256)}
+            sizes = {
+                ablation.DIGITS: (60, 64), "cifar10-half": (40, 64), "cifar10-lt-resnet8": (200, 256),
+                "cifar10-finetuned": (40, 32), "cifar10-five": (40, 32),
+            }  # fmt: skip
             assert (config.optim.epochs, config.data.batch) == sizes[study]
     assert ablation.configured("cifar10-lt", "bcl", {}).optim.epochs == 200
 
