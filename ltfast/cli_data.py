@@ -30,6 +30,10 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     stats = verbs.add_parser("stats", help="class counts, many / medium / few, imbalance")
     _add_lists(stats)
     stats.add_argument("--plot", default=None, metavar="PNG", help="draw the class counts")
+    stats.add_argument(
+        "--lists", default=None, metavar="DIR",
+        help="write each split as DIR/<split>.csv (path, label, class), also one that is held out of train",
+    )  # fmt: skip
     stats.set_defaults(run=command_stats)
 
     contact = verbs.add_parser("contact", help="a picture of what training sees: every view of some images")
@@ -92,7 +96,7 @@ def command_check(args: argparse.Namespace) -> int:
 
 
 def command_stats(args: argparse.Namespace) -> int:
-    from ltfast.data.lists import empty_classes
+    from ltfast.data.lists import empty_classes, write_lists
     from ltfast.data.stats import dataset_stats, plot_counts, print_stats
 
     lists = _lists(args)
@@ -103,6 +107,8 @@ def command_stats(args: argparse.Namespace) -> int:
     if args.plot:
         plot_counts(lists, args.plot)
         print(f"class counts drawn in {args.plot}")
+    if args.lists:
+        print(f"lists written: {', '.join(map(str, write_lists(lists, args.lists)))}")
     return 0
 
 

@@ -86,12 +86,15 @@ def command_eval(args: argparse.Namespace) -> int:
         device=args.device,
         tta=args.tta,
     )
+    run = RunFolder.open(args.folder)
     if args.csv:
         write_classes(args.csv, result, source)
     if args.json:
-        print(to_json({**result, "class_names": source.class_names, "train_counts": source.train_counts.tolist()}))
+        about = {"split": args.split, "checkpoint": args.checkpoint, "epoch": run.epoch_of(args.checkpoint)}
+        classes = {"class_names": source.class_names, "train_counts": source.train_counts.tolist()}
+        print(to_json({**about, **result, **classes}))
     else:
-        which = args.checkpoint + " checkpoint" + RunFolder.open(args.folder).progress(args.checkpoint)
+        which = args.checkpoint + " checkpoint" + run.progress(args.checkpoint)
         print(f"{args.folder}: {which} on {args.split}, {counted(result['n'], 'image')}")
         print(format_table(result, source.class_names, source.train_counts))
     return 0

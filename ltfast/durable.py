@@ -106,18 +106,20 @@ class Durable:
             try:
                 self.store.flush()
             except UserError as error:
-                raise UserError(f"{error}{self._trained_weights()}") from None
+                raise UserError(f"{error}{self._weights_there()}") from None
             for problem in self.store.problems():
                 self.progress.note(problem)
 
         self.ranks.on_main(work)
 
-    def _trained_weights(self) -> str:
-        """Where the weights of a run that has trained to its end are, if they are on the disk, else ''."""
-        folder, epochs = self.folder, self.config.optim.epochs
-        if folder is None or self.epoch < epochs or checkpoint.load_meta(folder.last).get("epoch") != epochs:
+    def _weights_there(self) -> str:
+        """Which of the run's weights are on the disk, and what evaluates them; '' if none are."""
+        folder = self.folder
+        epoch = None if folder is None else folder.epoch_of("last")
+        if folder is None or epoch is None:
             return ""
-        return f"; the trained weights are in {folder.last}: `ltfast eval {folder}`"
+        which = "the trained weights" if epoch == self.config.optim.epochs else f"the weights after epoch {epoch}"
+        return f"; {which} are in {folder.last}: `ltfast eval {folder}`"
 
     def best_written(self) -> bool:
         """Whether the weights of the best epoch are on the disk, on every rank; a note says if it is another epoch's."""
@@ -267,6 +269,10 @@ class Durable:
             raise UserError(
                 f"--resume {run}: it has trained for {counted(done, 'epoch')}, but no training state (state-*) is left in "
                 "checkpoints/; going on would start again"
-                + (f" and overwrite its weights, which `ltfast eval {run}` evaluates" if weights else "")
+                + (
+                    f" and overwrite its weights{run.progress('last')}, which `ltfast eval {run}` evaluates"
+                    if weights
+                    else ""
+                )
                 + f". Start a new run: ltfast train --config {run}/config.toml --out NEW"
             )

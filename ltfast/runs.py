@@ -359,7 +359,12 @@ class RunFolder:
         epochs = self.config.optim.epochs
         if load_meta(self.last).get("epoch", epochs) >= epochs:
             return ""
-        return f" (epoch {load_meta(self.weights(which)).get('epoch', '?')} of {epochs})"
+        return f" (epoch {self.epoch_of(which) or '?'} of {epochs})"
+
+    def epoch_of(self, which: str) -> int | None:
+        """Epochs after which the `last` or `best` weights in the folder were written, if the file says so."""
+        epoch = load_meta(self.weights(which)).get("epoch")
+        return None if epoch is None else int(epoch)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write TensorBoard scalars. OSError if the folder is gone or cannot be written."""

@@ -1,4 +1,4 @@
-"""CSV files that commands write with --csv FILE."""
+"""CSV files that commands write."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from ltfast.errors import UserError
 
 
-def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes `rows`, the heads first, as UTF-8 with file names byte for byte; UserError where it cannot be written."""
+def write_csv(path: str | Path, rows: Iterable[Sequence[Any]], option: str = "--csv") -> None:
+    """Writes `rows`, the heads first, as UTF-8 with file names byte for byte; UserError, naming the option, where it cannot be
+    written."""
     try:
         with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
     except OSError as error:
-        raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from error

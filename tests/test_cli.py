@@ -78,9 +78,14 @@ def test_eval_json(run: Path, capsys) -> None:
     result = json.loads(capsys.readouterr().out)
     assert {"top1", "top5", "many", "medium", "few", "per_class", "ece", "confusion"} <= set(result)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert result["top1"] == next(r for r in rows if r["kind"] == "test")["last"]["top1"]
+    test = next(r for r in rows if r["kind"] == "test")
+    assert result["top1"] == test["last"]["top1"]
+    assert (result["split"], result["checkpoint"], result["epoch"]) == ("test", "last", 2)
     assert main(["eval", str(run), "--checkpoint", "best"]) == 0
     assert "few-shot %" in capsys.readouterr().out
+    assert main(["eval", str(run), "--checkpoint", "best", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["checkpoint"], result["epoch"]) == ("best", test["best"]["epoch"] + 1)
 
 
 def test_eval_and_export_take_the_checkpoint_that_is_named(run: Path, tmp_path: Path, capsys) -> None:

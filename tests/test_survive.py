@@ -488,6 +488,26 @@ def test_the_result_outlives_a_disk_that_is_full_at_the_end(tmp_path: Path, monk
     assert main(["eval", str(out)]) == 0
 
 
+def test_weights_of_an_earlier_epoch_are_named_where_the_disk_was_full_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written, real = tmp_path / "run", [], checkpoint.write_atomically
+
+    def first_state_alone(path: Path, pieces: Any) -> None:
+        if any(name.startswith("state-") for name in written):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, pieces)
+        written.append(path.name)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", first_state_alone)
+    with pytest.raises(UserError, match=rf"the weights after epoch 1 are in {out}/\S+/last.safetensors: `ltfast eval"):
+        train(quick(out, epochs=3))
+    for state in (out / "checkpoints").glob("state-*"):
+        state.unlink()
+    with pytest.raises(UserError, match=r"overwrite its weights \(epoch 1 of 3\), which"):
+        train(quick(out), resume=str(out))
+
+
 def with_quota(out: str, limit: int, answer: str) -> None:
     """Files may not grow beyond `limit` bytes: what a quota does, without root."""
     torch.set_num_threads(1)

@@ -29,6 +29,7 @@ from ltfast.data.decode import (
     file_format,
     jpeg_header,
     look,
+    reader,
     tiff_fault,
     tiff_tags,
     webp_size,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 TAIL = 1 << 12  # bytes read of a large file beside its HEAD; the whole file when they do not settle it
 CHUNK = 512  # files a task
+PNG_DEPTH = 24  # place of the bits a sample in a PNG
 BAD = "bad: "  # what a finding about a file that cannot be decoded begins with
 
 
@@ -154,6 +156,10 @@ def _notes(data: bytes, path: str) -> Iterator[str]:
             yield "CMYK"
         if header.orientation != 1:
             yield "EXIF-rotated (not turned by the loaders)"
+    if (kind == "PNG" and data[PNG_DEPTH : PNG_DEPTH + 1] == b"\x10") or (
+        kind == "TIFF" and tiff_tags(reader(data)).get(BITS_PER_SAMPLE) == 16
+    ):
+        yield "16 bits (the upper 8 are read)"
 
 
 def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: int = 8) -> CheckReport:

@@ -5,6 +5,7 @@ Everything ends as an `ImageList`: compact paths, int32 labels, class names. Par
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -23,6 +24,7 @@ from ltfast.data.decode import read_file
 from ltfast.data.longtail import select_subset
 from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices, shared_indices
 from ltfast.errors import UserError
+from ltfast.tables import write_csv
 
 MAX_LABEL_DIGITS = 7
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
@@ -118,6 +120,26 @@ def read_list(path: str | Path, root: str | Path) -> ImageList:
     if classes is None:
         return images
     return replace(images, class_names=tuple(name for _, name in classes), class_ids=tuple(i for i, _ in classes))
+
+
+def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
+    """Writes each split that has images as <split>.csv (path, label, class), which read_list takes; returns the files.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    files = []
+    for split, images in lists.items():
+        if not len(images):
+            continue
+        file = Path(folder) / f"{split}.csv"
+        with contextlib.suppress(OSError):  # write_csv tells
+            file.parent.mkdir(parents=True, exist_ok=True)
+        names = images.class_names or tuple(map(str, range(images.num_classes)))
+        rows = ((path, label, names[label]) for path, label in zip(images.paths, images.labels.tolist(), strict=True))
+        write_csv(file, itertools.chain([("path", "label", "class")], rows), "--lists")
+        files.append(file)
+    return files
 
 
 def _parse_text(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:

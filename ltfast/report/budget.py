@@ -73,11 +73,18 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        if self.lines:
+            print(f"report: {text}", file=sys.stderr, flush=True)
+        elif not self.bar.disable:
+            self.bar.print(f"report: {text}", markup=False, highlight=False, soft_wrap=True)
+
     @contextmanager
     def part(self, name: str, ticks: int | None = None) -> Iterator[Callable[[], None]]:
         """One part of the report; yields the function to call after each of its (at most) `ticks` units of work."""
         if self.lines:
-            print(f"report: {name}", file=sys.stderr, flush=True)
+            self.note(name)
         task = self.bar.add_task(name, total=ticks)
         try:
             yield lambda: self.bar.advance(task)

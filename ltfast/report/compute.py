@@ -47,6 +47,7 @@ def compute_all(
                 live = open_live(view, device=device, data_dir=data_dir)
             except Missing as reason:
                 result.missing = dict.fromkeys(PARTS, str(reason))
+                progress.note(f"{view.name}: {reason}; its log alone is drawn")
                 budget.parts -= SHARES
                 continue
             compute_run(view.name, live, result, budget, progress)

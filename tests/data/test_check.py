@@ -14,6 +14,7 @@ from ltfast.data.check import check_dataset, inspect, print_check, read_bad_list
 from ltfast.data.decode import load_picture
 from ltfast.data.lists import ImageList, read_list
 from ltfast.data.paths import PathTable
+from ltfast.data.public import find_lists
 from ltfast.data.stats import dataset_stats, plot_counts, print_stats
 from ltfast.errors import UserError
 from tests.data import bad_files
@@ -47,6 +48,7 @@ def test_every_bad_file_is_found_and_no_odd_one(mixed, full):
     assert split.notes["CMYK"] == 1
     assert split.notes["EXIF-rotated (not turned by the loaders)"] == 1
     assert split.notes["WEBP named .jpg"] == 1
+    assert split.notes["16 bits (the upper 8 are read)"] == 1
     assert report.bad == len(expected)
     assert not report.ok
 
@@ -215,6 +217,26 @@ def test_statistics_of_labels_with_gaps(tmp_path, monkeypatch, capsys):
     stats = dataset_stats({"train": read_list(tmp_path / "train.txt", tmp_path)})[0]
     assert stats.classes == 3
     assert stats.groups == {"many": (1, 150), "medium": (1, 50), "few": (1, 5)}
+
+
+def test_splits_are_written_as_lists_that_train_on_the_same_pictures(tmp_path, capsys):
+    """A test split that is held out of train has no other list of its pictures."""
+    for name, count in (("a, or b", 12), ("c", 5)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "set" / name / f"{i}.png").write_bytes(b"")
+    assert main(["data", "stats", str(tmp_path / "set"), "--lists", str(tmp_path / "deep" / "lists")]) == 0
+    assert "lists written: " in capsys.readouterr().out
+    lists = find_lists("folder", str(tmp_path / "set"))
+    assert not (tmp_path / "deep" / "lists" / "val.csv").exists(), "it would be empty"
+    for split in ("train", "test"):
+        file = tmp_path / "deep" / "lists" / f"{split}.csv"
+        back = read_list(file, tmp_path / "set")
+        assert list(back.paths) == list(lists[split].paths)
+        assert back.labels.tolist() == lists[split].labels.tolist()
+        assert file.read_text().splitlines()[:2] == ["path,label,class", f'"{back.paths[0]}",0,"a, or b"']
+    assert main(["data", "stats", str(tmp_path / "set"), "--lists", str(file)]) == 2
+    assert f"--lists {file}/train.csv: cannot be written" in capsys.readouterr().err
 
 
 def test_published_statistics_of_places_lt():

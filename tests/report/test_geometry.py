@@ -9,6 +9,8 @@ import torch
 
 from ltfast import checkpoint
 from ltfast.report import geometry
+from ltfast.report.budget import Budget
+from ltfast.report.compute import Computed, compute_all
 from ltfast.report.runs import Missing, open_live, open_runs
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -157,7 +159,7 @@ def test_plain_run_falls_back_to_initial_and_best(runs, tmp_path):
         geometry.three_points(bare)
 
 
-def test_run_without_weights_or_data_says_so(runs, tmp_path):
+def test_run_without_weights_or_data_says_so(runs, tmp_path, capsys):
     target = tmp_path / "run"
     shutil.copytree(runs[1], target)
     lines = (target / "metrics.jsonl").read_text()
@@ -176,3 +178,7 @@ def test_run_without_weights_or_data_says_so(runs, tmp_path):
     elsewhere.config = elsewhere.config.with_(dataset="cifar10-lt", data_dir=str(tmp_path / "nowhere"))
     with pytest.raises(Missing, match="its data is missing"):
         open_live(elsewhere)
+    compute_all([elsewhere], [Computed()], Budget(None), device="cpu", data_dir=str(tmp_path / "no"), quiet=False)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"report: {elsewhere.name}: its data is missing (cifar10-lt: --data-dir {tmp_path}/no does not" in said
+    assert said.endswith("; its log alone is drawn")
