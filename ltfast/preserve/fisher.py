@@ -80,7 +80,8 @@ Squares = Callable[[dict[str, Tensor], Tensor, Tensor], Iterator[tuple[str, Tens
 
 
 def _sample_squares(model: nn.Module, names: list[str], loss_fn: LossFn, chunk: int) -> Squares:
-    """Yields sum over samples of squared gradients, parameter by parameter, `chunk` samples at a time.
+    """Yields sum over samples of squared gradients, parameter by parameter, `chunk` samples at a time, fewer from where the
+    GPU's memory is short on.
 
     On a GPU layer by layer where every layer is of a kind that layers.py knows (each batch's first chunk is checked
     against autograd), else by vmap.
@@ -88,16 +89,29 @@ def _sample_squares(model: nn.Module, names: list[str], loss_fn: LossFn, chunk: 
     by_vmap = _vmapped_squares(model, loss_fn)
     layers = known_layers(model, names) if _by_layers(model) else None
 
-    def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def of_chunk(params: dict[str, Tensor], x: Tensor, y: Tensor, check: bool) -> Mapping[str, Tensor]:
         nonlocal layers
-        for i, (x, y) in enumerate(zip(images.split(chunk), labels.split(chunk), strict=True)):
-            if layers is not None:
-                try:
-                    yield from sample_squares(model, layers, loss_fn, x, y, names, check=i == 0).items()
-                    continue
-                except Unlike:
-                    layers = None
-            yield from by_vmap(params, x, y)
+        if layers is not None:
+            try:
+                return sample_squares(model, layers, loss_fn, x, y, names, check=check)
+            except Unlike:
+                layers = None
+        return by_vmap(params, x, y)
+
+    def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+        nonlocal chunk
+        done = 0
+        while done < len(labels):
+            part = slice(done, done + chunk)
+            try:
+                found = of_chunk(params, images[part], labels[part], done == 0)
+            except torch.OutOfMemoryError:  # CHUNK_BYTES knows nothing of activations
+                if chunk == 1:
+                    raise
+                chunk //= 2
+                continue
+            done = part.stop
+            yield from found.items()
 
     return squares
 
@@ -107,7 +121,9 @@ def _by_layers(model: nn.Module) -> bool:
     return next(model.parameters()).is_cuda
 
 
-def _vmapped_squares(model: nn.Module, loss_fn: LossFn) -> Squares:
+def _vmapped_squares(
+    model: nn.Module, loss_fn: LossFn
+) -> Callable[[dict[str, Tensor], Tensor, Tensor], Mapping[str, Tensor]]:
     """The same for any network that torch.func.vmap can batch, all samples at once."""
 
     def loss(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
@@ -115,11 +131,10 @@ def _vmapped_squares(model: nn.Module, loss_fn: LossFn) -> Squares:
 
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
 
-    def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def squares(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
         with _vmap_friendly():
             gradients = per_sample(params, images, labels)
-        for name, g in gradients.items():
-            yield name, g.square().sum(0)
+        return {name: g.square().sum(0) for name, g in gradients.items()}
 
     return squares
 

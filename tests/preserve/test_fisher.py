@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from ltfast.models import LongTailModel, create_encoder
+from ltfast.preserve import fisher
 from ltfast.preserve.fisher import (
     fisher_sums,
     reestimate_batchnorm,
@@ -81,6 +82,34 @@ def test_per_sample(chunk):
     torch.testing.assert_close(got.double() / scale, expected / scale, rtol=2e-5, atol=1e-6)  # observed 3e-6
     for wrong in (torch.zeros_like(expected), explicit(net, names, batches, "batch")):
         assert ((got.double() - wrong).abs() / scale).max() > 0.1
+
+
+def test_where_memory_is_short_fewer_samples_are_differentiated_together(monkeypatch):
+    net, names, images, labels = setup()
+    batches, sizes, real = split(images, labels, 9), [], fisher._vmapped_squares
+    expected, n = fisher_sums(net, names, batches, adjusted)
+
+    def short(limit):
+        def make(*args):
+            squares = real(*args)
+
+            def limited(params, x, y):
+                sizes.append(len(y))
+                if len(y) > limit:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return squares(params, x, y)
+
+            return limited
+
+        return make
+
+    monkeypatch.setattr(fisher, "_vmapped_squares", short(3))
+    found, m = fisher_sums(net, names, batches, adjusted)
+    assert (m, max(sizes), sum(size for size in sizes if size <= 3)) == (n, 9, n)
+    torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(fisher, "_vmapped_squares", short(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        fisher_sums(net, names, batches, adjusted)
 
 
 def test_batch_mode_squares_the_mean_and_is_far_smaller():
