@@ -290,6 +290,8 @@ def command_bench(args: argparse.Namespace) -> int:
     import subprocess
     from pathlib import Path
 
+    if not args.budget >= 0:
+        raise UserError(f"--budget {args.budget:g}: give seconds, 0 or more (0 prints the plan)")
     script = Path(ltfast.__file__).resolve().parent.parent / "benchmarks" / "run.py"
     if not script.exists():
         raise UserError(
