@@ -61,6 +61,16 @@ def last_fifth(base: str) -> dict[str, Cell]:
     }
 
 
+PUBLISHED = {
+    name: Cell(name, {})
+    for name in (
+        "balanced-softmax",
+        *(
+            f"balanced-softmax+{rule}"
+            for rule in ("sam", "asam", "friendly-sam", "imbsam", "focal-sam", "cc-sam", "gsa-paper", "gsa-full")
+        ),
+    )
+}
 # Sweeps, most telling first, each compared with its baseline's runs (`baseline_of`). Cells that are one configuration under two
 # names (`same`) are run once.
 SWEEPS: dict[str, dict[str, Cell]] = {
@@ -117,17 +127,13 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         "ce": Cell("ce", {}),
     },
     "published": {  # every published rule at its default, and the reading of GSA that gains most on digits-lt
-        "balanced-softmax": Cell("balanced-softmax", {}),
-        **{
-            f"balanced-softmax+{rule}": Cell(f"balanced-softmax+{rule}", {})
-            for rule in ("sam", "asam", "friendly-sam", "imbsam", "focal-sam", "cc-sam", "gsa-paper", "gsa-full")
-        },
+        **PUBLISHED,
         "balanced-softmax+gsa-exact,objective=per_group": Cell(
             "balanced-softmax+gsa-exact", {"objective": "per_group"}
         ),
     },
-    "fine-tuning": {  # from a network trained on other classes: more radii, and the two presets of all parts at their defaults
-        "balanced-softmax": Cell("balanced-softmax", {}),
+    "fine-tuning": {  # the same from weights trained on other classes, with more radii and the presets of all parts
+        **PUBLISHED,
         "ce": Cell("ce", {}),
         **settings_of("balanced-softmax+sam", "rho", (0.1, 0.2)),
         "balanced-softmax+gsa-full,radius=x10": Cell("balanced-softmax+gsa-full", radius(10)),
