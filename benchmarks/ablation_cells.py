@@ -136,7 +136,12 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         **PUBLISHED,
         "ce": Cell("ce", {}),
         **settings_of("balanced-softmax+sam", "rho", (0.1, 0.2)),
-        "balanced-softmax+gsa-full,radius=x10": Cell("balanced-softmax+gsa-full", radius(10)),
+        **settings_of("balanced-softmax+asam", "rho", (1.0, 2.0)),
+        **{f"balanced-softmax+gsa-full,radius=x{k}": Cell("balanced-softmax+gsa-full", radius(k)) for k in (3, 10)},
+        "balanced-softmax+gsa-paper,radius=x10": Cell("balanced-softmax+gsa-paper", radius(10)),
+        # What plain descent does with the time that SAM takes, or at other learning rates.
+        "balanced-softmax,twice the epochs": Cell("balanced-softmax", {"epochs": 80}),
+        **settings_of("balanced-softmax", "lr", (0.01, 0.05)),
         "balanced-softmax+gkp": Cell("balanced-softmax+gkp", {}),
         **{
             f"balanced-softmax+{parts},scout=0.8,gkp_lambda=0.05": Cell(
