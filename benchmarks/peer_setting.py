@@ -15,6 +15,7 @@ from ltfast.dist import Ranks
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel
+from ltfast.preserve import Anchor
 from ltfast.recipes import build_config, rule_of
 from ltfast.step import TrainStep
 from ltfast.update import Update
@@ -59,7 +60,7 @@ class Setting:
         update = Update(flat, momentum=BASE["momentum"], weight_decay=BASE["weight_decay"])
         update.lr.fill_(BASE["lr"])
         if config.preserve.gkp:
-            update.anchor = (torch.rand_like(flat.data), flat.data.clone())
+            update.anchor = Anchor(torch.rand_like(flat.data), flat.data.clone())
             update.strength.fill_(0.1)
         member: Tensor | None = None
         if rule is not None:

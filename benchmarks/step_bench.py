@@ -22,6 +22,7 @@ from ltfast.losses import membership_for
 from ltfast.objective import Forward, Objective
 from ltfast.optim import reference
 from ltfast.optim.rules import Rule
+from ltfast.preserve import Anchor
 from ltfast.recipes import build_config, rule_of
 from ltfast.step import TrainStep
 from ltfast.update import Update
@@ -91,7 +92,7 @@ class Bench:
         self.forward: Forward = build.build_forward(self.config, model, self.objective, self.device, told)
         self.step = self.make_step(self.rule)
         if self.config.preserve.gkp:
-            self.step.update.anchor = (torch.rand_like(self.flat.data), self.flat.data.clone())
+            self.step.update.anchor = Anchor(torch.rand_like(self.flat.data), self.flat.data.clone())
             self.step.update.strength.fill_(0.1)
 
     def make_step(self, rule: Rule | None) -> TrainStep:

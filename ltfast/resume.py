@@ -48,8 +48,8 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
                 tensors[name] = ranks.mean_(tensors[name].clone())
     if trainer.groups is not None:
         tensors["groups"] = trainer.groups
-    if trainer.anchor is not None:
-        tensors |= {f"anchor.{k}": v for k, v in trainer.anchor._asdict().items()}
+    if trainer.update.anchor is not None:
+        tensors |= {f"anchor.{k}": v for k, v in trainer.update.anchor._asdict().items()}
     if trainer.sums:
         tensors["sums"] = ranks.mean_(torch.stack(list(trainer.sums.values())))
     if trainer.meter.sums is not None:
@@ -134,7 +134,7 @@ def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     if "groups" in tensors:
         trainer.groups = tensors["groups"]
     if "anchor.weight" in tensors:
-        trainer.anchor = Anchor(tensors["anchor.weight"], tensors["anchor.target"])
+        trainer.update.anchor = Anchor(*(tensors[f"anchor.{name}"].to(trainer.device) for name in Anchor._fields))
     trainer.make_step()
     if trainer.step.engine is not None:
         trainer.step.engine.load_state(part(tensors, "engine."))

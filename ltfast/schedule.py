@@ -37,7 +37,7 @@ def alpha_at(preserve: Preserve, progress: float) -> float:
     return preserve.alpha_end + (preserve.alpha_start - preserve.alpha_end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def strength_of(preserve: Preserve, num_classes: int) -> float:
+def lambda_of(preserve: Preserve, num_classes: int) -> float:
     """GKP's lambda: as given, else the paper's 10, but not more than C / 100 where groups are divided by their classes.
 
     With Fishers F_j = F the penalty has (1 - alpha) lambda G^2 (G - 1) / C times the curvature F of the loss: with this lambda a

@@ -42,7 +42,7 @@ from ltfast.recipes import needs_groups, rule_of
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.resume import load_bank
 from ltfast.runs import RunFolder
-from ltfast.schedule import alpha_at, lr_at, scouting_epochs, strength_of
+from ltfast.schedule import alpha_at, lambda_of, lr_at, scouting_epochs
 from ltfast.speedrun import warm_up
 from ltfast.step import TrainStep
 from ltfast.survive import Action, Signals
@@ -87,9 +87,8 @@ class Trainer(Durable):
         self.bank = MemoryBank(self.source.num_classes, theta.numel(), origin=origin, holds=ranks.main)
         self.needs_groups = needs_groups(config, self.rule)
         self.scouts = scouting_epochs(config.preserve, optim.epochs) if self.needs_groups else 0
-        self.strength = strength_of(config.preserve, self.source.num_classes)  # GKP's lambda
+        self.gkp_lambda = lambda_of(config.preserve, self.source.num_classes)
         self.groups: Tensor | None = None  # [C] once the bank has been clustered
-        self.anchor: Anchor | None = None
         self.meter = AscentMeter(self.source.steps_per_epoch)
         self.epoch = self.batch = self.steps = 0
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1}
@@ -166,7 +165,7 @@ class Trainer(Durable):
                 fisher=cfg.fisher, budget=cfg.fisher_budget, seed=seed,
                 ranks=self.ranks,
             )  # fmt: skip
-            self.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
+            self.update.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
         self.make_step()
         self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
 
@@ -176,7 +175,7 @@ class Trainer(Durable):
         The Fisher of early snapshots may be large; uncapped, descent then diverges.
         """
         cfg = self.config
-        strongest = (1 - min(cfg.preserve.alpha_start, cfg.preserve.alpha_end)) * self.strength
+        strongest = (1 - min(cfg.preserve.alpha_start, cfg.preserve.alpha_end)) * self.gkp_lambda
         limit = critical_weight(cfg.optim.lr, cfg.optim.momentum, strongest)
         theta = self.flat.data
         capped = float((anchor.weight > limit).sum() / sum(p.numel() for p in self.model.encoder.parameters()))
@@ -186,9 +185,9 @@ class Trainer(Durable):
             )
         away = float((theta - anchor.target).mul(anchor.weight > 0).norm() / theta[self.encoder].norm())
         where = f"{away:.2g} of the encoder's norm away" if away else "where the encoder is now"
-        self.progress.note(f"GKP's anchor lies {where}, its strength lambda is {self.strength:g}")
+        self.progress.note(f"GKP's anchor lies {where}, its strength lambda is {self.gkp_lambda:g}")
         found = {"limit": limit, "capped": capped, "largest": float(anchor.weight.max()), "away": away}
-        self.log("anchor", epoch=self.epoch, strength=self.strength, **found)
+        self.log("anchor", epoch=self.epoch, strength=self.gkp_lambda, **found)
         return anchor._replace(weight=anchor.weight.clamp_max(limit))
 
     def make_step(self) -> None:
@@ -201,8 +200,6 @@ class Trainer(Durable):
             self.model, self.objective, self.flat, self.buffers, self.update, rule, membership, forward=self.forward,
             reducer=self.reducer, agreement=self.agreement, capture=self.capture,
         )  # fmt: skip
-        if self.anchor is not None:
-            self.update.anchor = (self.anchor.weight.to(self.device), self.anchor.target.to(self.device))
 
     def train_epoch(self, epoch: int) -> Action:
         """One pass over the training images (the rest of it after a resume); STOP if it was broken off."""
@@ -251,13 +248,13 @@ class Trainer(Durable):
         return result
 
     def set_schedules(self, position: float) -> None:
-        """Learning rate, alpha and GKP strength at `position` epochs into the run."""
+        """Learning rate, alpha and the strength (1 - alpha) lambda of GKP at `position` epochs into the run."""
         cfg = self.config
         self.update.lr.fill_(lr_at(cfg.optim, position))
-        if self.anchor is not None:
+        if self.update.anchor is not None:
             alpha = alpha_at(cfg.preserve, position / cfg.optim.epochs)
             self.update.alpha.fill_(alpha)
-            self.update.strength.fill_((1 - alpha) * self.strength)
+            self.update.strength.fill_((1 - alpha) * self.gkp_lambda)
 
     def remember(self, epoch: int) -> None:
         """Give each class whose features were never better this epoch's encoder as its bank entry."""

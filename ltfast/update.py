@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ltfast.flat import FlatParameters
 from ltfast.kernels import adamw_step, gram_partials, sgd_step
+from ltfast.preserve import Anchor
 from ltfast.scaler import LossScale
 
 
@@ -15,7 +16,7 @@ class Update:
 
     Attributes:
         lr: learning rate, 0-dim device tensor (changing it recompiles and synchronises nothing).
-        anchor: (A [N], T [N]) of GKP or None; `strength` is (1 - alpha) * lambda, `alpha` scales the gradient.
+        anchor: GKP's, of the whole buffer, or None; `strength` is (1 - alpha) * lambda, `alpha` scales the gradient.
         scaler: loss scale of fp16, told of every skipped step, or None.
     """
 
@@ -37,7 +38,7 @@ class Update:
         self.lr = torch.zeros((), device=device)
         self.alpha = torch.ones((), device=device)
         self.strength = torch.zeros((), device=device)
-        self.anchor: tuple[Tensor, Tensor] | None = None
+        self.anchor: Anchor | None = None
         n_slots = 1 if kind == "sgd" else 2
         self.slots = [torch.zeros_like(flat.data) for _ in range(n_slots)]
         self.step = torch.zeros((), device=device)

@@ -21,6 +21,7 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.graph import WARMUP, Captured, CudaRecorder, Failure
 from ltfast.losses import membership_for
 from ltfast.optim.rules import RULES, Rule
+from ltfast.preserve import Anchor
 from ltfast.recipes import build_config
 from ltfast.scaler import LossScale
 from ltfast.step import TrainStep
@@ -152,7 +153,7 @@ def recorded_run(
     flat = FlatParameters(net.parameters())
     scaler = LossScale(torch.device("cpu"), initial=64.0, interval=3) if name == "sam" else None
     update = Update(flat, weight_decay=1e-3, clip=2.0, scaler=scaler, kind="adamw" if name == "imbsam" else "sgd")
-    update.anchor = (torch.ones_like(flat.data), torch.zeros_like(flat.data))
+    update.anchor = Anchor(torch.ones_like(flat.data), torch.zeros_like(flat.data))
     step = TrainStep(
         net, objective, flat, FlatBuffers(net), update, rule,
         None if rule is None else membership_for(kind, COUNTS, GROUPS),

@@ -9,7 +9,7 @@ import torch
 
 from ltfast.config import Optim, Preserve
 from ltfast.preserve.anchor import stream_anchor
-from ltfast.schedule import alpha_at, lr_at, scouting_epochs, strength_of
+from ltfast.schedule import alpha_at, lambda_of, lr_at, scouting_epochs
 
 
 def optim(schedule: str, warmup: float = 0.0, epochs: int = 50) -> Optim:
@@ -56,10 +56,10 @@ def test_alpha_goes_from_start_to_end_by_a_cosine() -> None:
 
 def test_gkp_is_weaker_for_few_classes_unless_its_strength_is_given() -> None:
     """The same curvature beside the loss's as the paper's 10 has for 1,000: groups are divided by their classes."""
-    found = [strength_of(Preserve(), classes) for classes in (2, 10, 999, 1000, 8142)]
+    found = [lambda_of(Preserve(), classes) for classes in (2, 10, 999, 1000, 8142)]
     assert found == pytest.approx([0.02, 0.1, 9.99, 10.0, 10.0])
-    assert strength_of(Preserve(gkp_normalise="samples"), 10) == 10.0
-    assert [strength_of(Preserve(gkp_lambda=value), 10) for value in (0.0, 10.0, 30.0)] == [0.0, 10.0, 30.0]
+    assert lambda_of(Preserve(gkp_normalise="samples"), 10) == 10.0
+    assert [lambda_of(Preserve(gkp_lambda=value), 10) for value in (0.0, 10.0, 30.0)] == [0.0, 10.0, 30.0]
 
 
 def test_the_curvature_of_gkp_beside_that_of_the_loss() -> None:
@@ -69,7 +69,7 @@ def test_the_curvature_of_gkp_beside_that_of_the_loss() -> None:
         sizes = torch.full((groups,), classes / groups)
         anchor = stream_anchor([(torch.zeros(7), fisher)] * groups, sizes)
         preserve = Preserve(groups=groups)
-        strength = (1 - alpha_at(preserve, 1.0)) * strength_of(preserve, classes)
+        strength = (1 - alpha_at(preserve, 1.0)) * lambda_of(preserve, classes)
         torch.testing.assert_close(strength * anchor.weight, expected * fisher)
 
 

@@ -17,6 +17,7 @@ from ltfast.dist import Ranks
 from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.losses import membership_for
 from ltfast.optim.rules import RULES, Rule
+from ltfast.preserve import Anchor
 from ltfast.progress import Progress
 from ltfast.recipes import SHARPNESS_SOURCES, build_config
 from ltfast.scaler import LossScale
@@ -47,7 +48,7 @@ def step_of(rule: Rule | None, device: str, optimizer: str, **options: Any) -> t
     flat = FlatParameters(net.parameters())
     update = Update(flat, kind=optimizer, weight_decay=1e-3, **options)
     update.lr.fill_(0.1)
-    update.anchor = (torch.ones_like(flat.data), torch.zeros_like(flat.data))
+    update.anchor = Anchor(torch.ones_like(flat.data), torch.zeros_like(flat.data))
     membership = None if rule is None else membership_for(MEMBERSHIP[rule.groups], COUNTS, GROUPS)
     net.train()
     return TrainStep(net, objective, flat, FlatBuffers(net), update, rule, membership), batch

@@ -83,7 +83,7 @@ def revive(live: Live) -> Trainer:
         trainer.groups = torch.tensor(grouping[-1]["groups"])
         if config.preserve.gkp:  # its values cost no more and no less than zeros
             nothing = torch.zeros_like(trainer.flat.data)
-            trainer.anchor = Anchor(nothing, nothing)
+            trainer.update.anchor = Anchor(nothing, nothing)
         trainer.make_step()
     trainer.model.train()
     return trainer

@@ -176,7 +176,7 @@ def test_ranks_turn_to_eager_together_and_trials_send_nothing(tmp_path: Path) ->
 def until_the_end(ranks: Ranks, method: str, values: dict[str, Any]) -> dict[str, Any]:
     trainer = make(ranks, method, **values)
     result = trainer.fit()
-    anchor = trainer.anchor.weight if trainer.anchor else torch.zeros(1)
+    anchor = trainer.update.anchor.weight if trainer.update.anchor else torch.zeros(1)
     return {
         "theta": trainer.flat.data, "momentum": trainer.update.slots[0], "buffers": trainer.buffers.data, "steps": trainer.steps,
         "entry": trainer.bank.entry, "best": trainer.bank.best, "groups": trainer.groups, "anchor": anchor,
@@ -216,8 +216,9 @@ def knowledge(ranks: Ranks, values: dict[str, Any]) -> dict[str, Any]:
     trainer.bank.update(quality, theta, 0)
     trainer.bank.update(quality.flip(0), theta * 1.1, 1)
     trainer.group()
-    assert trainer.anchor is not None
-    return {"anchor": trainer.anchor.weight, "target": trainer.anchor.target, "groups": trainer.groups}
+    anchor = trainer.update.anchor
+    assert anchor is not None
+    return {"anchor": anchor.weight, "target": anchor.target, "groups": trainer.groups}
 
 
 def test_fisher_counts_every_image_once(tmp_path: Path) -> None:
