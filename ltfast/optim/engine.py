@@ -1,4 +1,4 @@
-"""The trainer's ascent on all parameters, by any rule; `GroupAscent` (grouped.py) is the same for the drop-in optimizers.
+"""The trainer's ascent on all parameters, by any rule; `GroupAscent` (group_ascent.py) is the same for the drop-in optimizers.
 
     rows  = group gradients [R, N]                       one backward pass for each, gathered into one buffer
     M     = gram(rows, theta)                            one read of the rows and theta
