@@ -214,10 +214,6 @@ def rule_of(config: Config) -> Rule | None:
         rule = dataclasses.replace(rule, groups="one")  # nothing to find out: no bank, no scouting
     if rule.scope == "classifier" and rule.direction == "friendly":
         raise UserError("direction=friendly keeps a moving average of full gradients: use scope=all with it")
-    if rule.gram_every > 1 and (rule.objective == "per_group" or rule.direction == "friendly" or rule.split):
-        raise UserError(
-            f"gram_every={rule.gram_every}: only a shared objective with gradient directions can reuse the Gram matrix; use 1"
-        )
     saving = rule.ascent_every > 1 or rule.partial
     if saving and (rule.scope, rule.objective, rule.split) != ("all", "shared", False):
         raise UserError(

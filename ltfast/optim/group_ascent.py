@@ -53,12 +53,6 @@ class GroupAscent(AcrossProcesses):
     ) -> None:
         self.rule = rule
         self._counts = self._checked(counts)
-        if rule.direction == "friendly" and rule.gram_every > 1:
-            raise ValueError(
-                "gram_every must be 1 with direction 'friendly', whose averages need every group's gradient"
-            )
-        if rule.objective == "per_group" and rule.gram_every > 1:
-            raise ValueError("gram_every must be 1 with objective 'per_group', which needs every group's gradient")
         super().__init__(params, base_optimizer, options, base_kwargs)
 
     def _checked(self, counts: Any) -> Tensor:

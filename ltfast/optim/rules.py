@@ -66,6 +66,7 @@ class Rule:
     ascent_fraction: float = 1.0
 
     def __post_init__(self) -> None:
+        exact = self.objective == "per_group" or self.direction == "friendly" or self.split
         checks = (
             ("direction", self.direction in DIRECTIONS, f"one of {', '.join(DIRECTIONS)}"),
             ("objective", self.objective in ("shared", "per_group"), "shared or per_group"),
@@ -83,6 +84,11 @@ class Rule:
             ("sigma", 0 <= self.sigma < inf, "a finite number >= 0"),
             ("lmbda", 0 <= self.lmbda <= 1, "a number in [0, 1]"),
             ("gram_every", isinstance(self.gram_every, Integral) and self.gram_every >= 1, "an integer >= 1"),
+            (
+                "gram_every",
+                self.gram_every == 1 or not exact,
+                "1 with objective per_group, direction friendly, imbsam and focal-sam: they need each group's gradient",
+            ),
             ("gram_ema", 0 <= self.gram_ema < 1, "a number in [0, 1)"),
             ("ascent_every", self.ascent_every >= 1, "an integer >= 1"),
             ("ascent_views", self.ascent_views in (0, 1), "0 (all views) or 1 (the classification view)"),
