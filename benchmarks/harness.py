@@ -41,7 +41,7 @@ Timings = dict[str, list[float]]  # contender -> one figure a round
 @cache
 def facts() -> dict[str, Any]:
     """Device, driver, versions and commit of this process."""
-    from ltfast.runs import environment
+    from ltfast.environment import environment
 
     env = environment()
     cuda = torch.cuda.is_available()

@@ -20,6 +20,7 @@ import torch
 from harness import append_row
 
 from ltfast.data.sampler import SAMPLERS, epoch_order
+from ltfast.environment import cpu_name
 from ltfast.memory import meminfo
 from ltfast.preserve import (
     MemoryBank,
@@ -30,7 +31,6 @@ from ltfast.preserve import (
     sample_indices,
     stream_anchor,
 )
-from ltfast.runs import cpu_name
 
 CLASSES, IMAGES, FEATURES = 8142, 437_513, 2048
 RESNET50_WITH_HEADS = 25_600_000  # with a projection head: the size that the memory target is stated for

@@ -73,7 +73,8 @@ def command_eval(args: argparse.Namespace) -> int:
     from ltfast.evaluate import evaluate_run
     from ltfast.metrics import format_table
     from ltfast.progress import counted
-    from ltfast.runs import RunFolder, to_json
+    from ltfast.runs import RunFolder
+    from ltfast.text import to_json
 
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     result, source = evaluate_run(
@@ -126,7 +127,7 @@ def command_export(args: argparse.Namespace) -> int:
 
 def command_predict(args: argparse.Namespace) -> int:
     from ltfast.predict import load_trained, pictures_below, predict
-    from ltfast.runs import to_json
+    from ltfast.text import to_json
 
     problems: list[UserError] = []
 

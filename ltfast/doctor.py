@@ -71,7 +71,7 @@ def versions() -> Iterator[Finding]:
 def processor() -> Iterator[Finding]:
     """Cores this process may use, and threads."""
     from ltfast.data.large_source import available_cores
-    from ltfast.runs import cpu_name
+    from ltfast.environment import cpu_name
 
     cores = available_cores()
     yield Finding("processor", f"{cpu_name()}, {cores} of {os.cpu_count()} cores usable")

@@ -6,123 +6,28 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-import ltfast
 from ltfast.checkpoint import PART, load_meta, write_atomically
 from ltfast.config import Config, flag, load_toml
+from ltfast.environment import environment
 from ltfast.errors import UserError
 from ltfast.places import absolute, short
+from ltfast.text import to_json, toml_of
 
 if TYPE_CHECKING:
     from ltfast.data.base import Source
     from ltfast.events import Events
 
 LOCK = "lock"
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the commit of the source tree, for env.json and result rows."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    cuda = torch.cuda.is_available()
-    return {
-        "ltfast": ltfast.__version__,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": installed("triton"),
-        "torchvision": installed("torchvision"),
-        "numpy": installed("numpy"),
-        "dali": installed("nvidia-dali-cuda130"),
-        "cuda": torch.version.cuda if cuda else None,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def commit() -> str | None:
-    """LTFAST_COMMIT, for a copy whose repository did not come along or is another's; else the commit of the source tree that
-    ltfast runs from, with '+' if it is modified; None outside a checkout."""
-    if told := os.environ.get("LTFAST_COMMIT"):
-        return told
-    root = Path(ltfast.__file__).resolve().parent.parent
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return None
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def plain(value: Any) -> Any:
-    """Numbers of any kind as JSON values: arrays and tensors as lists, NaN and infinities as None."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: Python's own writes NaN and Infinity, which JSON has not; here they are null."""
-    return json.dumps(plain(value), indent=indent, allow_nan=False)
-
-
-def toml_of(values: Mapping[str, Any]) -> str:
-    """TOML of plain values (str, bool, int, float, lists of them) and of one level of tables; tomllib reads it back."""
-
-    def line(name: str, value: Any) -> str:
-        # JSON's strings, numbers, booleans and lists are TOML's, but for the names of inf and nan and a bare DEL.
-        special = isinstance(value, float) and not math.isfinite(value)
-        text = str(value) if special else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        return f"{name} = {text}"
-
-    plain = [line(k, v) for k, v in values.items() if not isinstance(v, Mapping)]
-    tables = [
-        "\n".join([f"[{name}]", *(line(k, v) for k, v in table.items())])
-        for name, table in values.items()
-        if isinstance(table, Mapping)
-    ]
-    return "\n\n".join(["\n".join(plain), *tables]) + "\n"
 
 
 class RunFolder:
@@ -234,13 +139,15 @@ class RunFolder:
                     "data set with a test split of its own"
                 )
 
-    def as_trained(self, source: Source, what: str) -> None:
-        """Give a source what the run had of its training pictures, whatever lies there now: how many of each class, and the
-        mean and deviation that its network is used to.
+    def as_trained(self, source: Source, split: str, what: str) -> None:
+        """Give a source, of which `split` is to be evaluated, what the run had of its training pictures, whatever lies there
+        now: how many of each class, and the mean and deviation that its network is used to.
 
         Raises:
-            UserError: begun by `what`; the pictures have another shape.
+            UserError: begun by `what`; its classes are others, see `check_held_out`, or its pictures have another shape.
         """
+        self.check_classes(source.class_names, what, "give the data that the run was trained on")
+        self.check_held_out(source, split, what)
         for row in self.metrics("data")[-1:]:
             source.train_counts = torch.tensor(row["counts"], dtype=torch.int64)
             if used := row.get("preprocess"):

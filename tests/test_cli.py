@@ -20,7 +20,8 @@ from ltfast.plan import make_plan
 from ltfast.progress import counted
 from ltfast.recipes import build_config
 from ltfast.report.budget import Progress as ReportProgress
-from ltfast.runs import RunFolder, toml_of
+from ltfast.runs import RunFolder
+from ltfast.text import toml_of
 from tests.test_resume import assert_same_run
 
 QUICK = ["--epochs", "2", "--scout", "0.5", "--fisher-budget", "32", "--no-tensorboard"]

@@ -75,7 +75,7 @@ def test_evaluation_refuses_other_classes_in_the_same_number(
     assert main(["eval", str(run), "--data-dir", str(other)]) == 2
     assert "class 0 is 'ant' there and 'bee' here" in capsys.readouterr().err
     page = report([str(run)], tmp_path / "report", data_dir=str(other), quiet=True)
-    assert "its data has changed" in page.read_text()
+    assert "give the data that the run was trained on" in page.read_text()
 
 
 def test_evaluation_names_classes_and_refuses_what_it_does_not_read(

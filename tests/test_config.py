@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from ltfast import runs
+from ltfast import environment
 from ltfast.config import FIELDS, SECTIONS, TYPES, Config, check, flatten, load_toml
 from ltfast.data.augment import RECIPES as SMALL_VIEWS
 from ltfast.data.large_views import RECIPES as LARGE_VIEWS
@@ -25,7 +25,7 @@ from ltfast.recipes import (
     needs_groups,
     rule_of,
 )
-from ltfast.runs import toml_of
+from ltfast.text import toml_of
 from ltfast.unread import unread
 
 
@@ -259,4 +259,4 @@ def test_one_group_leaves_nothing_to_preserve() -> None:
 def test_a_copy_can_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its repository may not have come along, or be that of another state."""
     monkeypatch.setenv("LTFAST_COMMIT", "0123abc")
-    assert runs.commit() == "0123abc"
+    assert environment.commit() == "0123abc"

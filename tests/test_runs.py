@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from ltfast import runs
+from ltfast import environment
 from ltfast.config import Config
 from ltfast.errors import UserError
 from ltfast.recipes import build_config
-from ltfast.runs import RunFolder, to_json, toml_of
+from ltfast.runs import RunFolder
+from ltfast.text import to_json, toml_of
 
 
 def test_default_names_hold_data_method_and_seed_and_are_counted_from_two(
@@ -121,16 +122,16 @@ def test_the_commit_is_that_of_the_tree_ltfast_runs_from(tmp_path: Path, monkeyp
     git("commit", "-q", "-m", "first")
     head = git("rev-parse", "--short=12", "HEAD")
     monkeypatch.setattr("ltfast.__file__", str(tmp_path / "ltfast" / "__init__.py"))
-    assert runs.commit() == head
+    assert environment.commit() == head
     (tmp_path / "file").write_text("2")
-    assert runs.commit() == head + "+"
+    assert environment.commit() == head + "+"
     (tmp_path / "site-packages").mkdir()
     monkeypatch.setattr("ltfast.__file__", str(tmp_path / "site-packages" / "ltfast" / "__init__.py"))
-    assert runs.commit() is None, "installed below another's repository"
+    assert environment.commit() is None, "installed below another's repository"
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
-    assert runs.commit() is None
+    assert environment.commit() is None
     monkeypatch.setenv("PATH", "")
-    assert runs.commit() is None
+    assert environment.commit() is None
 
 
 @pytest.mark.parametrize(

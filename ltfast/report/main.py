@@ -20,7 +20,8 @@ from ltfast.report.geometry import SIDES
 from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table
 from ltfast.report.runs import Missing, RunView, epoch_of_last, open_runs
 from ltfast.report.style import look, save
-from ltfast.runs import cannot_write, to_json
+from ltfast.runs import cannot_write
+from ltfast.text import to_json
 
 PAGE, NUMBERS = "index.html", "report.json"
 LEAD = "What happened in training, which classes gained, and how the loss looks around the solution."

@@ -187,9 +187,7 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
     where = build.build_device(config, Ranks())
     try:
         source = build.build_data(config, where, Ranks())
-        view.folder.check_classes(source.class_names, str(view.folder), "its data has changed")
-        view.folder.check_held_out(source, "test", str(view.folder))
-        view.folder.as_trained(source, str(view.folder))
+        view.folder.as_trained(source, "test", str(view.folder))
     except UserError as error:
         raise Missing(f"its data is missing ({error})") from None
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)

@@ -164,7 +164,7 @@ def test_run_without_weights_or_data_says_so(runs, tmp_path, capsys):
     shutil.copytree(runs[1], target)
     lines = (target / "metrics.jsonl").read_text()
     (target / "metrics.jsonl").write_text(lines.replace('"class_names": ["0", "1"', '"class_names": ["1", "0"'))
-    with pytest.raises(Missing, match="class 0 is '1' there and '0' here; its data has changed"):
+    with pytest.raises(Missing, match="class 0 is '1' there and '0' here; give the data"):
         open_live(open_runs([str(target)])[0])
     (target / "metrics.jsonl").write_text(lines)
     view = open_runs([str(target)])[0]
