@@ -25,6 +25,7 @@ SHM_NEEDED = 1 << 30  # DataLoader workers hand batches over through it: 8 worke
 TEST_ELEMENTS = 1_000_003  # not a multiple of any block
 TEST_ROWS = 4
 TEST_SECONDS = 5.0
+TEST_FILES = 200
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "safetensors")
 DALI = "nvidia-dali-cuda130"
 
@@ -171,13 +172,13 @@ def disk(folder: Path) -> Finding:
     return Finding("disk", text)
 
 
-def pictures(folder: Path, most: int = 200) -> Finding:
+def pictures(folder: Path) -> Finding:
     """Reading speed of the first files found, or of a pack, without decoding."""
     started, size, count = time.perf_counter(), 0, 0
     places = [(str(folder.parent), [], [folder.name])] if folder.is_file() else os.walk(folder)
     for root, _, names in places:
         for name in names:
-            if count < most and time.perf_counter() - started < TEST_SECONDS:
+            if count < TEST_FILES and time.perf_counter() - started < TEST_SECONDS:
                 with open(Path(root) / name, "rb") as file:
                     size += len(file.read(READ_BYTES))
                 count += 1

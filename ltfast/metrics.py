@@ -34,26 +34,15 @@ OVERALL = {
 class Accumulator:
     """Running counts of one evaluation; update() per batch, all-reduce (sum) state() across ranks, then to_dict().
 
-    train_counts [C]: training images a class (decides many / medium / few). confusion=None keeps the [C, C]
-    matrix up to CONFUSION_MAX_CLASSES classes. Raises ValueError for bad arguments.
+    train_counts [C]: training images per class (decides many / medium / few). The confusion matrix [C, C] is kept up to
+    CONFUSION_MAX_CLASSES classes. Raises ValueError for bad arguments.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        train_counts: Tensor,
-        *,
-        device: torch.device | str = "cpu",
-        confusion: bool | None = None,
-        bins: int = ECE_BINS,
-    ) -> None:
+    def __init__(self, num_classes: int, train_counts: Tensor, *, device: torch.device | str = "cpu") -> None:
         if train_counts.shape != (num_classes,):
             raise ValueError(f"train_counts: shape {tuple(train_counts.shape)} must be [{num_classes}]")
-        if bins < 1:
-            raise ValueError(f"bins: {bins} must be at least 1")
         self.num_classes = num_classes
         self.train_counts = train_counts.cpu()
-        self.bins = bins
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -63,11 +52,11 @@ class Accumulator:
             "correct": zeros(num_classes),
             "correct5": zeros(),
             "nonfinite": zeros(),
-            "bin_seen": zeros(bins),
-            "bin_correct": zeros(bins),
-            "bin_confidence": zeros(bins, dtype=torch.float64),
+            "bin_seen": zeros(ECE_BINS),
+            "bin_correct": zeros(ECE_BINS),
+            "bin_confidence": zeros(ECE_BINS, dtype=torch.float64),
         }
-        if confusion or (confusion is None and num_classes <= CONFUSION_MAX_CLASSES):
+        if num_classes <= CONFUSION_MAX_CLASSES:
             self._state["confusion"] = zeros(num_classes, num_classes)
 
     def state(self) -> dict[str, Tensor]:
@@ -75,8 +64,8 @@ class Accumulator:
         return self._state
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor, *, probabilities: bool = False) -> None:
-        """Count one batch: logits (or probabilities) [B, C], labels [B] int64; negative ones (padding) are not counted.
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits [B, C], labels [B] int64; negative ones (padding) are not counted.
 
         A row with a NaN or infinity counts as wrong with confidence 0, and under "nonfinite".
         """
@@ -90,16 +79,15 @@ class Accumulator:
         top = logits.topk(min(5, self.num_classes), dim=1).indices
         hits = (top == labels[:, None]) & (finite & valid)[:, None]
         predicted, correct = top[:, 0], hits[:, 0]
-        confidences = logits.double() if probabilities else logits.double().softmax(1)
-        confidence = torch.where(finite, confidences.gather(1, predicted[:, None])[:, 0], 0.0)
+        confidence = torch.where(finite, logits.double().softmax(1).gather(1, predicted[:, None])[:, 0], 0.0)
 
         state["seen"].index_add_(0, labels, valid.long())
         state["correct"].index_add_(0, labels, correct.long())
         state["correct5"] += hits.sum()
         state["nonfinite"] += (valid & ~finite).sum()
         # Bins are (0, 1/15], ..., (14/15, 1]; a one-hot sum, because float index_add has no fixed order on CUDA.
-        index = (confidence * self.bins).ceil().long().sub(1).clamp(0, self.bins - 1)
-        member = (index[:, None] == torch.arange(self.bins, device=index.device)) & valid[:, None]
+        index = (confidence * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
+        member = (index[:, None] == torch.arange(ECE_BINS, device=index.device)) & valid[:, None]
         state["bin_seen"] += member.sum(0)
         state["bin_correct"] += (member & correct[:, None]).sum(0)
         state["bin_confidence"] += (member * confidence[:, None]).sum(0)

@@ -37,7 +37,6 @@ def load(
     world: int = 1,
     download: bool = False,
     epochs_total: int | None = None,
-    eval_batch: int | None = None,
     image_size: int | None = None,
     **options: Any,
 ) -> Source:
@@ -66,7 +65,6 @@ def load(
         "rank": rank,
         "world": world,
         "epochs_total": epochs_total,
-        "eval_batch": eval_batch,
         "image_size": image_size,
     }
     if dataset in LARGE:

@@ -16,11 +16,11 @@ TEST_PER_CLASS = 40
 MIN_PER_CLASS = 2
 
 
-def read_digits(test_per_class: int = TEST_PER_CLASS) -> Pool:
+def read_digits() -> Pool:
     """The pool: uint8 [n, 1, 8, 8], intensity 0..16 scaled to 0..255."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
     names = tuple(str(digit) for digit in range(10))
-    return hold_out_test(images, bunch.target.astype(np.int64), names, test_per_class, "digits")
+    return hold_out_test(images, bunch.target.astype(np.int64), names, TEST_PER_CLASS, "digits")

@@ -19,11 +19,10 @@ from ltfast.data.randaugment import Drawn, apply_rand_augment
 
 
 class Finisher:
-    """Turns uint8 [n, H, W, 3] pictures into normalised float views [n, 3, H, W].
+    """Turns uint8 [n, H, W, 3] pictures into normalised float32 views [n, 3, H, W].
 
-    mean, std: RGB on the 0..1 scale; dtype: of the views on a GPU (float32 or bfloat16), computed in float32 and
-    rounded once: doing the arithmetic in bfloat16 has a larger error. CPU views are float32, NCHW; GPU views
-    channels_last; threads: pictures finished at a time on a CPU.
+    mean, std: RGB on the 0..1 scale; threads: pictures finished at a time on a CPU. CPU views are NCHW, GPU views
+    channels_last.
     """
 
     def __init__(
@@ -31,10 +30,9 @@ class Finisher:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
         threads: int = 1,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        self.device = device
         # One intra-op thread each: pictures are the parallelism.
         pooled = device.type == "cpu" and threads > 1
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) if pooled else None
@@ -57,7 +55,7 @@ class Finisher:
         jitter, augment = (None, None) if draw is None else (draw.jitter, draw.augment)
         out = self.empty(len(pictures), pictures) if out is None else out
         if self.device.type != "cpu":
-            return self._colour(out, pictures, jitter, augment).to(self.dtype, memory_format=torch.channels_last)
+            return self._colour(out, pictures, jitter, augment).to(memory_format=torch.channels_last)
         self._one_by_one(out, pictures, jitter, augment)
         return out
 

@@ -81,8 +81,6 @@ def load_large(
     imbalance: float | None = None,
     imbalance_type: str = "exp",
     epochs_total: int | None = None,
-    eval_batch: int | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Source:
     """imagenet-lt, inat18, places-lt, folder, list or webdataset as a Source; see `ltfast.data.load` for the common
     options.
@@ -90,7 +88,7 @@ def load_large(
     data_dir: root of the pictures, or the shard pattern of webdataset; workers: -1 = this process's cores; imbalance:
     None or 1 keeps a list as it is, else folder, list and webdataset are thinned; val_per_class: so many images of each
     class of train become the validation split, which is empty where the set has none; exclude_list: the bad-file list
-    that `data check` wrote; dtype: of GPU views.
+    that `data check` wrote.
     """
     if data_dir is None:
         what = (
@@ -113,12 +111,10 @@ def load_large(
         "rank": rank,
         "world": world,
         "epochs_total": epochs_total,
-        "eval_batch": eval_batch or 256,
         "workers": own_cores() if workers < 0 else workers,
         "on_bad_image": on_bad_image,
         "mean": public.mean if public else IMAGENET_MEAN,
         "std": public.std if public else IMAGENET_STD,
-        "dtype": dtype,
     }
     lists = find_lists(
         dataset, data_dir, train_list=train_list, val_list=val_list, test_list=test_list, val_per_class=val_per_class

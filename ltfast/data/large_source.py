@@ -47,10 +47,11 @@ class LargeSource(Ordered):
     """Base of DaliSource and TorchSource; a `Source` (base.py) once `_train_batches` and `_evaluate_batches` exist.
 
     lists: train, val and test; views: 1 or 3 recipes; batch: global; workers: threads (DALI) or processes (torch),
-    at least 0; dtype: of the views on a GPU. UserError for what a user can set wrong.
+    at least 0. UserError for what a user can set wrong.
     """
 
     loader = ""
+    eval_batch = 256
 
     def __init__(
         self,
@@ -65,12 +66,10 @@ class LargeSource(Ordered):
         rank: int = 0,
         world: int = 1,
         epochs_total: int | None = None,
-        eval_batch: int = 256,
         workers: int = 2,
         on_bad_image: str = "auto",
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         train = lists["train"]
         check_batch(batch, len(train), world, train.source)
@@ -93,13 +92,13 @@ class LargeSource(Ordered):
         self.fingerprint = f"{train.fingerprint():08x}"
         self.steps_per_epoch = steps_per_epoch(len(train), batch)
         self.batch, self.sampler, self.seed, self.epochs_total = batch, sampler, seed, epochs_total
-        self.rank, self.world, self.eval_batch, self.workers = rank, world, eval_batch, workers
+        self.rank, self.world, self.workers = rank, world, workers
         self.on_bad_image = on_bad_image
         self.device = torch.device(device)
         # Half of the threads; DALI has the other half, for decoding and cropping.
         threads = max(workers // 2, 1) if self.loader == "dali" else 1
         self.mean, self.std = tuple(mean), tuple(std)
-        self.finisher = Finisher(mean, std, self.device, dtype, threads)
+        self.finisher = Finisher(mean, std, self.device, threads)
         self.bad: dict[str, str] = {}
         self.replaced = torch.zeros((), dtype=torch.int64, device=self.device)  # this rank's, in this epoch so far
         self._labels = {split: torch.from_numpy(lists[split].labels.astype(np.int64)) for split in SPLITS}

@@ -36,7 +36,6 @@ def load_small(
     world: int,
     download: bool,
     epochs_total: int | None,
-    eval_batch: int | None,
     image_size: int | None,
 ) -> SmallSource:
     """See `ltfast.data.load`."""
@@ -63,7 +62,6 @@ def load_small(
         rank=rank,
         world=world,
         epochs_total=epochs_total,
-        eval_batch=eval_batch or 1024,
         name=dataset,
     )
 

@@ -29,6 +29,8 @@ class SmallSource(Ordered):
     wrong.
     """
 
+    eval_batch = 1024
+
     def __init__(
         self,
         splits: Splits,
@@ -42,7 +44,6 @@ class SmallSource(Ordered):
         rank: int = 0,
         world: int = 1,
         epochs_total: int | None = None,
-        eval_batch: int = 1024,
         name: str = "data",
     ) -> None:
         self.class_names = splits.class_names
@@ -60,7 +61,7 @@ class SmallSource(Ordered):
         self.labels = {split: splits.labels[split].to(self.device) for split in SPLITS}
         self.views = tuple(view.to(self.device) for view in views)
         self.normalise(plain.mean, plain.std)
-        self.batch, self.eval_batch, self.sampler, self.seed = batch, eval_batch, sampler, seed
+        self.batch, self.sampler, self.seed = batch, sampler, seed
         self.rank, self.world, self.epochs_total = rank, world, epochs_total
         self.steps_per_epoch = steps_per_epoch(self.sizes["train"], batch)
         probe = self.plain(self.images["train"][:1])

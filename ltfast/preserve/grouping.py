@@ -22,31 +22,29 @@ log = logging.getLogger(__name__)
 BLOCK = 1 << 14
 # k-means starts. Each costs microseconds; the cut value picks the winner, so more starts only guard against bad optima.
 STARTS = 32
+LLOYD_STEPS = 100  # of one start, at most; it ends where no label changes
 # Snapshots whose cosine is nearer to 1 count as one: eigenvectors that tell them apart are rounding (about 1e-15).
 SAME = 1e-13
 
 
 @torch.no_grad()
-def similarities(
-    bank: MemoryBank, center: bool = False, block: int = BLOCK, device: torch.device | str = "cpu"
-) -> Tensor:
+def similarities(bank: MemoryBank, center: bool = False, block: int = BLOCK) -> Tensor:
     """Cosines [S, S] float64 of the bank's snapshots in `lumps()` order, streamed in blocks of `block` columns.
 
     center: subtract the bank's origin (initial weights) first; raw cosines of one run are all near 1. Sums are float64
     because what tells snapshots apart is 1 - cos. A snapshot of norm zero has cosine 0 to all others. Memory: one
-    block of S * block * 8 bytes. device: where the products run.
+    block of S * block * 8 bytes.
     """
     if center and bank.origin is None:
         raise ValueError("center=True needs a MemoryBank that was made with origin=<initial weights>")
     size = len(bank)
-    gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-    buffer = torch.empty(size, min(block, bank.dimension), dtype=torch.float64, device=device)
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    buffer = torch.empty(size, min(block, bank.dimension), dtype=torch.float64)
     for columns, rows in bank.blocks(block):
         x = stack_into(buffer, rows)
         if center and bank.origin is not None:
-            x -= bank.origin[columns].to(device, torch.float64)
+            x -= bank.origin[columns].double()
         gram.addmm_(x, x.T)
-    gram = gram.cpu()
     norm = gram.diagonal().sqrt()
     scale = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
     cosine = (gram * scale[:, None] * scale[None]).clamp_(-1.0, 1.0)
@@ -100,13 +98,13 @@ def normalised_cut(affinity: Tensor, labels: Tensor, num_groups: int) -> float:
     return float((1 - torch.where(volume > 0, within / volume.clamp(min=1e-300), torch.zeros_like(volume))).sum())
 
 
-def weighted_kmeans(points: Tensor, mass: Tensor, k: int, start: int, max_steps: int = 100) -> Tensor:
+def weighted_kmeans(points: Tensor, mass: Tensor, k: int, start: int) -> Tensor:
     """Lloyd's algorithm on points [S, E] with weights [S] from farthest-first centres; deterministic given `start`."""
     centres = points[start : start + 1]
     for _ in range(k - 1):
         centres = torch.cat([centres, points[torch.cdist(points, centres).amin(1).argmax()][None]])
     labels = torch.full((len(points),), -1)
-    for _ in range(max_steps):
+    for _ in range(LLOYD_STEPS):
         previous, labels = labels, torch.cdist(points, centres).argmin(1)
         if torch.equal(labels, previous):
             break
@@ -132,8 +130,6 @@ def group_classes(
     *,
     center: bool = False,
     seed: int = 0,
-    block: int = BLOCK,
-    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Group of each class, int64 [C], from a bank; every group 0..G-1 holds at least one class.
 
@@ -148,7 +144,7 @@ def group_classes(
     if not ids:
         log.warning("the memory bank is empty: %d groups by class frequency alone", num_groups)
         return group_by_frequency(counts_C, num_groups)
-    labels = spectral_groups(similarities(bank, center, block, device), masses, num_groups, seed)
+    labels = spectral_groups(similarities(bank, center), masses, num_groups, seed)
     groups = torch.full((bank.num_classes,), -1)
     for label, members in zip(labels.tolist(), classes, strict=True):
         groups[members] = label

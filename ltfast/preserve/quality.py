@@ -74,11 +74,11 @@ class QualityStats:
         self._sums.index_add_(0, labels, rows)
 
     @torch.no_grad()
-    def compute(self, lambda_q: float = 1.0, chunk: int = 512, floor: float = VARIANCE_FLOOR) -> Quality:
+    def compute(self, lambda_q: float = 1.0, chunk: int = 512) -> Quality:
         """Quality of each class; classes that were not seen, or whose features are not finite, get -inf.
 
         lambda_q: weight of the spread. chunk: centroids compared at once; the distance table never exceeds
-        chunk * C * 8 bytes. floor: smallest V that enters the logarithm (see VARIANCE_FLOOR).
+        chunk * C * 8 bytes.
         """
         count, seen = self.counts, self.counts > 0
         n = count.clamp(min=1.0)
@@ -87,7 +87,7 @@ class QualityStats:
         seen &= variance.isfinite()
         variance = variance.masked_fill(~seen, torch.nan)
         distance = nearest_other(centroid, seen, chunk)
-        quality = -1.0 / distance - lambda_q * variance.clamp(min=floor).log()
+        quality = -1.0 / distance - lambda_q * variance.clamp(min=VARIANCE_FLOOR).log()
         return Quality(quality.masked_fill(quality.isnan(), -torch.inf), variance, distance)
 
 

@@ -35,7 +35,6 @@ def compute_all(
     results: Sequence[Computed],
     budget: Budget,
     *,
-    device: str,
     data_dir: str | None,
     quiet: bool,
 ) -> None:
@@ -44,7 +43,7 @@ def compute_all(
     with Progress(len(views) * len(PARTS), quiet) as progress:
         for view, result in zip(views, results, strict=True):
             try:
-                live = open_live(view, device=device, data_dir=data_dir)
+                live = open_live(view, data_dir=data_dir)
             except Missing as reason:
                 result.missing = dict.fromkeys(PARTS, str(reason))
                 progress.note(f"{view.name}: {reason}; its log alone is drawn")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 COARSEST = 5  # points a side of the first level; level l has 4 * 2**l + 1
+MARGIN = 0.35  # around the three points of a plane, a share of their longer extent
 LossAt = Callable[[float, float], Tensor]  # (x, y) -> K losses
 
 
@@ -168,9 +169,9 @@ class Plane:
         """Weights [N] at plane coordinates."""
         return self.origin + x * self.first + y * self.second
 
-    def ranges(self, margin: float = 0.35) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Ranges of x and y around the three points, with a margin on each side (a share of the longer extent)."""
+    def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Ranges of x and y around the three points, with a margin on each side."""
         low, high = self.points.amin(0), self.points.amax(0)
-        pad = margin * float((high - low).max())
+        pad = MARGIN * float((high - low).max())
         (x0, y0), (x1, y1) = (low - pad).tolist(), (high + pad).tolist()
         return (x0, x1), (y0, y1)

@@ -42,7 +42,6 @@ def report(
     out: str | Path | None = None,
     max_minutes: float | None = None,
     *,
-    device: str = "auto",
     data_dir: str | None = None,
     quiet: bool = False,
 ) -> Path:
@@ -51,7 +50,7 @@ def report(
     Args:
         out: default: RUN/report for one run, <folder of the first run>/report-<names> for several.
         max_minutes: curvature and landscapes stop refining in time, and say so where nothing came of it; None: no limit.
-        device, data_dir: where to compute; where the data lies now, if it moved.
+        data_dir: where the data lies now, if it moved.
         quiet: nothing on stderr about the progress.
 
     Raises:
@@ -75,7 +74,7 @@ def report(
     budget.keep(LATER * (time.monotonic() - drawing))
     computed, interrupted = [Computed() for _ in views], False
     try:
-        compute_all(views, computed, budget, device=device, data_dir=data_dir, quiet=quiet)
+        compute_all(views, computed, budget, data_dir=data_dir, quiet=quiet)
     except KeyboardInterrupt:
         interrupted = True
     with look():

@@ -111,9 +111,9 @@ def log_ticks(axis: Any, text: str = "{x:,.0f}") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def every(n_points: int, shown: int = 8) -> int:
-    """`markevery` so that about `shown` markers stand on a line."""
-    return max(1, n_points // shown)
+def every(n_points: int) -> int:
+    """`markevery` so that about eight markers stand on a line."""
+    return max(1, n_points // 8)
 
 
 def shorten(text: str, length: int = 22) -> str:
