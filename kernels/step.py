@@ -144,6 +144,31 @@ def _gradient_reference(
     return d if anchor is None else d + strength * anchor * (theta - target)
 
 
+def _sgd_reference(
+    theta: Tensor, source: Tensor, d: Tensor, buf: Tensor | None, lr: Number, keep: Number, momentum: float,
+    weight_decay: float, nesterov: bool,
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """(array, old value, new value) of theta and the buffer, for `_write`."""
+    d = d + weight_decay * source
+    if buf is None:
+        return [(theta, source, source - lr * d)]
+    new_buf = momentum * buf + keep * d
+    d = d + momentum * new_buf if nesterov else new_buf
+    return [(theta, source, source - lr * d), (buf, buf, new_buf)]
+
+
+def _adamw_reference(
+    theta: Tensor, source: Tensor, d: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Number, step: Number, beta1: float,
+    beta2: float, eps: float, weight_decay: float,
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """(array, old value, new value) of theta and both moments, for `_write`."""
+    correct1, correct2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
+    m = exp_avg + (1 - beta1) * (d - exp_avg)
+    v = beta2 * exp_avg_sq + (1 - beta2) * (d * d)
+    new = source * (1 - lr * weight_decay) - lr / correct1 * (m / (v.sqrt() / correct2 + eps))
+    return [(theta, source, new.to(theta.dtype)), (exp_avg, exp_avg, m), (exp_avg_sq, exp_avg_sq, v)]
+
+
 def _write(values: list[tuple[Tensor, Tensor, Tensor]], found_inf: Tensor | None, mirror: Tensor | None) -> None:
     """(array, old value, new value), theta first: write the new values, the old ones if found_inf; refresh the mirror."""
     for array, old, new in values:
@@ -217,14 +242,9 @@ def _sgd_step(
         )  # fmt: skip
         return
     d = _gradient_reference(source, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
-    d = d + weight_decay * source
-    state = []
-    if buf is not None:
-        gain = keep if first_t is None else torch.where(first_t.reshape(()) != 0, 1.0, keep)
-        new_buf = momentum * buf + gain * d
-        state = [(buf, buf, new_buf)]
-        d = d + momentum * new_buf if nesterov else new_buf
-    _write([(theta, source, source - number(lr, lr_t) * d), *state], found_inf, mirror)
+    gain = keep if first_t is None else torch.where(first_t.reshape(()) != 0, 1.0, keep)
+    values = _sgd_reference(theta, source, d, buf, number(lr, lr_t), gain, momentum, weight_decay, nesterov)
+    _write(values, found_inf, mirror)
 
 
 @op("theta", "exp_avg", "exp_avg_sq", "mirror")
@@ -266,14 +286,11 @@ def _adamw_step(
         )  # fmt: skip
         return
     t: Number = step if step_t is None else step_t.reshape(()).double()
-    correct1, correct2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
-    rate = number(lr, lr_t)
     d = _gradient_reference(source, grad, anchor, target, number(strength, strength_t), number(scale, scale_t))
-    m = exp_avg + (1 - beta1) * (d - exp_avg)
-    v = beta2 * exp_avg_sq + (1 - beta2) * (d * d)
-    new = source * (1 - rate * weight_decay) - rate / correct1 * (m / (v.sqrt() / correct2 + eps))
-    new = new.to(theta.dtype)
-    _write([(theta, source, new), (exp_avg, exp_avg, m), (exp_avg_sq, exp_avg_sq, v)], found_inf, mirror)
+    values = _adamw_reference(
+        theta, source, d, exp_avg, exp_avg_sq, number(lr, lr_t), t, beta1, beta2, eps, weight_decay
+    )  # fmt: skip
+    _write(values, found_inf, mirror)
 
 
 def _check_arrays(
