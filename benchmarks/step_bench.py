@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltfast import build
-from ltfast.cli import parsed
+from ltfast.cli_train import parsed
 from ltfast.data.augment import Plain, recipe
 from ltfast.data.base import SPLITS, Batch
 from ltfast.data.pool import Splits

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ltfast import cli, dist, launch
+from ltfast import cli, cli_train, dist, launch
 from ltfast.build import build_device
 from ltfast.config import Config
 from ltfast.dist import Ranks, joined, lost_peer, start
@@ -370,7 +370,7 @@ def test_a_rank_that_fails_beside_nccl_ends_without_waiting(
     monkeypatch.setattr(dist, "start", lambda: Ranks(1, 2, 1))
     monkeypatch.setattr(os, "_exit", ends)
     with pytest.raises(SystemExit, match=r"^1$"):
-        cli.train_here(Config(), None, {})
+        cli_train.train_here(Config(), None, {})
     if isinstance(error, UserError):
         assert message.read_text() == "one bad picture"
     else:
@@ -392,7 +392,7 @@ def test_another_number_than_torchruns_is_refused(
 ) -> None:
     """It would have no effect and stand in config.toml."""
     begun: list[object] = []
-    monkeypatch.setattr(cli, "train_here", lambda *arguments: begun.append(arguments) or 0)
+    monkeypatch.setattr(cli_train, "train_here", lambda *arguments: begun.append(arguments) or 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.delenv(launch.MESSAGE, raising=False)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):

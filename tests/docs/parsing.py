@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ltfast.cli import build_parser, parsed
+from ltfast.cli import build_parser
+from ltfast.cli_train import parsed
 from ltfast.config import DEFAULT_DATASET, DEFAULT_METHOD, FIELDS
 from ltfast.recipes import build_config, named_recipe
 from tests.docs.blocks import ROOT
