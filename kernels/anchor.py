@@ -9,7 +9,7 @@ and F float32 or bfloat16; const float64.
 Accumulation: the penalty in float32 inside a program and float64 across programs, two stages; A, T and const in float64
 (once a regrouping). const comes from moments about the first anchor, in the one read that A and T need: float64 leaves 1e-16
 of the anchors' distances, and equal anchors give 0.
-Mutates nothing. Bytes an element: forward 4 + 2 G * 4, backward 4 more (written), collapse 2 G * 4 + 8.
+Mutates nothing. Bytes per element: forward 4 + 2 G * 4, backward 4 more (written), collapse 2 G * 4 + 8.
 Source: section 3.2 of arXiv 2603.21217. (A, T) is kept rather than (A, A T): theta - T is exact near the anchor.
 """
 
@@ -251,7 +251,7 @@ def anchor_penalty(theta_N: Tensor, anchors_GN: Tensor, fishers_GN: Tensor, coef
         coef_G: [G] weights of the anchors (method GKP: lambda (G - 1) / |G^j|).
 
     Returns:
-        0-d float32. With weights that do not change, `collapse_anchors` gives the same for two reads a parameter.
+        0-d float32. With weights that do not change, `collapse_anchors` gives the same for two reads per parameter.
 
     Raises:
         ValueError: shape, dtype or device mix, naming the argument.

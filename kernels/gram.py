@@ -7,7 +7,7 @@ Dtypes: gradients float32 or bfloat16, theta float32.
 Accumulation: float32 inside a program (a few hundred terms a lane, then a tree), float64 across programs. Up to SMALL_ROWS
 rows the pairs are products on the CUDA cores; above, tiles go through the tensor cores as 3xTF32, which keeps float32's digits.
 Deterministic: two stages in a fixed order, no atomics; P depends on N and R only, not on the device.
-Mutates nothing. Bytes an element: R * sizeof(grad) + 4 (theta, where it is given).
+Mutates nothing. Bytes per element: R * sizeof(grad) + 4 (theta, where it is given).
 Source: the identities of Eq. 12-15 of arXiv 2603.21217 need nothing of the gradients but M and |theta|.
 """
 
@@ -192,7 +192,7 @@ def _launch_partials(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -
     block, programs = _block(rows, grads_RN.dtype), _programs(n, rows, grads_RN.dtype)
     partials, theta_sq = _empty_partials(grads_RN, programs)
     args = (grads_RN, theta_N, partials, theta_sq, n, grads_RN.stride(0), cdiv(n, block))
-    # FMA: one rounding less a product, and half the instructions of the widest kernel (R = 8: 36 pairs an element).
+    # FMA: one rounding less per product, and half the instructions of the widest kernel (R = 8: 36 pairs per element).
     if rows <= SMALL_ROWS:
         launch(_gram_kernel, (programs,), grads_RN.device, *args, R=rows, ADAPTIVE=adaptive, BLOCK=block,
                FOLD=_fold(rows, grads_RN.dtype), num_warps=SMALL_WARPS, enable_fp_fusion=True)  # fmt: skip

@@ -7,7 +7,7 @@ Dtypes: theta float32; grads and out float32 or bfloat16. Accumulation: float32,
 Mutates out and keep only (out may be theta itself, or one of the rows). A coefficient of zero removes its row whatever
 the row holds, inf and NaN too: an absent group or a skipped step (`AscentStats.ok` = 0) leaves theta exactly; the row is
 then not even read.
-Bytes an element: 4 + R * sizeof(grad) + sizeof(out) + 4 for keep.
+Bytes per element: 4 + R * sizeof(grad) + sizeof(out) + 4 for keep.
 Source: Eq. 15 of arXiv 2603.21217 with the coefficients of `ascent_coefficients`.
 """
 

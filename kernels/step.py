@@ -11,7 +11,7 @@ CPU the last step is torch's own fused optimizer, a block at a time, which uses 
 Mutates theta, state and mirror; with found_inf != 0 theta and state keep their bits and the mirror is refreshed from theta,
 so that a skipped step still takes the ascent back. With a source, theta is read there and only written in its place (as a
 working copy that holds theta + eps): the update of SAM restores and steps in the one pass.
-Bytes an element: SGD with momentum 16 + sizeof(grad), AdamW 24 + sizeof(grad); anchor + 8; mirror + its size.
+Bytes per element: SGD with momentum 16 + sizeof(grad), AdamW 24 + sizeof(grad); anchor + 8; mirror + its size.
 Source: torch.optim.SGD and torch.optim.AdamW (semantics); A, T: `collapse_anchors`.
 """
 

@@ -102,7 +102,7 @@ def command_eval(args: argparse.Namespace) -> int:
 
 
 def write_classes(path: str, result: dict[str, Any], source: Source) -> None:
-    """One row a class: name, training images, accuracy in per cent (empty for a class without an image to test)."""
+    """One row per class: name, training images, accuracy in per cent (empty for a class without an image to test)."""
     accuracies = ["" if value is None else f"{value:.2f}" for value in result["per_class"]]
     rows = zip(source.class_names, source.train_counts.tolist(), accuracies, strict=True)
     write_csv(path, [("class", "train_images", "accuracy"), *rows])

@@ -1,6 +1,6 @@
 """Per-sample base losses, and their split into group losses.
 
-Shapes: B batch, C classes, G groups, P projection width. Every loss returns one value a sample, [B], so that groups
+Shapes: B batch, C classes, G groups, P projection width. Every loss returns one value per sample, [B], so that groups
 are weighted means of them. All arithmetic is float32 or wider, also under bf16 autocast; the losses and group_losses
 never make the host wait.
 """
@@ -37,7 +37,7 @@ def balanced_softmax(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: flo
     """Cross entropy of logits + tau * log prior: [B, C], [B], [C] -> [B].
 
     tau = 1 is balanced softmax (Ren et al. 2020) and BCL's logit-compensated branch; any tau is the logit-adjusted
-    loss (Menon et al. 2021). ValueError unless the prior (of `log_prior(counts)`) has one entry a class.
+    loss (Menon et al. 2021). ValueError unless the prior (of `log_prior(counts)`) has one entry per class.
     """
     if log_prior.shape != logits.shape[-1:]:
         raise ValueError(f"log_prior: shape {tuple(log_prior.shape)} must be [{logits.shape[-1]}], one for each class")
@@ -95,7 +95,7 @@ def group_losses(per_sample: Tensor, membership: Tensor) -> tuple[Tensor, Tensor
     """
     if per_sample.ndim != 1:
         raise ValueError(
-            f"per_sample: shape {tuple(per_sample.shape)} must be [B], one loss a sample (reduction='none')"
+            f"per_sample: shape {tuple(per_sample.shape)} must be [B], one loss per sample (reduction='none')"
         )
     if membership.ndim != 2 or membership.shape[0] != per_sample.shape[0]:
         raise ValueError(
@@ -123,7 +123,7 @@ def membership_for(
     single: one group (SAM, ASAM). groups: one-hot of group_of_class [C] (GSA). classes: identity, C^2 floats (CC-SAM).
     head-tail: columns (head, tail), tail = classes with fewer than eta images (ImbSAM).
     focal: columns (1 - t_c, t_c), t_c = sharpness * (1 - n_c / n)^gamma: the share of each sample's loss that is
-        sharpness-aware (Focal-SAM). counts [C]: training images a class. Raises ValueError.
+        sharpness-aware (Focal-SAM). counts [C]: training images per class. Raises ValueError.
     """
     if kind not in MEMBERSHIPS:
         raise ValueError(f"kind: {kind!r} must be one of {', '.join(MEMBERSHIPS)}")

@@ -30,7 +30,7 @@ class Objective:
 
     Attributes:
         kind: "ce", "balanced-softmax" or "bcl".
-        counts: [C] training images a class (the prior).
+        counts: [C] training images per class (the prior).
         a_ce, a_scl, temperature, tau: weights, BalSCL temperature, strength of the prior.
         agreement: over how many ranks the contrast set of bcl reaches.
     """

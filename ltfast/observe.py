@@ -25,9 +25,9 @@ from ltfast.preserve import Quality, sample_indices
 if TYPE_CHECKING:
     from ltfast.train import Trainer
 
-PROBES = 12  # gradient probes a run
-PROBE_IMAGES = 32  # training images a group in one probe: together about one step of the default method
-ASCENTS = 16  # steps an epoch whose ascent is recorded: the statistics cost launches, and 16 are plenty for a mean
+PROBES = 12  # gradient probes per run
+PROBE_IMAGES = 32  # training images per group in one probe: together about one step of the default method
+ASCENTS = 16  # steps per epoch whose ascent is recorded: the statistics cost launches, and 16 are plenty for a mean
 QUALITY_CLASSES = 1000  # above this many classes only the means over many, medium and few are written
 DIGITS = 5
 

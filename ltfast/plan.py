@@ -48,7 +48,7 @@ def flops_ratio(rule: Rule | None, n_groups: int, views: int = 3) -> float:
 
 
 def gradient_rows(rule: Rule | None, n_groups: int) -> int:
-    """Rows of the gradient buffer: one a group, twice that with moving averages, one more for a per-group objective."""
+    """Rows of the gradient buffer: one per group, twice that with moving averages, one more for a per-group objective."""
     if rule is None or rule.scope == "classifier":
         return 1
     return rule.rows(n_groups) + (rule.objective == "per_group")

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, one line an epoch everywhere, in a log more of long ones."""
+"""What a person sees while a run goes on: a live bar on a terminal, one line per epoch everywhere, in a log more of long ones."""
 
 from __future__ import annotations
 

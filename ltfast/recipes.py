@@ -1,4 +1,4 @@
-"""Recipes: one function a dataset, one line a method. Figures are those of the released codes where nothing else is said."""
+"""Recipes: one function per dataset, one line per method. Figures are those of the released codes where nothing else is said."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the ranks exchange within a step: the final gradient always, the ascent's ingredients if asked for.
 
 Local ascent (default, "m-sharpness"): every rank climbs along its own part of the batch; the wire carries the final
-gradient only, as in plain data parallelism, and in mode R one message of a few G x G numbers a step.
+gradient only, as in plain data parallelism, and in mode R one message of a few G x G numbers per step.
 Global ascent: group gradients, group shares and the contrast set of bcl are those of the whole batch.
 
 Shapes: N flat parameters, G groups, R gradient rows, B local batch, P projection width.

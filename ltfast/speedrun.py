@@ -45,7 +45,7 @@ def warm_up(trainer: Trainer, steps: int) -> None:
 
 
 class TableProgress(Progress):
-    """One row an epoch, with the seconds on the clock; `finish` adds the test accuracy that they led to."""
+    """One row per epoch, with the seconds on the clock; `finish` adds the test accuracy that they led to."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

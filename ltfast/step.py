@@ -37,7 +37,7 @@ class Taken(NamedTuple):
     """What a step leaves behind, on the device.
 
     result: 0-dim figures for the log (0 of a skipped step), and whether the step was "good"; features: [B, D] of view 1;
-    stats: of the ascent, one value a direction.
+    stats: of the ascent, one value per direction.
     """
 
     result: dict[str, Tensor]
@@ -66,7 +66,7 @@ class TrainStep:
 
     Attributes:
         features: [B, D] of view 1 of the last batch (detached).
-        ascent_stats: statistics of the last ascent, one value a direction; empty without one.
+        ascent_stats: statistics of the last ascent, one value per direction; empty without one.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class TrainStep:
     def _known_rows(self, branch: str, found: Evaluated, labels: Tensor) -> list[Tensor] | None:
         """Group gradients [G, C, D] of the classifier for mode R's remembered steps, or None where they are not wanted.
 
-        The encoder's features are there: one pass of the head gives them, where one backward pass a group of a compiled
+        The encoder's features are there: one pass of the head gives them, where one backward pass per group of a compiled
         network would go all the way down.
         """
         if branch != STALE or self.engine is None or self.engine.last is None:

@@ -4,7 +4,7 @@ A view is a module without parameters: `draws` is how many uniform numbers a sam
 gives float32 pictures, and nothing else goes in, so a view is a pure function of the picture and its numbers (see
 rng.py). Constants are buffers: building them from lists on the way would synchronise with the device.
 
-Why own code: torchvision v2 has the right meaning but one set of parameters a call, so a batch is a Python loop over
+Why own code: torchvision v2 has the right meaning but one set of parameters per call, so a batch is a Python loop over
 pictures; kornia is batched but draws the order of the jitter once a batch, and AutoAugment's sub-policy too. Processor
 time for 256 pictures of 32 x 32 on one core of a busy machine (benchmarks/small_views.py, rows in results/data.jsonl):
 three views here 80 ms, torchvision 695; view 2 here 36, torchvision 344, kornia 75.

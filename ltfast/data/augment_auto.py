@@ -32,7 +32,7 @@ OPERATIONS = (
 )
 CODE = {name: code for code, name in enumerate(OPERATIONS)}
 
-# Two operations a row: name, probability in tenths, magnitude bin.
+# Two operations per row: name, probability in tenths, magnitude bin.
 _POLICY = """
 Invert 1 0 Contrast 2 6 | Rotate 7 2 TranslateX 3 9 | Sharpness 8 1 Sharpness 9 3 | ShearY 5 8 TranslateY 7 9
 AutoContrast 5 0 Equalize 9 0 | ShearY 2 7 Posterize 3 7 | Color 4 3 Brightness 6 7 | Sharpness 3 9 Brightness 7 9

@@ -1,4 +1,4 @@
-"""A picture of what training sees: one row an image of the epoch's first ones, the plain view and then each training
+"""A picture of what training sees: one row per image of the epoch's first ones, the plain view and then each training
 view."""
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def signature(size: int, data: bytes) -> int:
 def find_copies(
     splits: Sequence[tuple[str, ImageList]], signatures: Sequence[np.ndarray], workers: int
 ) -> list[Copies]:
-    """What each split shares with itself and with the ones before it; signatures: one int64 a picture, UNKNOWN = none."""
+    """What each split shares with itself and with the ones before it; signatures: one int64 per picture, UNKNOWN = none."""
     found = [Copies() for _ in splits]
     for places in _same_bytes(splits, signatures, workers):
         first: dict[int, dict[int, str]] = {}  # split -> class -> path, of those before

@@ -1,6 +1,6 @@
 """digits-lt: scikit-learn's 1,797 handwritten digits (UCI, 8 x 8, 0..16) made long-tailed; needs no download.
 
-A balanced test split of 40 a class comes off first, then 10 a class for validation; the training counts follow the
+A balanced test split of 40 per class comes off first, then 10 per class for validation; the training counts follow the
 exponential rule with n_max = 134, imbalance 100, but never fewer than 2 images, so that a class has a spread and a
 positive pair: 128 80 48 28 17 10 6 3 2 2 (324 images; the first class gives its last 6 to validation). The splits do
 not depend on the training seed.

@@ -197,7 +197,7 @@ class LargeSource(Ordered):
 
 
 class Substitutes:
-    """substitutes(i): i, then the other images of its class in list order from i on, round once. 16 bytes an image."""
+    """substitutes(i): i, then the other images of its class in list order from i on, round once. 16 bytes per image."""
 
     def __init__(self, labels: np.ndarray) -> None:
         self._by_class = np.argsort(labels, kind="stable")

@@ -3,7 +3,7 @@
 Class c of C keeps int(n_max * (1/r)^(c / (C-1))) images (exp) or n_max / int(n_max / r) in its first / second half of
 classes (step). Which ones: one numpy RandomState(0) shuffles the positions of every class in turn, and the first n_c
 stay. Validation images are the LAST of the same shuffle, so a class keeps exactly the field's images unless head and
-tail of its shuffle meet: then the training subset gives way (at CIFAR-10, r = 100 and 50 a class, only class 0: 4,950
+tail of its shuffle meet: then the training subset gives way (at CIFAR-10, r = 100 and 50 per class, only class 0: 4,950
 instead of 5,000).
 """
 

@@ -45,7 +45,7 @@ def create_encoder(
     width: channels of the first stage of a CIFAR ResNet (16; D = 4 * width), also as a suffix: resnet8-w32.
     stem: "small" keeps resolution early: CIFAR ResNets use strides (1, 1, 2); torchvision ResNets get a 3x3 stride-1 first
         convolution and no max-pool (32 x 32 or 64 x 64 pictures).
-    image_size: pixels a side (224), used by vit_* and maxvit_* only: their position tables depend on it.
+    image_size: pixels per side (224), used by vit_* and maxvit_* only: their position tables depend on it.
     weights: torchvision weight name ("IMAGENET1K_V1", "DEFAULT"), None = random; fetch: False checks the name only.
     Raises UserError naming the option for anything a user can get wrong.
     """

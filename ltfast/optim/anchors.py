@@ -1,4 +1,4 @@
-"""Quadratic anchors of the update pass (GKP), given one tensor a parameter."""
+"""Quadratic anchors of the update pass (GKP), given one tensor per parameter."""
 
 from __future__ import annotations
 

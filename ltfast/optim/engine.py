@@ -90,7 +90,7 @@ class Engine(Ascent):
         """First pass: from group losses [G] and batch shares [G] at theta to coefficients; leaves theta + eps in place.
 
         classifier_rows: group gradients [G, *shape] of the marked classifier, where the caller has a cheaper way to them
-        than one backward pass a group from `losses`.
+        than one backward pass per group from `losses`.
 
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """

@@ -3,7 +3,7 @@
     closure() -> (L [G], w [G]):  L_k = mean loss over the samples of group k (0 where absent),  w_k = their batch share
     (ltfast.losses.group_losses and membership_for make both from per-sample losses and labels)
 
-The optimizer runs every backward itself: one a group in mode E or one in all in mode R, then the final one. Gradients of
+The optimizer runs every backward itself: one per group in mode E or a single one in mode R, then the final one. Gradients of
 the first pass come from autograd.grad and never touch p.grad, so hooks on accumulated gradients and DistributedDataParallel
 see the final one only (hooks of a tensor see each).
 """

@@ -125,7 +125,7 @@ class CCSAM(GroupedOptimizer):
 
     step(closure), closure() -> (losses [C], shares [C]) of the classes (`membership_for("classes", counts)`); better,
     step(closure, head=...), which runs the encoder once. Classes are taken one after the other, so memory does not grow
-    with C; the host reads which of them the batch holds (one wait a step).
+    with C; the host reads which of them the batch holds (one wait per step).
 
     Args:
         params: param groups; that of the classifier holds {"classifier": True}.

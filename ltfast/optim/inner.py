@@ -64,7 +64,7 @@ def fused(base: Optimizer) -> bool:
 
 
 def fused_step(base: Optimizer, block: Block, row: int, present: Present, scale: Any, skip: Tensor | None) -> None:
-    """Restore theta and take the step of `base` in one pass a run; absent parameters are only restored."""
+    """Restore theta and take the step of `base` in one pass per run; absent parameters are only restored."""
     names = SLOTS[type(base)]  # type: ignore[index]
     kind = type(base)
     first: dict[int, Tensor] = {}

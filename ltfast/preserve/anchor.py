@@ -88,4 +88,4 @@ def stream_anchor(pairs: Iterable[tuple[Tensor, Tensor]], sizes_G: Tensor) -> An
 def check_sizes(sizes_G: Tensor) -> None:
     """Raise ValueError unless every group has a class."""
     if sizes_G.ndim != 1 or not len(sizes_G) or bool((sizes_G <= 0).any()):
-        raise ValueError(f"sizes_G must be positive with one size a group, got {sizes_G.tolist()}")
+        raise ValueError(f"sizes_G must be positive with one size per group, got {sizes_G.tolist()}")

@@ -2,7 +2,7 @@
 
 Many classes improve in the same epoch and share one snapshot, so the bank is a table class -> snapshot id plus the
 snapshots themselves, dropped as soon as no class refers to them. Memory is live snapshots * d, never C * d: at most one
-snapshot an epoch lives.
+snapshot per epoch lives.
 
 Legend: C classes, S live snapshots, D elements of the flattened encoder parameters (no BatchNorm buffers).
 """

@@ -117,7 +117,7 @@ def _sample_squares(model: nn.Module, names: list[str], loss_fn: LossFn, chunk: 
 
 
 def _by_layers(model: nn.Module) -> bool:
-    """cuDNN is slow at vmap's convolutions of a group a sample; on a CPU they are faster for small networks."""
+    """cuDNN is slow at vmap's convolutions with one group per sample; on a CPU they are faster for small networks."""
     return next(model.parameters()).is_cuda
 
 

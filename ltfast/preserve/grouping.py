@@ -4,7 +4,7 @@ Classes c, c' are joined by s(c, c') = (1 + cos) / 2 of their flattened encoder 
 are one node of mass m: the graph of S nodes with affinity m_s m_t s(s, t) has, on vectors that are constant within a
 snapshot, the normalised Laplacian of the C-node graph, so both have the same cut at S^2 instead of C^2 cost.
 
-Groups are numbered by decreasing mean number of training images a class: group 0 is the head-most one.
+Groups are numbered by decreasing mean number of training images per class: group 0 is the head-most one.
 Legend: C classes, S snapshots, G groups, D elements of a snapshot.
 """
 
@@ -179,7 +179,7 @@ def split_by_frequency(groups_C: Tensor, counts_C: Tensor, num_groups: int) -> T
 
 
 def head_first(groups_C: Tensor, counts_C: Tensor) -> Tensor:
-    """Number groups by decreasing mean images a class; equal ones by their first class. Labels become 0..G-1."""
+    """Number groups by decreasing mean images per class; equal ones by their first class. Labels become 0..G-1."""
     found = groups_C.unique().tolist()
     mean = {g: counts_C[groups_C == g].double().mean().item() for g in found}
     first = {g: int((groups_C == g).nonzero()[0]) for g in found}

@@ -40,7 +40,7 @@ def collapse_knowledge(
         bank: rank 0's must hold its weights; the others receive the means from it.
         groups, sizes: group of each class [C] and |G^j| [G] (see `group_sizes`).
         loss: (logits [B, C], labels [B]) -> -log p(y|x) of each sample [B].
-        fisher: "per-sample" or "batch". budget: images a group for F_j, and for BatchNorm.
+        fisher: "per-sample" or "batch". budget: images per group for F_j, and for BatchNorm.
     """
     ranks = ranks or Ranks()
     span = flat.span(model.encoder.parameters())

@@ -1,6 +1,6 @@
 """Figures of what the model gets right: by class size, many/medium/few, confusion, calibration, worst classes.
 
-Each function takes the runs' numbers as entries and returns a Figure (or one a run).
+Each function takes the runs' numbers as entries and returns a Figure (or one per run).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Runs = Sequence[Entry]
-# Above this many classes a mark is the mean of the classes of one size: with three test images a class, as iNaturalist has,
+# Above this many classes a mark is the mean of the classes of one size: with three test images per class, as iNaturalist has,
 # thousands of marks would lie on four lines, one over the other.
 CLASS_MARKS = 1000
 

@@ -32,7 +32,7 @@ QUANTILE = 0.97  # losses above this quantile of all points share the last colou
 
 
 def draw_landscapes(runs: Sequence[Entry], axis: str) -> Figure:
-    """One row a run, head and tail side by side, all on one logarithmic colour scale; marks at the known weights."""
+    """One row per run, head and tail side by side, all on one logarithmic colour scale; marks at the known weights."""
     heights = [0.45 + 3.05 * shape(run) for _, _, run in runs]  # titles and ticks, and the panel
     figure, axes = panels(2, len(runs), width=4.4, height=sum(heights) / len(runs), height_ratios=heights)
     values = [np.log10(np.clip(np.nan_to_num(run.surface.values.numpy(), nan=1e6), 1e-9, 1e6)) for _, _, run in runs]

@@ -146,7 +146,7 @@ def draw_group_similarity(runs: Runs) -> Figure:
 
 
 def draw_ascent(runs: Runs) -> Figure:
-    """One row a run: radii of Eq. 13 by group against their bounds, shares clipped, norms, refresh cosines; of a fixed radius
+    """One row per run: radii of Eq. 13 by group against their bounds, shares clipped, norms, refresh cosines; of a fixed radius
     its value."""
     columns = 4 if any(run["bounds"] is not None for _, _, run in runs) else 3
     figure, axes = panels(columns, len(runs), height=2.5)

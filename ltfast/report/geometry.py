@@ -25,7 +25,7 @@ from ltfast.report.runs import CHUNK, OUT_OF_TIME, Live, Missing, epoch_of_last
 from ltfast.resume import load_bank
 
 SIDES = ("head", "tail")
-IMAGES = 256  # training images a side
+IMAGES = 256  # training images per side
 LANCZOS_STEPS, LANCZOS_PROBES, TRACE_PROBES = 24, 2, 12
 LANCZOS_MINIMUM = 8  # steps: fewer place the largest eigenvalue too roughly
 BASIS_BYTES = 8 << 30  # of Lanczos vectors: 24 x 25.6M x 4 bytes are 2.5 GB
@@ -48,7 +48,7 @@ class Curvature:
 def curvature(live: Live, share: Callable[[], Stop], tick: Tick) -> Curvature:
     """Hessian spectra of head and tail; `share()` starts a side's share of the time.
 
-    Raises Missing if the time does not suffice for LANCZOS_MINIMUM steps a side.
+    Raises Missing if the time does not suffice for LANCZOS_MINIMUM steps per side.
     """
     params = live.params
     size = sum(p.numel() for p in params)
@@ -97,7 +97,7 @@ class Landscape:
 
 
 def side_losses(live: Live) -> tuple[Callable[[], Tensor], dict[str, int]]:
-    """(function that returns the losses [K] at the model's present weights, images a side); one pass over both sides."""
+    """(function that returns the losses [K] at the model's present weights, images per side); one pass over both sides."""
     x, y = zip(*(live.fetch("train", live.indices(side, IMAGES)) for side in SIDES), strict=True)
     images, labels, sizes = torch.cat(x), torch.cat(y), [len(part) for part in y]
 

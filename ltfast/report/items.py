@@ -53,7 +53,7 @@ def curves(views: Sequence[RunView]) -> Item:
 
 def class_size(views: Sequence[RunView]) -> Item:
     caption = (
-        "One mark a class (of more than 1,000 classes one a class size, the mean of its classes), test split, last weights; "
+        "One mark per class (of more than 1,000 classes one per class size, the mean of its classes), test split, last weights; "
         "the line is a local linear fit over the logarithm of the class size. A method for long tails lifts the left end."
     )
     title = "Accuracy against class size"
@@ -171,7 +171,7 @@ def group_similarity(views: Sequence[RunView]) -> Item:
     caption = (
         "The same for the memory bank's groups: cosines between their gradients at the last probe, and of each with the "
         "whole gradient. An estimate from at most "
-        f"{PROBE_IMAGES} training images a group: plain gradients of the classification loss alone, by all parameters, in "
+        f"{PROBE_IMAGES} training images per group: plain gradients of the classification loss alone, by all parameters, in "
         "evaluation mode; the ascent of GSA sees batches, its own loss and (if adaptive) gradients times |theta|."
     )
     return simple(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-COARSEST = 5  # points a side of the first level; level l has 4 * 2**l + 1
+COARSEST = 5  # points per side of the first level; level l has 4 * 2**l + 1
 MARGIN = 0.35  # around the three points of a plane, a share of their longer extent
 LossAt = Callable[[float, float], Tensor]  # (x, y) -> K losses
 
@@ -41,7 +41,7 @@ class Surface:
 
 
 def side(level: int) -> int:
-    """Points a side of a level."""
+    """Points per side of a level."""
     return (COARSEST - 1) * 2**level + 1
 
 

@@ -253,7 +253,7 @@ def bank_epochs(view: RunView) -> list[int] | None:
 
 def groups(view: RunView) -> dict[str, Any]:
     """Group of each class [C] at the last grouping, its epoch, class sizes, the epoch of each class's bank entry (None if
-    not kept, or of an entry that was not there yet), and images and classes a group."""
+    not kept, or of an entry that was not there yet), and images and classes per group."""
     if not view.rows.get("group"):
         raise Missing(
             "it has not grouped its classes yet"

@@ -41,7 +41,7 @@ class RunView:
     """One run as its folder tells it.
 
     Attributes:
-        name: short and unique in the report. rows: lines of metrics.jsonl by kind, one an epoch (the last written).
+        name: short and unique in the report. rows: lines of metrics.jsonl by kind, one per epoch (the last written).
     """
 
     name: str
