@@ -178,7 +178,7 @@ def test_run_without_weights_or_data_says_so(runs, tmp_path, capsys):
     elsewhere.config = elsewhere.config.with_(dataset="cifar10-lt", data_dir=str(tmp_path / "nowhere"))
     with pytest.raises(Missing, match="its data is missing"):
         open_live(elsewhere)
-    compute_all([elsewhere], [Computed()], Budget(None), device="cpu", data_dir=str(tmp_path / "no"), quiet=False)
+    compute_all([elsewhere], [Computed()], Budget(None), data_dir=str(tmp_path / "no"), quiet=False)
     said = " ".join(capsys.readouterr().err.split())
     assert f"report: {elsewhere.name}: its data is missing (cifar10-lt: --data-dir {tmp_path}/no does not" in said
     assert said.endswith("; its log alone is drawn")
