@@ -139,6 +139,12 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         **settings_of("balanced-softmax+asam", "rho", (1.0, 2.0)),
         **{f"balanced-softmax+gsa-full,radius=x{k}": Cell("balanced-softmax+gsa-full", radius(k)) for k in (3, 10)},
         "balanced-softmax+gsa-paper,radius=x10": Cell("balanced-softmax+gsa-paper", radius(10)),
+        **{  # from the first step on, as SAM: classes are grouped by frequency after one epoch
+            f"balanced-softmax+gsa-full,scout=0.0,radius=x{k}": Cell(
+                "balanced-softmax+gsa-full", {"scout": 0.0, **radius(k)}
+            )
+            for k in (1, 3)
+        },
         # What plain descent does with the time that SAM takes, or at other learning rates.
         "balanced-softmax,twice the epochs": Cell("balanced-softmax", {"epochs": 80}),
         **settings_of("balanced-softmax", "lr", (0.01, 0.05)),
@@ -149,6 +155,11 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             )
             for parts in ("gsa-paper+gkp", "gkp-gsa")
         },
+    },
+    "from-scratch": {
+        "balanced-softmax": Cell("balanced-softmax", {}),
+        **{f"balanced-softmax+{rule}": Cell(f"balanced-softmax+{rule}", {}) for rule in ("sam", "asam")},
+        "ce": Cell("ce", {}),
     },
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
         **{

@@ -91,6 +91,32 @@ def full_cifar() -> str:
     return tables(FULL, "last-fifth", "last-fifth-weaker", "scope-of-gsa", "begin")
 
 
+FINE_TUNED = "cifar10-finetuned"
+FINE_TUNING = (
+    "Five classes, {limit_train} training pictures of 32 pixels, ratio {imbalance:g}, {model}, first weights from a run on the "
+    "other five classes (`benchmarks/other_classes.py`), {epochs} epochs, batch {batch}, lr {lr:g}, {schedule}; all 5,000 "
+    "pictures of the test split; {device}. Cells that do not say scout for {scout:g} of the epochs. ".format(
+        **ablation.FINE, **ablation.FIXED
+    )
+    + f"Rows: [ablation-{FINE_TUNED}.jsonl](ablation-{FINE_TUNED}.jsonl)"
+)
+FROM_SCRATCH = (
+    "From random weights, lr {lr:g}. Rows: [ablation-cifar10-five.jsonl](ablation-cifar10-five.jsonl)".format(
+        **ablation.STUDIES["cifar10-five"][1]
+    )
+)
+
+
+def fine_tuning() -> str:
+    """Every published rule from weights of other classes."""
+    return tables(FINE_TUNED, "fine-tuning")
+
+
+def from_scratch() -> str:
+    """Some of them on the same pictures from random weights."""
+    return tables("cifar10-five", "from-scratch")
+
+
 def read(bench: str) -> list[Row]:
     """All rows of one results file, oldest first; none if there is no file."""
     return seeded.rows(RESULTS / f"{bench}.jsonl")
@@ -296,6 +322,8 @@ def report() -> str:
         f"Every published rule at its default:\n\n{half_cifar('published')}",
         f"Five times the epochs:\n\n{half_cifar(*LONG)}",
         f"The authors' released training function on the same pictures:\n\n{half_cifar(*RELEASE)}",
+        f"## Fine-tuning\n\n{FINE_TUNING}\n\n{fine_tuning()}",
+        f"{FROM_SCRATCH}\n\n{from_scratch()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
         f"## Other code\n\n{other_code()}",
         *(section(part) for part in SECTIONS),
@@ -312,6 +340,8 @@ def fill_page(path: Path) -> None:
     made["half-cifar-published"] = lambda: half_cifar("published")
     made["half-cifar-long"] = lambda: half_cifar(*LONG)
     made["half-cifar-release"] = lambda: half_cifar(*RELEASE)
+    made["fine-tuning"] = fine_tuning
+    made["from-scratch"] = from_scratch
     made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
     made |= gpu_tables.TABLES
     if path.name == "README.md":  # shorter tables of the same name
