@@ -145,9 +145,11 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             )
             for k in (1, 3)
         },
-        # What plain descent does with the time that SAM takes, or at other learning rates.
+        # What plain descent does with the time that SAM takes, and what the learning rate does to both.
         "balanced-softmax,twice the epochs": Cell("balanced-softmax", {"epochs": 80}),
-        **settings_of("balanced-softmax", "lr", (0.01, 0.05)),
+        **settings_of("balanced-softmax", "lr", (0.01, 0.05, 0.1)),
+        **settings_of("balanced-softmax+sam", "lr", (0.05, 0.1)),
+        **settings_of("balanced-softmax+asam", "lr", (0.05, 0.1)),
         "balanced-softmax+gkp": Cell("balanced-softmax+gkp", {}),
         **{
             f"balanced-softmax+{parts},scout=0.8,gkp_lambda=0.05": Cell(
