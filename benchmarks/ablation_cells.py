@@ -267,10 +267,12 @@ def same(name: str) -> str:
 
 
 def resolved(cell: Cell) -> dict[str, Any]:
-    """What a cell comes to: its configuration without its name, and its sharpness rule with the overrides in it."""
+    """What a cell comes to: its configuration without its name, and its sharpness rule with the overrides in it; what it sets of
+    the descent by itself, since studies have values of their own for what it leaves."""
     from ltfast.recipes import build_config, rule_of
 
     if cell.method == RELEASE:
         return {"released": True, **cell.settings}
     config = build_config("digits-lt", cell.method, {}, {**USUAL, **cell.settings})
-    return {**config.to_dict(), "method": None, "sharpness": rule_of(config)}
+    descent = {name: value for name, value in cell.settings.items() if name in config.to_dict()["optim"]}
+    return {**config.to_dict(), "method": None, "sharpness": rule_of(config), "descent": descent}

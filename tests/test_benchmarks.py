@@ -236,6 +236,16 @@ def test_studies_are_configurations_of_known_data_sets():
     assert ablation.configured("cifar10-lt", "bcl", {}).optim.epochs == 200
 
 
+def test_cells_are_one_where_every_study_gives_them_one_configuration():
+    assert (
+        ablation.same("balanced-softmax+gsa-full+gkp,epochs=200,scout=0.8,gkp_lambda=0.1")
+        in ablation.SWEEPS["last-fifth-weaker"]
+    )
+    assert ablation.same("balanced-softmax+asam,rho=2.0") == "balanced-softmax+asam,rho=2"
+    name = "balanced-softmax,lr=0.1"  # the learning rate of digits-lt, which other studies do not have
+    assert ablation.same(name) == name
+
+
 def test_one_view_cells_are_compared_with_balanced_softmax():
     assert {ablation.baseline_of(name) for name in ablation.SWEEPS["one-view"]} == {"balanced-softmax"}
     assert {ablation.baseline_of(name) for name in ablation.SWEEPS["long"]} == {"balanced-softmax,epochs=200"}
