@@ -19,6 +19,7 @@ import contextlib
 import statistics
 import tempfile
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 import harness
 import seeded
 import torch
-from ablation_cells import RELEASE, SWEEPS, USUAL, Cell, baseline_of, same
+from ablation_cells import RELEASE, SWEEPS, USUAL, Cell, baseline_of, same, sweeps_of
 
 FIGURES = ("top1", "medium", "few", "ece")
 DIGITS = "digits-lt"
@@ -42,9 +43,10 @@ HALF = {
 FULL = {"device": "cpu", "precision": "bf16", "compile": "on", "imbalance": 100.0, "model": "resnet8"}
 # Five classes of CIFAR-10 (500 to 5 training pictures), from a network trained on the other five (other_classes.py).
 FINE = {**HALF, "limit_train": 729, "model": "resnet20", "batch": 32, "lr": 0.02}
+FINE_TUNED = "cifar10-finetuned"
 STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF), "cifar10-lt-resnet8": ("cifar10-lt", FULL),
-    "cifar10-finetuned": ("folder-small", FINE), "cifar10-five": ("folder-small", {**FINE, "lr": 0.1}),
+    FINE_TUNED: ("folder-small", FINE), "cifar10-five": ("folder-small", {**FINE, "lr": 0.1}),
 }  # fmt: skip
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 _kept: dict[tuple[Any, ...], tuple[float, State]] = {}  # the newest end of scouting and its share of the epochs
@@ -172,8 +174,10 @@ def run_cell(
 
 
 def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags that scouting depends on; no cell changes others than these and those of sharpness and preservation."""
-    return {name: value for name, value in flags.items() if name in ("epochs", "data_dir", "weights")}
+    """Flags that scouting depends on: where it begins, and the descent. Cells change others of sharpness and preservation."""
+    from ltfast.config import FIELDS
+
+    return {n: v for n, v in flags.items() if n in ("data_dir", "weights") or FIELDS[n][0] in ("optim", "data", "loss")}
 
 
 def mechanics(run: Any) -> dict[str, float]:
@@ -326,8 +330,9 @@ def run_sweeps(
             own = study_of(dataset)[1]
             config = {"method": cell.method, **USUAL, **own, **cell.settings, **flags}
             config |= {"sweep": sweep, "draws": seeded.DRAWS}
-            for place in ("data_dir", "weights"):
-                config.pop(place, None)
+            config.pop("data_dir", None)
+            if "weights" in flags:
+                config["weights"] = f"{zlib.crc32(Path(flags['weights']).read_bytes()):08x}"
             for metric, value in figures.items():
                 case = f"{dataset}/{name}/seed={seed}"
                 harness.append_row(bench_of(dataset), case, metric, round(value, 6), config=config)
@@ -341,7 +346,7 @@ def main() -> None:
     parser.add_argument("--dataset", default=DIGITS)
     parser.add_argument("--data-dir", help="its folder or pack")
     parser.add_argument("--weights", help="first weights of the encoder: a file")
-    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), help="[all, or those of the study alone]")
     parser.add_argument("--cells", nargs="+", help="only these cells of the sweeps")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument(
@@ -354,6 +359,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print sweeps and cells")
     parser.add_argument("--table", action="store_true", help="print the tables of the rows there are")
     args = parser.parse_args()
+    args.sweeps = args.sweeps or sweeps_of(args.dataset)
     harness.RESULTS = args.results
     if args.list or args.table:
         for sweep in args.sweeps:
@@ -366,6 +372,8 @@ def main() -> None:
                 )
             )
         return
+    if (args.dataset == FINE_TUNED) != bool(args.weights):
+        parser.error(f"--weights: {FINE_TUNED} needs them, and no other study begins with any")
     flags: dict[str, Any] = {"epochs": args.epochs} if args.epochs else {}
     flags |= {name: value for name in ("data_dir", "weights") if (value := getattr(args, name))}
     run_sweeps(args.sweeps, args.seeds, args.budget, flags, args.cells, args.again, args.dataset, args.release)

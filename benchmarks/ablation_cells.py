@@ -139,7 +139,7 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         **settings_of("balanced-softmax+asam", "rho", (1.0, 2.0)),
         **{f"balanced-softmax+gsa-full,radius=x{k}": Cell("balanced-softmax+gsa-full", radius(k)) for k in (3, 10)},
         "balanced-softmax+gsa-paper,radius=x10": Cell("balanced-softmax+gsa-paper", radius(10)),
-        **{  # from the first step on, as SAM: classes are grouped by frequency after one epoch
+        **{  # from the second epoch on, in groups by frequency
             f"balanced-softmax+gsa-full,scout=0.0,radius=x{k}": Cell(
                 "balanced-softmax+gsa-full", {"scout": 0.0, **radius(k)}
             )
@@ -250,6 +250,16 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         }.items()
     },
 }
+
+
+# Sweeps that belong to one study, and that no other one runs.
+OWN = {"fine-tuning": "cifar10-finetuned", "from-scratch": "cifar10-five"}
+
+
+def sweeps_of(study: str) -> list[str]:
+    """The sweeps that a study runs if none is named."""
+    own = study in OWN.values()
+    return [sweep for sweep in SWEEPS if (OWN.get(sweep) == study if own else sweep not in OWN)]
 
 
 def baseline_of(name: str) -> str:

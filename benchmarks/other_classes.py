@@ -1,8 +1,10 @@
 """Two packs of CIFAR's pictures with other classes in each: a study of fine-tuning for two CPU cores.
 
     python benchmarks/other_classes.py CIFAR.npz BEFORE.npz AFTER.npz
-    ltfast train --dataset folder-small --data-dir BEFORE.npz --method ce --model resnet20 --epochs 30 --val-per-class 0 --out BEFORE
-    python benchmarks/ablation.py --dataset cifar10-finetuned --data-dir AFTER.npz --weights BEFORE/checkpoints/last.safetensors
+    ltfast train --dataset folder-small --data-dir BEFORE.npz --method ce --model resnet20 --epochs 30 --batch 128 --lr 0.1 \\
+        --schedule cosine --precision bf16 --compile on --out BEFORE
+    python benchmarks/ablation.py --dataset cifar10-finetuned --data-dir AFTER.npz --weights BEFORE/checkpoints/last.safetensors \\
+        --sweeps fine-tuning
 
 BEFORE has the classes at even places of the list, all of their pictures; AFTER has those at odd places. Files are copied as they
 are.

@@ -91,14 +91,13 @@ def full_cifar() -> str:
     return tables(FULL, "last-fifth", "last-fifth-weaker", "scope-of-gsa", "begin")
 
 
-FINE_TUNED = "cifar10-finetuned"
 FINE_TUNING = (
     "Five classes, {limit_train} training pictures of 32 pixels, ratio {imbalance:g}, {model}, first weights from a run on the "
     "other five classes (`benchmarks/other_classes.py`), {epochs} epochs, batch {batch}, lr {lr:g}, {schedule}; all 5,000 "
     "pictures of the test split; {device}. Cells that do not say scout for {scout:g} of the epochs. ".format(
         **ablation.FINE, **ablation.FIXED
     )
-    + f"Rows: [ablation-{FINE_TUNED}.jsonl](ablation-{FINE_TUNED}.jsonl)"
+    + f"Rows: [ablation-{ablation.FINE_TUNED}.jsonl](ablation-{ablation.FINE_TUNED}.jsonl)"
 )
 FROM_SCRATCH = (
     "From random weights, lr {lr:g}. Rows: [ablation-cifar10-five.jsonl](ablation-cifar10-five.jsonl)".format(
@@ -109,7 +108,7 @@ FROM_SCRATCH = (
 
 def fine_tuning() -> str:
     """Every published rule from weights of other classes."""
-    return tables(FINE_TUNED, "fine-tuning")
+    return tables(ablation.FINE_TUNED, "fine-tuning")
 
 
 def from_scratch() -> str:
@@ -222,7 +221,8 @@ def ablations(dataset: str = ablation.DIGITS) -> str:
     """A table for each sweep that has a row; the others are named."""
     path, parts, missing = RESULTS / f"{ablation.bench_of(dataset)}.jsonl", [], []
     measured = {cell for cell, _ in ablation.rows(path)}
-    for sweep, cells in ablation.SWEEPS.items():
+    for sweep in ablation.sweeps_of(dataset):
+        cells = ablation.SWEEPS[sweep]
         own = [name for name in cells if name != ablation.baseline_of(name)] or list(cells)
         if any(ablation.same(name) in measured for name in own):
             parts.append(f"### {sweep}\n\n{ablation.table(sweep, path)}")

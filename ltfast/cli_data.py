@@ -32,7 +32,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("--plot", default=None, metavar="PNG", help="draw the class counts")
     stats.add_argument(
         "--lists", default=None, metavar="DIR",
-        help="write each split as DIR/<split>.csv (path, label, class), also one that is held out of train",
+        help="write each split as DIR/<split>.csv (path, label, class), also a test split that is held out of train",
     )  # fmt: skip
     stats.set_defaults(run=command_stats)
 

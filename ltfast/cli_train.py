@@ -23,6 +23,7 @@ from ltfast.config import (
     load_toml,
 )
 from ltfast.errors import UserError
+from ltfast.recipes import NAMED
 
 if TYPE_CHECKING:
     from ltfast.dist import Ranks
@@ -65,7 +66,7 @@ def add_train_command(commands: Any) -> None:
         "of them, a run's config.toml all. Later wins: defaults, recipe, method, --config, flags."
     )
     train.add_argument("--method", default=None, help=f"method name, see `ltfast methods` [{DEFAULT_METHOD}]")
-    train.add_argument("--recipe", default=None, metavar="NAME", help="a named recipe: cifar10-lt-speedrun")
+    train.add_argument("--recipe", default=None, metavar="NAME", help=f"a named recipe: {', '.join(NAMED)}")
     train.add_argument("--config", default=None, metavar="FILE", help="TOML file of settings; flags override it")
     train.add_argument("--resume", default=None, metavar="RUN", help="continue this run folder")
     train.add_argument(

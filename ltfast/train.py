@@ -242,7 +242,7 @@ class Trainer(Durable):
             result["comm"] = {k: v / self.source.steps_per_epoch for k, v in dataclasses.asdict(self.wire).items()}
             if self.epoch == 0:
                 self.progress.note(
-                    "each step sends {bytes:,.0f} bytes a rank in {calls:.1f} collectives".format(**result["comm"])
+                    "each step sends {bytes:,.0f} bytes per rank in {calls:.1f} collectives".format(**result["comm"])
                 )
         self.sums, self.seconds, self.wire = {}, 0.0, Traffic()
         return result

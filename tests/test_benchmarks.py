@@ -246,6 +246,16 @@ def test_cells_are_one_where_every_study_gives_them_one_configuration():
     assert ablation.same(name) == name
 
 
+def test_a_sweep_of_one_study_is_of_no_other(monkeypatch):
+    assert ablation.sweeps_of("cifar10-finetuned") == ["fine-tuning"]
+    assert not {"fine-tuning", "from-scratch"} & set(ablation.sweeps_of("digits-lt"))
+    assert len(ablation.sweeps_of("cifar10-lt")) == len(ablation.SWEEPS) - 2
+    for words in (["--dataset", "cifar10-finetuned"], ["--dataset", "cifar10-five", "--weights", "x"]):
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
+        with pytest.raises(SystemExit, match="2"):
+            ablation.main()
+
+
 def test_one_view_cells_are_compared_with_balanced_softmax():
     assert {ablation.baseline_of(name) for name in ablation.SWEEPS["one-view"]} == {"balanced-softmax"}
     assert {ablation.baseline_of(name) for name in ablation.SWEEPS["long"]} == {"balanced-softmax,epochs=200"}

@@ -341,6 +341,21 @@ def test_dry_run_refuses_what_training_refuses_and_fetches_no_weights(tmp_path: 
     assert "cc-sam: 129 classes, one group each, is more than 128" in capsys.readouterr().err
 
 
+def test_the_recipe_of_fine_tuning_takes_any_pictures_and_leaves_the_last_word_to_flags(tmp_path: Path, capsys) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).write_text("".join(f"{split}/{c}-{i}.jpg {c}\n" for c in range(3) for i in range(40)))
+    lists = ["--train-list", str(tmp_path / "train"), "--test-list", str(tmp_path / "test")]
+    words = ["train", "--dry-run", "--recipe", "fine-tune", "--dataset", "list", "--data-dir", str(tmp_path), *lists]
+    for more, method, lr in (([], "balanced-softmax+asam", "0.02"), (["--method", "ce", "--lr", "0.01"], "ce", "0.01")):
+        assert main([*words, *more, "--model", "resnet18"]) == 0
+        lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        assert (lines["method"].strip(), lines["weights"].strip()) == (f"{method} on resnet18", "DEFAULT")
+        assert lines["descent"].strip().startswith(f"sgd, lr {lr}, cosine schedule, warm-up 3 epochs")
+        assert "40 epochs x 4 steps" in lines["steps"]
+    assert main(["train", "--recipe", "fine-tuned"]) == 2
+    assert "did you mean fine-tune?" in capsys.readouterr().err
+
+
 def test_the_baseline_is_of_the_same_data_network_and_descent() -> None:
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {})) is not None
     assert baseline_for(build_config("digits-lt", "gkp-gsa", {}, {"epochs": 3})) is None

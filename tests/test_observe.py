@@ -23,7 +23,7 @@ from ltfast.observe import (
 )
 from ltfast.optim.engine import Engine
 from ltfast.optim.rules import RULES
-from ltfast.preserve import Quality
+from ltfast.preserve import Anchor, Quality
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_forces_are_those_that_the_update_applies():
     update = SimpleNamespace(weight_decay=0.01, anchor=None, strength=strength, alpha=torch.tensor(0.75))
     trainer = trainer_of(update=update, flat=SimpleNamespace(data=theta), encoder=slice(1, 3))
     assert forces_row(trainer) == pytest.approx({"theta": 5.0, "decay": 0.04})
-    update.anchor = anchor, target
+    update.anchor = Anchor(anchor, target)
     # strength A (theta - T) = (.2, 0, -.8); strength / 2 sum A (theta - T)^2 = .1 (2 + 8)
     expected = {"theta": 5.0, "decay": 0.04, "gkp": 0.68**0.5, "gkp_loss": 1.0, "alpha": 0.75}
     assert forces_row(trainer) == pytest.approx(expected)

@@ -24,6 +24,7 @@ from ltfast.data.decode import (
     BITS_PER_SAMPLE,
     BadImage,
     JpegHeader,
+    Reader,
     dali_fault,
     decode,
     file_format,
@@ -106,15 +107,16 @@ def inspect(path: str, full: bool = False) -> Finding:
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
+            read = _reader(file.fileno(), size)
             data = file.read() if full or size <= 2 * HEAD else file.read(HEAD)
-            if len(data) < size and not _settled(data, file.fileno(), size):
+            if len(data) < size and not _settled(data, read, size):
                 file.seek(0)
                 data = file.read()
+            if len(data) < size:
+                return Finding("", tuple(_notes(data, path, read)), signature(size, data))
     except OSError as error:
         return Finding("missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower())
-    return (
-        judge(data, path, full) if len(data) == size else Finding("", tuple(_notes(data, path)), signature(size, data))
-    )
+    return judge(data, path, full)
 
 
 def judge(data: bytes, name: str, full: bool = False) -> Finding:
@@ -127,14 +129,19 @@ def judge(data: bytes, name: str, full: bool = False) -> Finding:
             decode(data)
         except BadImage as error:
             why = str(error)
-    return Finding(why) if why else Finding("", tuple(_notes(data, name)), signature(len(data), data))
+    return Finding(why) if why else Finding("", tuple(_notes(data, name, reader(data))), signature(len(data), data))
 
 
-def _settled(head: bytes, file: int, size: int) -> bool:
+def _reader(file: int, size: int) -> Reader:
+    """A Reader of an open file."""
+    return lambda start, count: os.pread(file, count, start) if start < size else b""
+
+
+def _settled(head: bytes, read: Reader, size: int) -> bool:
     """Whether a large file is seen to be whole without the rest of it."""
-    kind, tail = file_format(head[:16]), os.pread(file, TAIL, size - TAIL)
+    kind, tail = file_format(head[:16]), read(size - TAIL, TAIL)
     if kind == "TIFF":
-        tags = tiff_tags(lambda start, count: os.pread(file, count, start) if start < size else b"")
+        tags = tiff_tags(read)
         return not tiff_fault(tags) and BITS_PER_SAMPLE in tags
     if kind == "PNG":
         return b"IEND" in tail
@@ -143,7 +150,8 @@ def _settled(head: bytes, file: int, size: int) -> bool:
     return b"\xff\xd9" in tail and isinstance(jpeg_header(head), JpegHeader)
 
 
-def _notes(data: bytes, path: str) -> Iterator[str]:
+def _notes(data: bytes, path: str, read: Reader) -> Iterator[str]:
+    """What is unusual about a picture with these first bytes; a TIFF's tags may stand anywhere in it."""
     kind = file_format(data[:16])
     suffix = os.path.splitext(path)[1].lower()
     if SUFFIX_FORMATS.get(suffix, kind) != kind:
@@ -156,10 +164,12 @@ def _notes(data: bytes, path: str) -> Iterator[str]:
             yield "CMYK"
         if header.orientation != 1:
             yield "EXIF-rotated (not turned by the loaders)"
-    if (kind == "PNG" and data[PNG_DEPTH : PNG_DEPTH + 1] == b"\x10") or (
-        kind == "TIFF" and tiff_tags(reader(data)).get(BITS_PER_SAMPLE) == 16
-    ):
-        yield "16 bits (the upper 8 are read)"
+    if kind == "TIFF":
+        deep = tiff_tags(read).get(BITS_PER_SAMPLE) == 16
+    else:
+        deep = kind == "PNG" and data[PNG_DEPTH : PNG_DEPTH + 1] == b"\x10"
+    if deep:
+        yield "16 bits (read as 8)"
 
 
 def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: int = 8) -> CheckReport:

@@ -126,13 +126,17 @@ def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
     """Writes each split that has images as <split>.csv (path, label, class), which read_list takes; returns the files.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: pictures in shards, which no list can name; a file is there already, or cannot be written.
     """
     files = []
     for split, images in lists.items():
         if not len(images):
             continue
         file = Path(folder) / f"{split}.csv"
+        if not images.loose:
+            raise UserError(f"--lists {folder}: pictures in shards cannot be named by lists; leave it out")
+        if file.exists():
+            raise UserError(f"--lists {folder}: {file} is there already; choose another folder")
         with contextlib.suppress(OSError):  # write_csv tells
             file.parent.mkdir(parents=True, exist_ok=True)
         names = images.class_names or tuple(map(str, range(images.num_classes)))

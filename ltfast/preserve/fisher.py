@@ -102,13 +102,14 @@ def _sample_squares(model: nn.Module, names: list[str], loss_fn: LossFn, chunk: 
         nonlocal chunk
         done = 0
         while done < len(labels):
-            part = slice(done, done + chunk)
+            size = min(chunk, len(labels) - done)
+            part = slice(done, done + size)
             try:
                 found = of_chunk(params, images[part], labels[part], done == 0)
             except torch.OutOfMemoryError:  # CHUNK_BYTES knows nothing of activations
-                if chunk == 1:
+                if size == 1:
                     raise
-                chunk //= 2
+                chunk = size // 2
                 continue
             done = part.stop
             yield from found.items()
@@ -166,7 +167,7 @@ def sample_indices(group_of_class: Tensor, labels: Tensor, group: int, budget: i
     labels: of the whole train split, on the host. Drawn without replacement; a function of (seed, group) only.
     """
     if budget is not None and budget < 1:
-        raise ValueError(f"budget must be at least 1 sample a group, got {budget}")
+        raise ValueError(f"budget must be at least 1 sample per group, got {budget}")
     members = (group_of_class.cpu()[labels.cpu()] == group).nonzero().flatten()
     if budget is None or len(members) <= budget:
         return members

@@ -84,7 +84,7 @@ def test_evaluation_is_torchvisions_compose():
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_bf16_views_are_rounded_once():
+def test_views_rounded_by_autocast_are_nearer_than_arithmetic_in_bfloat16():
     """Views are float32, and autocast rounds them: all arithmetic in bfloat16 has a larger error."""
     from ltfast.data.finish import Finisher
 

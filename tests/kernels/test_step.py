@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ltfast.kernels import adamw_step, sgd_step
+from ltfast.kernels import step as kernels_step
 
 from .support import PLACES, check, narrowed, normal, same_bits
 
@@ -52,6 +53,30 @@ def test_ten_steps_of_torch_sgd(place, n, options, on_device):
         check(buf, state["momentum_buffer"], "chain")
     else:
         assert (buf == 0).all()
+
+
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+def test_the_formulas_beside_the_kernels_are_torchs(options):
+    """What a GPU takes in float64 or without Triton; the CPU has torch's own fused updates."""
+    theta, buf, *grads = (normal(7, seed=k).double() for k in range(4))
+    expected, state = run_torch(torch.optim.SGD, theta.clone(), grads, lr=0.1, **options)
+    ours, buf = theta.clone(), torch.zeros_like(buf) if options["momentum"] else None
+    for keep, grad in zip((1.0, 1 - options.get("dampening", 0.0)), grads, strict=True):
+        rest = options["momentum"], options["weight_decay"], options.get("nesterov", False)
+        kernels_step._write(kernels_step._sgd_reference(ours, ours.clone(), grad, buf, 0.1, keep, *rest), None, None)
+    torch.testing.assert_close(ours, expected)
+    if buf is not None:
+        torch.testing.assert_close(buf, state["momentum_buffer"])
+    expected, state = run_torch(
+        torch.optim.AdamW, theta.clone(), grads, lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1
+    )
+    ours, m, v = theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta)
+    for t, grad in enumerate(grads, 1):
+        kernels_step._write(
+            kernels_step._adamw_reference(ours, ours.clone(), grad, m, v, 0.1, t, 0.8, 0.9, 1e-3, 0.1), None, None
+        )
+    for found, wanted in ((ours, expected), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("place", PLACES)
