@@ -128,22 +128,19 @@ def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
     Raises:
         UserError: pictures in shards, which no list can name; a file is there already, or cannot be written.
     """
-    files = []
-    for split, images in lists.items():
-        if not len(images):
-            continue
-        file = Path(folder) / f"{split}.csv"
-        if not images.loose:
-            raise UserError(f"--lists {folder}: pictures in shards cannot be named by lists; leave it out")
-        if file.exists():
-            raise UserError(f"--lists {folder}: {file} is there already; choose another folder")
+    files = {split: Path(folder) / f"{split}.csv" for split, images in lists.items() if len(images)}
+    if not all(images.loose for images in lists.values()):
+        raise UserError(f"--lists {folder}: pictures in shards cannot be named by lists; leave it out")
+    if there := next((file for file in files.values() if file.exists()), None):
+        raise UserError(f"--lists {folder}: {there} is there already; choose another folder")
+    for split, file in files.items():
+        images = lists[split]
         with contextlib.suppress(OSError):  # write_csv tells
             file.parent.mkdir(parents=True, exist_ok=True)
         names = images.class_names or tuple(map(str, range(images.num_classes)))
         rows = ((path, label, names[label]) for path, label in zip(images.paths, images.labels.tolist(), strict=True))
         write_csv(file, itertools.chain([("path", "label", "class")], rows), "--lists")
-        files.append(file)
-    return files
+    return list(files.values())
 
 
 def _parse_text(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:
