@@ -145,7 +145,10 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             )
             for k in (1, 3)
         },
-        "balanced-softmax+gsa-paper,scout=0.0": Cell("balanced-softmax+gsa-paper", {"scout": 0.0}),
+        **{
+            f"balanced-softmax+{gsa},scout=0.0": Cell(f"balanced-softmax+{gsa}", {"scout": 0.0})
+            for gsa in ("gsa-paper", "gsa-exact")
+        },
         # What plain descent does with the time that SAM takes, and what the learning rate does to both.
         "balanced-softmax,twice the epochs": Cell("balanced-softmax", {"epochs": 80}),
         **settings_of("balanced-softmax", "lr", (0.01, 0.05)),
