@@ -23,7 +23,7 @@ from ltfast.config import (
     load_toml,
 )
 from ltfast.errors import UserError
-from ltfast.recipes import NAMED
+from ltfast.recipes import NAMED, build_config, method_values, named_recipe
 
 if TYPE_CHECKING:
     from ltfast.dist import Ranks
@@ -154,7 +154,6 @@ def resumed_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:
 def new_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:
     """The config of a new run, from recipe, method, --config and flags; a note says which of them do nothing."""
     from ltfast import launch
-    from ltfast.recipes import build_config, method_values, named_recipe
     from ltfast.unread import unread
 
     flags = dict(flags)

@@ -264,7 +264,8 @@ class RunFolder:
     def progress(self, which: str) -> str:
         """How far a run that has not come to its end has trained `which` weights, as " (epoch 2 of 4)"; else ''."""
         epochs = self.config.optim.epochs
-        if load_meta(self.last).get("epoch", epochs) >= epochs:
+        done = self.epoch_of("last")
+        if done is None or done >= epochs:
             return ""
         return f" (epoch {self.epoch_of(which) or '?'} of {epochs})"
 

@@ -217,8 +217,8 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tup
             signatures[i] = finding.signature
     again = duplicate_indices(images.paths) if images.loose else []  # names in shards are no paths
     duplicates = sorted({images.paths[index] for _, index in again})
-    nobody = np.flatnonzero(images.counts == 0).tolist()
-    empty = [images.class_names[c] if images.class_names else str(c) for c in nobody]
+    names = images.names
+    empty = [names[c] for c in np.flatnonzero(images.counts == 0).tolist()]
     report = SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
     return report, signatures
 

@@ -82,7 +82,7 @@ class LargeSource(Ordered):
             raise ValueError(f"views must be 1 or 3 recipes, got {len(views)}")
         self.lists, self.views, self.image_size = lists, tuple(views), image_size
         self.num_classes = train.num_classes
-        self.class_names = train.class_names or tuple(map(str, range(self.num_classes)))
+        self.class_names = train.names
         self.train_labels = torch.from_numpy(train.labels.astype(np.int64))
         self.train_counts = torch.bincount(self.train_labels, minlength=self.num_classes)
         self.input_shape = (3, image_size, image_size)

@@ -58,6 +58,11 @@ class ImageList:
         return int(self.labels.max()) + 1 if len(self) else 0
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each class [C]: its label where the format carries no names."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
+
+    @property
     def counts(self) -> np.ndarray:
         """Images in each class, int64 [C]."""
         return np.bincount(self.labels, minlength=self.num_classes)
@@ -134,10 +139,9 @@ def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
     if there := next((file for file in files.values() if file.exists()), None):
         raise UserError(f"--lists {folder}: {there} is there already; choose another folder")
     for split, file in files.items():
-        images = lists[split]
+        images, names = lists[split], lists[split].names
         with contextlib.suppress(OSError):  # write_csv tells
             file.parent.mkdir(parents=True, exist_ok=True)
-        names = images.class_names or tuple(map(str, range(images.num_classes)))
         rows = ((path, label, names[label]) for path, label in zip(images.paths, images.labels.tolist(), strict=True))
         write_csv(file, itertools.chain([("path", "label", "class")], rows), "--lists")
     return list(files.values())
@@ -294,7 +298,7 @@ def empty_classes(images: ImageList) -> str:
     empty = np.flatnonzero(images.counts == 0)
     if not len(empty):
         return ""
-    shown = ", ".join(images.class_names[c] if images.class_names else str(c) for c in empty[:5].tolist())
+    shown = ", ".join(images.names[c] for c in empty[:5].tolist())
     fix = "remove the class or add an image to it" if images.class_names else "labels must be 0..C-1 without gaps"
     return (
         f"{images.source}: {len(empty):,} of {images.num_classes:,} classes have no image (class {shown}"

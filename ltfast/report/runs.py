@@ -86,7 +86,7 @@ class RunView:
 
 def epoch_of_last(folder: RunFolder) -> int:
     """The epoch, counted from 1, that the last weights are of; one that was broken off counts."""
-    whole = int(checkpoint.load_meta(folder.last).get("epoch", 0))
+    whole = folder.epoch_of("last") or 0
     states = [checkpoint.load_meta(p).get("run", {}) for p in folder.checkpoints.glob("state-*.safetensors")]
     return whole + any(state.get("epoch") == whole and state.get("batch", 0) > 0 for state in states)
 
