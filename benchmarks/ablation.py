@@ -30,6 +30,8 @@ import seeded
 import torch
 from ablation_cells import RELEASE, SWEEPS, USUAL, Cell, baseline_of, same, sweeps_of
 
+from ltfast.recipes import cifar10_speedrun
+
 FIGURES = ("top1", "medium", "few", "ece")
 DIGITS = "digits-lt"
 FIXED = {"tensorboard": False, "checkpoint_every": 10**6, **USUAL}
@@ -44,9 +46,15 @@ FULL = {"device": "cpu", "precision": "bf16", "compile": "on", "imbalance": 100.
 # Five classes of CIFAR-10 (500 to 5 training pictures), from a network trained on the other five (other_classes.py).
 FINE = {**HALF, "limit_train": 729, "model": "resnet20", "batch": 32, "lr": 0.02}
 FINE_TUNED = "cifar10-finetuned"
+# The speedrun's recipe with a network of half its width and pictures of half their size, for 60 epochs: all of CIFAR-10-LT.
+SPEEDRUN = {
+    **cifar10_speedrun(), **SMALL, "imbalance": 100.0, "model": "resnet14-w32", "epochs": 60, "warmup": 3.0,
+    "untimed_steps": 0, "table": False,
+}  # fmt: skip
 STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF), "cifar10-lt-resnet8": ("cifar10-lt", FULL),
     FINE_TUNED: ("folder-small", FINE), "cifar10-five": ("folder-small", {**FINE, "lr": 0.1}),
+    "speedrun-half": ("folder-small", SPEEDRUN),
 }  # fmt: skip
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 _kept: dict[tuple[Any, ...], tuple[float, State]] = {}  # the newest end of scouting and its share of the epochs

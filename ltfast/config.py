@@ -61,7 +61,7 @@ class Data:
     batch: int = _opt(256, "global batch size (over all processes)", paper="256", least=1)
     views: str = _opt(
         "auto",
-        "augmentation recipe; auto = the dataset's own; large pictures: imagenet, crop (crop and flip only); small ones: the others",
+        "augmentation recipe; auto = the dataset's own; crop = crop and flip only; imagenet: large pictures; the others: small ones",
         choices=("auto", "digits", "cifar", "plain", "imagenet", "crop"),
     )
     image_size: int | None = _opt(

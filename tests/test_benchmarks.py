@@ -28,7 +28,7 @@ import precision  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import seeded  # noqa: E402
-from ablation_cells import resolved  # noqa: E402
+from ablation_cells import OWN, resolved  # noqa: E402
 
 from ltfast import train  # noqa: E402
 from ltfast.data.pack import read_pack  # noqa: E402
@@ -231,7 +231,7 @@ def test_studies_are_configurations_of_known_data_sets():
             config = ablation.configured(study, cell.method, {**cell.settings, "data_dir": None})
             sizes = {
                 ablation.DIGITS: (60, 64), "cifar10-half": (40, 64), "cifar10-lt-resnet8": (200, 256),
-                "cifar10-finetuned": (40, 32), "cifar10-five": (40, 32),
+                "cifar10-finetuned": (40, 32), "cifar10-five": (40, 32), "speedrun-half": (60, 128),
             }  # fmt: skip
             assert (config.optim.epochs, config.data.batch) == sizes[study]
     assert ablation.configured("cifar10-lt", "bcl", {}).optim.epochs == 200
@@ -249,8 +249,8 @@ def test_cells_are_one_where_every_study_gives_them_one_configuration():
 
 def test_a_sweep_of_one_study_is_of_no_other(monkeypatch):
     assert ablation.sweeps_of("cifar10-finetuned") == ["fine-tuning"]
-    assert not {"fine-tuning", "from-scratch"} & set(ablation.sweeps_of("digits-lt"))
-    assert len(ablation.sweeps_of("cifar10-lt")) == len(ablation.SWEEPS) - 2
+    assert not set(OWN) & set(ablation.sweeps_of("digits-lt"))
+    assert len(ablation.sweeps_of("cifar10-lt")) == len(ablation.SWEEPS) - len(OWN)
     for words in (["--dataset", "cifar10-finetuned"], ["--dataset", "cifar10-five", "--weights", "x"]):
         monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
         with pytest.raises(SystemExit, match="2"):

@@ -88,7 +88,7 @@ def test_waits_are_noticed() -> None:
         assert sum(waits.found.values()) > 0
 
 
-@pytest.mark.parametrize("views", ["digits", "cifar"])
+@pytest.mark.parametrize("views", ["digits", "crop", "cifar"])
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_making_a_batch_waits_for_nothing(views: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a device: on the CPU, which waits for nothing, apply_where computes the chosen samples only."""

@@ -93,6 +93,29 @@ class DigitsView(View):
         return self.normalize(geometry.warp(to_unit(images_u8), inverse, "bilinear"))
 
 
+class CropFlip(View):
+    """Random crop after padding with black, and flip: the least that CIFAR's recipes do. For grey pictures as well.
+
+    size: side of the pictures; padding is CIFAR's 4 of 32 pixels in proportion, at least 1.
+    """
+
+    draws = 3
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], size: int = 32) -> None:
+        super().__init__(mean, std)
+        self.padding = max(size // 8, 1)
+
+    def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Crop corner (top, left, in pixels of the padded picture) and mirror from [B, draws] uniform numbers: each [B]."""
+        top, left = (geometry.integers(uniforms[:, i], 2 * self.padding + 1) for i in (0, 1))
+        return top, left, uniforms[:, 2] < 0.5
+
+    def forward(self, images_u8: Tensor, uniforms: Tensor | None = None) -> Tensor:
+        """See View.forward."""
+        assert uniforms is not None
+        return self.normalize(to_unit(geometry.crop_flip(images_u8, *self.draw(uniforms), self.padding)))
+
+
 class StrongDraw(NamedTuple):
     """What CifarStrong drew for B samples: crop corner, mirror, cutout centre (pixels), numbers for the policy
     [B, 5]."""
@@ -187,7 +210,7 @@ class Contrastive(View):
         return self.normalize(color.apply_where(drawn.gray, color.to_gray, images))
 
 
-RECIPES = ("plain", "digits", "cifar")
+RECIPES = ("plain", "digits", "crop", "cifar")
 
 
 def recipe(
@@ -195,7 +218,7 @@ def recipe(
 ) -> tuple[View, ...]:
     """The views of a named recipe, one of RECIPES; num_views 1 (classifier only) or 3 (BCL). ValueError otherwise.
 
-    size: side of the pictures that the "cifar" recipe makes.
+    size: side of the pictures that the "crop" and "cifar" recipes make.
     """
     if num_views not in (1, 3):
         raise ValueError(f"num_views must be 1 or 3, got {num_views}")
@@ -204,6 +227,8 @@ def recipe(
         views = (Plain(mean, std),) * 3
     elif name == "digits":
         views = (DigitsView(10.0, 0.1, 0.75, mean, std), *(DigitsView(15.0, 0.15, 1.0, mean, std),) * 2)
+    elif name == "crop":
+        views = (CropFlip(mean, std, size),) * 3
     elif name == "cifar":
         views = (CifarStrong(mean, std, size), *(Contrastive(size, mean, std),) * 2)
     else:

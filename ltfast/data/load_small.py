@@ -113,5 +113,7 @@ def _views(
         raise UserError(f"--views {views!r}: choose one of {', '.join(RECIPES)}")
     channels, side = splits.images["train"].shape[1:3]
     if views == "cifar" and channels != 3:
-        raise UserError(f"--views cifar needs colour pictures, these have {channels} channel; choose digits or plain")
+        raise UserError(
+            f"--views cifar needs colour pictures, these have {channels} channel; choose crop, digits or plain"
+        )
     return recipe(views, num_views, mean=mean, std=std, size=side)

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from ltfast.data import augment_auto as auto
 from ltfast.data import augment_geometry as geometry
-from ltfast.data.augment import CifarStrong, Contrastive, recipe
+from ltfast.data.augment import CifarStrong, Contrastive, CropFlip, recipe
 from ltfast.data.rng import epoch_key, uniforms
 
 N = 10_000
@@ -54,6 +54,8 @@ def test_crop_offsets_and_cutout_centres() -> None:
     theirs = v2.RandomCrop(32, padding=4)
     picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
     params = [theirs.make_params([picture]) for _ in range(N)]
+    top, left, flip = CropFlip(*SCALE).draw(numbers(CropFlip.draws))
+    assert all(torch.equal(a, b) for a, b in ((drawn.top, top), (drawn.left, left), (drawn.flip, flip)))
     for ours, name in ((drawn.top, "top"), (drawn.left, "left")):
         assert same_counts(collections.Counter(ours.tolist()), collections.Counter(p[name] for p in params))
     for centre in (drawn.hole_y, drawn.hole_x):
