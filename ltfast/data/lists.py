@@ -1,34 +1,29 @@
-"""Image lists: '<relative path> <label>' text files, CSV and iNaturalist's JSON; folders.py reads image-folder trees.
+"""Image lists: files of them (list_files.py parses, folders.py reads image-folder trees), their splits and their checks.
 
-Everything ends as an `ImageList`: compact paths, int32 labels, class names. Parsing is vectorised.
+Everything ends as an `ImageList`: compact paths, int32 labels, class names.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import gzip
-import io
 import itertools
-import json
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ltfast.data.decode import read_file
+from ltfast.data.list_files import Parsed, parse_csv, parse_json, parse_text
 from ltfast.data.longtail import select_subset
 from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices, shared_indices
 from ltfast.errors import UserError
 from ltfast.tables import write_csv
-
-MAX_LABEL_DIGITS = 7
-PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
-LABEL_COLUMNS = ("label", "class", "class_id", "category", "category_id", "target")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +40,7 @@ class ImageList:
     split: str = ""
     """The data set's own split that the images are of: 'val' for a test split that the set calls val."""
     class_ids: tuple[int, ...] | None = None
-    """The number of each class in the list file, where it is not the label itself (JSON's category ids)."""
+    """The number of each class in a list file that has numbers and names (JSON's categories, a CSV with both)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,10 +90,11 @@ class ImageList:
         return self if keep.all() else self.select(np.flatnonzero(keep))
 
 
-def read_list(path: str | Path, root: str | Path) -> ImageList:
+def read_list(path: str | Path, root: str | Path, named: bool = True) -> ImageList:
     """Reads one list file, format by suffix: .txt / .lst (space or tab), .csv, .json (iNaturalist), each also as .gz.
 
-    Paths must be relative to `root` (or absolute inside it). Raises UserError naming the file, the line and the fix.
+    Paths must be relative to `root` (or absolute inside it). named: whether names that a CSV has for its classes count, which
+    they do not beside a train list of numbers alone. Raises UserError naming the file, the line and the fix.
     """
     path, root = Path(path), Path(root)
     try:
@@ -114,17 +110,33 @@ def read_list(path: str | Path, root: str | Path) -> ImageList:
         except (OSError, EOFError) as error:
             raise UserError(f"list file {path} is not a complete gzip file ({error}); obtain it again") from error
         kind = Path(path.stem).suffix.lower()
-    parsers: dict[str, Callable[[bytes, str], tuple[PathTable, np.ndarray, list[tuple[int, str]] | None]]] = {
-        ".csv": _parse_csv,
-        ".json": _parse_json,
+    parsers: dict[str, Callable[[bytes, str], Parsed]] = {
+        ".csv": partial(parse_csv, named=named),
+        ".json": parse_json,
     }
-    names, labels, classes = parsers.get(kind, _parse_text)(data, str(path))
+    names, labels, class_names, class_ids = parsers.get(kind, parse_text)(data, str(path))
     if not len(labels):
         raise UserError(f"list file {path} holds no image; expected lines '<relative path> <label>'")
-    images = ImageList(root, contained(names, root, str(path)), labels, str(path))
-    if classes is None:
-        return images
-    return replace(images, class_names=tuple(name for _, name in classes), class_ids=tuple(i for i, _ in classes))
+    return ImageList(root, contained(names, root, str(path)), labels, str(path), class_names, class_ids=class_ids)
+
+
+def read_lists(
+    files: Iterable[tuple[str, Path]],
+    root: Path,
+    check: Callable[[str, ImageList], None] = lambda split, images: None,
+) -> dict[str, ImageList]:
+    """The list files of a data set's splits, train first, each checked when it is read; classes are numbered as in train: by
+    number and name where both files have both, else by name.
+
+    UserError for a class that train lacks or calls otherwise, and where one file has only numbers and the other only names.
+    """
+    lists: dict[str, ImageList] = {}
+    for split, file in files:
+        train = lists.get("train")
+        images = read_list(file, root, named=train is None or train.class_names is not None)
+        check(split, images)
+        lists[split] = images if train is None else _numbered_as(train, images)
+    return lists
 
 
 def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
@@ -147,142 +159,32 @@ def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
     return list(files.values())
 
 
-def _parse_text(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:
-    """'<path> <label>' lines; the label is what follows the last blank, so paths may hold blanks."""
-    text = np.frombuffer(data.removeprefix(b"\xef\xbb\xbf"), dtype=np.uint8)
-    ends = np.flatnonzero(text == 10)
-    if len(text) and text[-1] != 10:
-        ends = np.append(ends, len(text))
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends + 1])[: len(ends)]
-    blank = (text == 32) | (text == 9) | (text == 13)
-    ends = _trim_right(blank, starts, ends)
-    lines = np.flatnonzero(ends > starts)
-    starts, ends = starts[lines], ends[lines]
-    blanks = np.flatnonzero(blank)
-    nearest = np.searchsorted(blanks, ends) - 1
-    cuts = blanks[np.maximum(nearest, 0)] if len(blanks) else np.full(len(ends), -1)
-    path_ends = _trim_right(blank, starts, cuts)
-    bad = (nearest < 0) | (cuts < starts) | (path_ends <= starts)
-    labels = _digits(text, cuts + 1, ends, bad)
-    if bad.any():
-        first = int(np.argmax(bad))
-        shown = text[starts[first] : ends[first]].tobytes()[:120].decode(errors="replace")
-        raise UserError(
-            f"{source}: line {int(lines[first]) + 1}: {shown!r} is not '<relative path> <label>' with a label >= 0"
-        )
-    edge = np.zeros(len(text) + 1, dtype=np.int8)
-    edge[starts] += 1
-    edge[path_ends] -= 1
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(path_ends - starts)])
-    return PathTable(text[np.cumsum(edge[:-1], dtype=np.int8).astype(bool)].tobytes(), offsets), labels, None
-
-
-def _trim_right(blank: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    ends = ends.copy()
-    while len(ends):
-        loose = (ends > starts) & blank[np.maximum(ends - 1, 0)]
-        if not loose.any():
-            break
-        ends -= loose
-    return ends
-
-
-def _digits(text: np.ndarray, starts: np.ndarray, ends: np.ndarray, bad: np.ndarray) -> np.ndarray:
-    """Decimal numbers text[starts:ends] as int32; entries that are none are marked in `bad` (changed in place)."""
-    values = np.zeros(len(starts), dtype=np.int64)
-    lengths = np.where(bad, 0, ends - starts)
-    bad |= (lengths < 1) | (lengths > MAX_LABEL_DIGITS)
-    for place in range(int(lengths.max(initial=0)) if not bad.any() else MAX_LABEL_DIGITS):
-        active = (place < lengths) & ~bad
-        digit = text[np.where(active, starts + place, 0)].astype(np.int64) - 48
-        bad |= active & ((digit < 0) | (digit > 9))
-        values = np.where(active, values * 10 + digit, values)
-    return values.astype(np.int32)
-
-
-def _parse_csv(data: bytes, source: str) -> tuple[PathTable, np.ndarray, None]:
-    """Two columns by header name (see PATH_COLUMNS, LABEL_COLUMNS), or the first two when there is no header."""
-    rows = csv.reader(io.StringIO(data.decode("utf-8-sig", errors="surrogateescape"), newline=""))
-    path_at, label_at = 0, 1
-    names: list[str] = []
-    labels: list[int] = []
-    for row in rows:
-        if not row:
-            continue
-        if not names and rows.line_num == 1:
-            header = [cell.strip().lower() for cell in row]
-            found = [
-                next((header.index(c) for c in known if c in header), -1) for known in (PATH_COLUMNS, LABEL_COLUMNS)
-            ]
-            if min(found) >= 0:
-                path_at, label_at = found
-                continue
-        try:
-            label = int(row[label_at])
-            names.append(row[path_at])
-        except (ValueError, IndexError):
-            label = -1
-        if not 0 <= label < 10**MAX_LABEL_DIGITS:
-            raise UserError(
-                f"{source}: line {rows.line_num}: {','.join(row)[:120]!r} is not '<relative path>,<label>' "
-                "with a label >= 0"
-            )
-        labels.append(label)
-    return (
-        PathTable.of(name.encode("utf-8", "surrogateescape") for name in names),
-        np.array(labels, dtype=np.int32),
-        None,
-    )
-
-
-def _parse_json(data: bytes, source: str) -> tuple[PathTable, np.ndarray, list[tuple[int, str]]]:
-    """iNaturalist's COCO-like file: images {id, file_name}, annotations {image_id, category_id}, categories {id,
-    name}.
-
-    Labels are the categories in the order of their ids (in 2018 the ids are already 0..8141); match_classes makes them
-    those of train.
-    """
-    try:
-        content = json.loads(data)
-        order = sorted((int(c["id"]), str(c.get("name", c["id"]))) for c in content["categories"])
-        label_of = {identity: label for label, (identity, _) in enumerate(order)}
-        class_of = {a["image_id"]: label_of[int(a["category_id"])] for a in content["annotations"]}
-        labels = np.fromiter((class_of[image["id"]] for image in content["images"]), dtype=np.int32)
-        names = PathTable.of(image["file_name"] for image in content["images"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{source} is not an iNaturalist annotation file ({type(error).__name__}: {error}); "
-            "it needs images, annotations and categories"
-        ) from error
-    return names, labels, order
-
-
-def match_classes(lists: dict[str, ImageList]) -> dict[str, ImageList]:
-    """The splits of one data set with JSON's categories numbered as in train, by id and name.
-
-    UserError for a category that train lacks or calls otherwise, or where train's file has no names to match.
-    """
-    train = lists["train"]
-    return {s: i if i is train or i.class_ids is None else _numbered_as(train, i) for s, i in lists.items()}
-
-
 def _numbered_as(train: ImageList, images: ImageList) -> ImageList:
-    ids, names = images.class_ids or (), images.class_names or ()
-    if train.class_ids is None or train.class_names is None:
+    if images.class_names is None:
+        if train.class_names is None or train.class_ids is not None:
+            return images
+        raise UserError(
+            f"{images.source}: labels are numbers, but {train.source} names its classes; name them here, too"
+        )
+    if train.class_names is None:
         if images.num_classes == train.num_classes:
             return images
         raise UserError(
-            f"{images.source}: {len(ids):,} categories, but {train.source} has {train.num_classes:,} classes and no names "
-            "to match them by; give a JSON list of train, too"
+            f"{images.source}: {images.num_classes:,} categories, but {train.source} has {train.num_classes:,} classes and no "
+            "names to match them by; give a JSON list of train, too"
         )
-    known = dict(zip(train.class_ids, train.class_names, strict=True))
-    for identity, name in zip(ids, names, strict=True):
-        if (there := known.get(identity)) != name:
-            what = "is not in" if there is None else f"is {there!r} in"
-            raise UserError(
-                f"{images.source}: category {identity} ({name!r}) {what} {train.source}; all lists need the same categories"
-            )
-    labels = np.searchsorted(train.class_ids, ids).astype(np.int32)[images.labels]  # ids ascend
+    numbered = images.class_ids is not None and train.class_ids is not None
+    ours, theirs = (
+        (images.class_ids or (), train.class_ids or ()) if numbered else (images.class_names, train.class_names)
+    )
+    label_of = {key: label for label, key in enumerate(theirs)}
+    for key, name in zip(ours, images.class_names, strict=True):
+        label = label_of.get(key)
+        if label is None or train.class_names[label] != name:
+            which = f"category {key} ({name!r})" if numbered else f"class {name!r}"
+            what = "is not in" if label is None else f"is {train.class_names[label]!r} in"
+            raise UserError(f"{images.source}: {which} {what} {train.source}; all lists need the same categories")
+    labels = np.array([label_of[key] for key in ours], dtype=np.int32)[images.labels]
     return replace(images, labels=labels, class_names=train.class_names, class_ids=train.class_ids)
 
 

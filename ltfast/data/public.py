@@ -11,7 +11,7 @@ import numpy as np
 
 from ltfast.data.base import SPLITS
 from ltfast.data.folders import check_folder, scan_folder
-from ltfast.data.lists import ImageList, hold_out, hold_out_each, match_classes, read_list
+from ltfast.data.lists import ImageList, hold_out, hold_out_each, read_lists
 from ltfast.data.longtail import SUBSET_SEED
 from ltfast.data.registry import LARGE
 from ltfast.errors import UserError
@@ -115,12 +115,12 @@ def find_lists(
     elif dataset == "list":
         if train_list is None:
             raise UserError("dataset 'list' needs --train-list FILE with lines '<relative path> <label>'")
-        lists = {split: read_list(_locate(name, root), root) for split, name in given.items() if name is not None}
+        lists = read_lists(((split, _locate(name, root)) for split, name in given.items() if name is not None), root)
     elif dataset in PUBLIC:
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(LARGE)}")
-    return assign_splits(match_classes(lists), val_per_class)
+    return assign_splits(lists, val_per_class)
 
 
 def assign_splits(
@@ -158,11 +158,9 @@ def _public_lists(public: PublicSet, root: Path, given: dict[str, str | Path | N
         if given["val"] and given["test"]:
             raise UserError(f"{public.title} has one list to test on: give --val-list or --test-list, not both")
         given = {**given, "val": given["val"] or given["test"]}
-    lists: dict[str, ImageList] = {}
-    for split, facts in public.splits.items():
-        lists[split] = read_list(_find_public(public, facts, split, root, given[split]), root)
-        _check_facts(public, facts, split, lists[split])
-    return lists
+    splits = public.splits
+    found = ((split, _find_public(public, facts, split, root, given[split])) for split, facts in splits.items())
+    return read_lists(found, root, lambda split, images: _check_facts(public, splits[split], split, images))
 
 
 def _find_public(public: PublicSet, facts: SplitFacts, split: str, root: Path, given: str | Path | None) -> Path:

@@ -29,7 +29,8 @@ import numpy as np
 
 from ltfast.data.decode import BadImage
 from ltfast.data.folders import IMAGE_SUFFIXES
-from ltfast.data.lists import MAX_LABEL_DIGITS, ImageList
+from ltfast.data.list_files import MAX_LABEL_DIGITS
+from ltfast.data.lists import ImageList
 from ltfast.data.paths import PathTable
 from ltfast.errors import UserError
 from ltfast.launch import speaks

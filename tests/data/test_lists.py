@@ -92,6 +92,58 @@ def test_csv_by_header_or_by_place(tmp_path):
         read_list(write(tmp_path / "n.csv", "a.jpg,1\nb.jpg,cat\n"), tmp_path)
 
 
+def test_csv_with_names_for_its_classes(tmp_path):
+    """Names alone, numbers with names beside them, and columns that name nothing."""
+    images = read_list(write(tmp_path / "l.csv", "image,species\na.jpg,puma\nb.jpg, fox \nc.jpg,puma\n"), tmp_path)
+    assert images.labels.tolist() == [1, 0, 1]
+    assert (images.class_names, images.class_ids) == (("fox", "puma"), None)
+    both = write(tmp_path / "b.csv", "path,class_id,class\na.jpg,4,fox\nb.jpg,2,puma\nc.jpg,4,fox\n")
+    images = read_list(both, tmp_path)
+    assert images.labels.tolist() == [1, 0, 1]
+    assert (images.class_names, images.class_ids) == (("puma", "fox"), (2, 4))
+    assert read_list(both, tmp_path, named=False).labels.tolist() == [4, 2, 4]
+    for text in ("path,label,class\na.jpg,0,fox\nb.jpg,0,cat\n", "path,label,class\na.jpg,0,\nb.jpg,1,\n"):
+        assert read_list(write(tmp_path / "n.csv", text), tmp_path).class_names is None
+    for text, message in (
+        (
+            "a.jpg,fox\nb.jpg,cat\n",
+            r"line 1: 'a.jpg,fox' is not .*; class names need a first line such as 'path,class'",
+        ),
+        ("path,class\na.jpg,1\nb.jpg,cat\n", r"line 3: 'b.jpg,cat' is not .*; names and numbers are mixed"),
+        ("path,class\na.jpg,cat\nb.jpg,\n", r"line 3: 'b.jpg,' is not .* with a label >= 0$"),
+        ("path,class\n\na.jpg\n", r"line 3: 'a.jpg,' is not"),
+        ("path,class\n,cat\n", r"line 2: no path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_list(write(tmp_path / "w.csv", text), tmp_path)
+    with pytest.raises(UserError, match="; the train list has numbers, not names"):
+        read_list(tmp_path / "l.csv", tmp_path, named=False)
+
+
+def test_csv_lists_have_the_classes_of_train(tmp_path):
+    def found(train: str, test: str, suffix: str = "csv") -> ImageList:
+        files = write(tmp_path / "train.csv", train), write(tmp_path / f"test.{suffix}", test)
+        return find_lists("list", tmp_path, train_list=files[0], test_list=files[1])["test"]
+
+    named, numbered = "path,class\na,fox\nb,puma\nc,ant\n", "path,label,class\na,2,fox\nb,0,puma\nc,1,ant\n"
+    assert found(named, "path,class\nd,puma\ne,ant\n").labels.tolist() == [2, 0]
+    assert found(named, "path,label,class\nd,0,puma\ne,1,ant\n").labels.tolist() == [2, 0]
+    for test in ("path,class\nd,puma\ne,ant\n", "path,label,class\nd,0,puma\ne,1,ant\n", "d,0\ne,1\n"):
+        assert found(numbered, test).labels.tolist() == [0, 1]
+    assert found(numbered, "d 0\ne 1\n", "txt").labels.tolist() == [0, 1]
+    plain = "a,0\nb,1\nc,2\n"
+    images = found(plain, "path,label,class\nd,0,puma\ne,2,ant\n")
+    assert (images.labels.tolist(), images.class_names) == ([0, 2], None)
+    for train, test, message in (
+        (named, "path,class\nd,wolf\n", r"test\.csv: class 'wolf' is not in .*train\.csv; all lists need"),
+        (numbered, "path,label,class\nd,0,fox\n", r"test\.csv: category 0 \('fox'\) is 'puma' in .*train\.csv"),
+        (named, "d,0\n", r"test\.csv: labels are numbers, but .*train\.csv names its classes"),
+        (plain, "path,class\nd,fox\n", r"test\.csv: line 2: 'd,fox' is not .*; the train list has numbers, not names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            found(train, test)
+
+
 def test_inaturalist_json(tmp_path):
     content = {
         "images": [{"id": 5, "file_name": "t/a.jpg"}, {"id": 3, "file_name": "t/b.jpg"}],
