@@ -108,8 +108,9 @@ class ConsoleProgress(Progress):
         )
         if note := split_note(src.sizes, src.test_from, src.lacking, src.num_classes):
             self.console.print(note)
+        begun = f" from weights {cfg.model.weights}" if cfg.model.weights else ""
         self.console.print(
-            f"{cfg.method} on {cfg.model.model} ({trainer.flat.numel:,} parameters), {trainer.device}, "
+            f"{cfg.method} on {cfg.model.model}{begun} ({trainer.flat.numel:,} parameters), {trainer.device}, "
             f"{counted(cfg.optim.epochs, 'epoch')} x {counted(src.steps_per_epoch, 'step')} of {counted(cfg.data.batch, 'image')}"
         )
         if note := warm_up_note(cfg.optim):

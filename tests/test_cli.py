@@ -113,6 +113,7 @@ def test_a_run_does_not_need_the_weights_it_started_from_again(run: Path, tmp_pa
     start = str(shutil.copy(run / "checkpoints" / "last.safetensors", tmp_path / "start.safetensors"))
     out = tmp_path / "r"
     assert main(["train", "--weights", start, "--method", "ce", "--out", str(out), *QUICK]) == 0
+    assert f" from weights {start} (" in capsys.readouterr().out
     Path(start).unlink()
     assert main(["eval", str(out), "--json"]) == 0
     assert main(["train", "--resume", str(out)]) == 0
