@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -33,26 +34,26 @@ def in_blocks(work: Callable[[Iterator[tuple[Any, ...]]], R], *arrays: Tensor | 
     """work(blocks) for each stretch of the arrays, in order; blocks gives the arrays' parts side by side (None: None).
 
     Args:
-        work: goes through the blocks of its stretch; runs without autograd and, with several threads, beside others.
+        work: goes through the blocks of its stretch; runs without autograd and autocast and, with several threads, beside others.
         arrays: cut along the last dimension, the same for all.
         rows: how many rows of a block are worked on at once; the block is that much shorter.
     """
     first = next(a for a in arrays if a is not None)
     n = first.shape[-1]
     if n <= SERIAL // rows:
-        with torch.no_grad():
+        with _plain():
             return [work(iter((arrays,)))]
     size = max((BLOCK if n > BLOCK else SERIAL) // rows, 1)
     threads = torch.get_num_threads() if n > BLOCK and first.device.type == "cpu" else 1
     stretch = -(-n // (size * threads)) * size
     tasks = (side_by_side(size, *parts) for parts in side_by_side(stretch, *arrays))
     if threads == 1:
-        with torch.no_grad():
+        with _plain():
             return [work(task) for task in tasks]
     inference = torch.is_inference_mode_enabled()  # each thread has modes of its own
 
     def beside(task: Iterator[tuple[Any, ...]]) -> R:
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), _plain():
             return work(task)
 
     pool = _workers(threads)
@@ -61,6 +62,13 @@ def in_blocks(work: Callable[[Iterator[tuple[Any, ...]]], R], *arrays: Tensor | 
         return [future.result() for future in futures]
     finally:
         wait(futures)  # whatever interrupts this thread, nobody writes into the arrays once it goes on
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Without autograd and autocast, which would make products bfloat16."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def side_by_side(size: int, *arrays: Tensor | None) -> Iterator[tuple[Any, ...]]:

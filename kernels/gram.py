@@ -4,8 +4,9 @@
 
 Shapes: grads [R, N] (1 <= R <= 64, dense rows at any distance), theta [N]; partials [P, R, R] and [P], float64.
 Dtypes: gradients float32 or bfloat16, theta float32.
-Accumulation: float32 inside a program (a few hundred terms a lane, then a tree), float64 across programs. Up to SMALL_ROWS
-rows the pairs are products on the CUDA cores; above, tiles go through the tensor cores as 3xTF32, which keeps float32's digits.
+Accumulation: float32 inside a program (a few hundred terms a lane, then a tree), float64 across programs; on a CPU float32
+inside pieces of some thousands, float64 across them. Up to SMALL_ROWS rows the pairs are products on the CUDA cores; above,
+tiles go through the tensor cores as 3xTF32, which keeps float32's digits.
 Deterministic: two stages in a fixed order, no atomics; P depends on N and R only, not on the device.
 Mutates nothing. Bytes per element: R * sizeof(grad) + 4 (theta, where it is given).
 Source: the identities of Eq. 12-15 of arXiv 2603.21217 need nothing of the gradients but M and |theta|.
@@ -40,6 +41,9 @@ LARGE_PROGRAMS = 256
 REDUCE_COLUMNS = 8
 REDUCE_ROWS = 1024
 REDUCE_WARPS = 8
+# On a CPU, elements of a row whose products are summed in float32, by BLAS; pieces are added up in float64. Error of an entry
+# M_ij: 2e-8 |g_i| |g_j|, a twentieth of what whole blocks have; float64 throughout would take three times as long.
+PIECE = 4096
 
 
 @jit
@@ -145,31 +149,36 @@ def gram_partials_reference(grads_RN: Tensor, theta_N: Tensor | None, adaptive: 
 
 
 def _gram_partials_cpu(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool) -> tuple[Tensor, Tensor]:
-    """The oracle in blocks: float64 throughout, without a float64 copy of more than a block."""
+    """The oracle in blocks, rows as they are: a copy of a block only where rows are scaled or bfloat16."""
     rows = grads_RN.shape[0]
+    wide = torch.promote_types(grads_RN.dtype, torch.float32 if theta_N is None else theta_N.dtype)
 
     def work(parts: Iterator[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         space: Tensor | None = None
         found = []
         for g, theta in parts:
-            n = (rows + 1) * g.shape[1]
-            space = g.new_empty(n, dtype=torch.float64) if space is None else space
-            # Laid out by the block alone, as the last bits of BLAS may depend on it.
-            wide = space[:n].view(rows + 1, -1)
-            u, scale = wide[:rows].copy_(g), wide[rows]
-            sums = u.new_zeros(rows * rows + 1)
+            u, sums = g, g.new_zeros(rows * rows + 1, dtype=torch.float64)
+            if adaptive or g.dtype != wide:
+                space = g.new_empty(g.numel(), dtype=wide) if space is None else space
+                u = space[: g.numel()].view(rows, -1)
+                u = torch.mul(g, theta, out=u) if adaptive else u.copy_(g)  # sign(theta) squares away in every product
             if theta is not None:
-                scale.copy_(theta)
-                torch.mm(scale[None], scale[:, None], out=sums[-1:, None])
-                if adaptive:
-                    u *= scale  # sign(theta) squares away in every product
-            torch.mm(u, u.T, out=sums[:-1].view(rows, rows))
+                sums[-1] = _products(theta[None].to(wide))
+            sums[:-1] = _products(u).flatten()
             found.append(sums)
         return found
 
     found = in_blocks(work, grads_RN, theta_N, rows=cdiv(rows, 2))
     total = torch.stack([sums for part in found for sums in part]).sum(0)
     return total[:-1].view(1, rows, rows).clone(), total[-1:].clone()
+
+
+def _products(u_Rn: Tensor) -> Tensor:
+    """u u^T [R, R] in float64, of pieces in their own dtype: one BLAS call for all whole pieces, one for the rest."""
+    rows, n = u_Rn.shape
+    whole = n - n % PIECE
+    pieces, rest = u_Rn[:, :whole].view(rows, -1, PIECE).transpose(0, 1), u_Rn[:, whole:]
+    return torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64) + torch.mm(rest, rest.mT)
 
 
 def _fold(rows: int, dtype: torch.dtype) -> int:

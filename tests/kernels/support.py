@@ -22,7 +22,7 @@ PLACES = [
 
 # Largest |actual - expected| / max |expected| that passes, by class of error. Observed worst (interpreter and oracle):
 TOLERANCE = {
-    "reduction": 3e-7,  # 1.2e-7: float32 products summed in blocks, then float64
+    "reduction": 6e-7,  # 3.6e-7: float32 products summed in blocks, then float64
     "tensor cores": 2e-6,  # 3xTF32 on a GPU: estimated 2e-7 to 5e-7, by the width of the accumulator
     "elementwise": 1e-6,  # 2.4e-7: a few float32 roundings
     "coefficients": 3e-7,  # 1.0e-7: float64, stored as float32

@@ -25,6 +25,7 @@ def block(request, monkeypatch) -> Iterator[tuple[int, int]]:
     (size, threads), before = request.param, torch.get_num_threads()
     monkeypatch.setattr(blocks, "BLOCK", size)
     monkeypatch.setattr(blocks, "SERIAL", size)
+    monkeypatch.setattr(sys.modules["ltfast.kernels.gram"], "PIECE", 20)  # several and a rest in a block
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     yield request.param
     torch.set_num_threads(before)
@@ -106,9 +107,24 @@ def test_gram(block, rows, adaptive):
     (matrix, theta_sq), expected = (
         [t.sum(0) for t in f(grads, theta, adaptive)] for f in (gram_partials, gram_partials_reference)
     )
-    assert torch.allclose(matrix, expected[0], rtol=1e-13, atol=1e-11)
-    assert torch.allclose(theta_sq, expected[1], rtol=1e-13)
-    assert not torch.allclose(matrix, gram_partials_reference(grads[:, :-1], theta[:-1], adaptive)[0][0], rtol=1e-13)
+    check(matrix, expected[0], "reduction", [gram_partials_reference(grads[:, :-1], theta[:-1], adaptive)[0][0]])
+    check(theta_sq, expected[1], "reduction")
+
+
+def test_gram_of_float64_rows_is_float64_throughout():
+    grads, theta = normal(3, N, seed=1).double(), normal(N, seed=2).double()
+    for adaptive in (False, True):
+        for ours, expected in zip(
+            gram_partials(grads, theta, adaptive), gram_partials_reference(grads, theta, adaptive), strict=True
+        ):
+            assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-11)
+
+
+def test_autocast_narrows_no_product():
+    grads = normal(2, N, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gram_partials(grads)[0]
+    assert same_bits(inside, gram_partials(grads)[0])
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
