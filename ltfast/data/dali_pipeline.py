@@ -39,7 +39,8 @@ def dali_available() -> bool:
 def decodes_regions(views: int, device_id: int | None) -> bool:
     """Whether only the window of a picture is decoded: on a CPU, for one view, where it is less work.
 
-    A truncated JPEG then decodes or fails with the window that is asked for, so DaliSource looks at the bytes first.
+    A truncated JPEG then decodes or fails with the window that is asked for, so DaliSource looks at the bytes first. On a GPU
+    pictures are decoded whole: nvImageCodec 0.9 can crash on regions (NVIDIA/nvImageCodec issue 55).
     """
     return views == 1 and device_id is None
 

@@ -24,6 +24,7 @@ from ltfast.data.dali_schedule import EvaluationSchedule, Schedule, TrainSchedul
 from ltfast.data.decode import BadImage, dali_fault, decode, look
 from ltfast.data.large_source import LargeSource
 from ltfast.data.lists import ImageList
+from ltfast.errors import UserError
 
 # DALI's own words (dali/core/cuda_error.h) for what no file is to blame for; of files it says "Failed to decode sample" or
 # "nvImageCodec failure".
@@ -45,20 +46,19 @@ class DaliSource(LargeSource):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.device_id = (self.device.index or 0) if self.device.type == "cuda" else None
+        self.device_id = device_number(self.device)
         self.threads = max(self.workers, 1)
         self.part = part_size(self.device.type, self.threads, self.batch // self.world)
         self._kept: Running | None = None
-        # Images whose bytes need no look before they are decoded: all but TIFFs, whose floats DALI shows as white, or
-        # none; see dali_pipeline.decodes_regions.
-        self._tiff = {s: torch.from_numpy(x.paths.ending_in(b".tif", b".tiff")) for s, x in self.lists.items()}
-        self._looked_at = {split: ~tiff for split, tiff in self._tiff.items()}
+        # Images whose bytes need no look before they are decoded. On a GPU all need one: nobody has seen what its decoders make
+        # of broken files. On a CPU those of train where regions are decoded, and TIFFs, whose floats DALI shows as white.
+        tiff = {s: torch.from_numpy(x.paths.ending_in(b".tif", b".tiff")) for s, x in self.lists.items()}
+        self._looked_at = {s: ~t if self.device_id is None else torch.zeros_like(t) for s, t in tiff.items()}
         if decodes_regions(len(self.views), self.device_id):
             self._looked_at["train"].fill_(False)
 
     def usable(self, index: Tensor) -> Tensor:
-        """See LargeSource.usable; where regions are decoded, every file is looked at before its first use, else
-        every TIFF."""
+        """See LargeSource.usable; files that need a look get it before their first use."""
         while True:
             shown = super().usable(index)
             if not self._look("train", shown):
@@ -79,11 +79,13 @@ class DaliSource(LargeSource):
             raise ValueError(f"start_step must be in 0..{self.steps_per_epoch}, got {start_step}")
         running, self._kept = self._kept, None
         if running is None or not running.schedule.starts_at(epoch, start_step):
-            running = None  # frees an old pipeline before a new one is built
+            running = None
             running = self._train_pipeline(epoch, start_step)
         for step in range(start_step, self.steps_per_epoch):
             while not (made := self._next(running, "train", self.batch // self.world)):
-                self._find_bad("train", [sent.shown for sent in running.schedule.sent])
+                sent = [sent.shown for sent in running.schedule.sent]
+                running = None  # frees the old pipeline before new ones are built
+                self._find_bad("train", sent)
                 running = self._train_pipeline(epoch, step)
             yield made.pop()  # no name here may keep this batch alive while the next one is made
         self._kept = running
@@ -122,15 +124,18 @@ class DaliSource(LargeSource):
 
     def _evaluate_batches(self, split: str, parts: list[Tensor]) -> Iterator[Batch]:
         for part in parts:
-            self._look(split, part[self._tiff[split][part]])
+            self._look(split, part)
         waiting = self._without_bad(split, parts)
-        running = self._evaluation_pipeline(split, waiting)
+        running: Running | None = self._evaluation_pipeline(split, waiting)
         while waiting:
+            assert running is not None
             if made := self._next(running, split, len(waiting[0])):
                 waiting.popleft()
                 yield made.pop()
             else:
-                self._find_bad(split, [sent.shown for sent in running.schedule.sent][: 1 + PREFETCH])
+                sent = [sent.shown for sent in running.schedule.sent][: 1 + PREFETCH]
+                running = None
+                self._find_bad(split, sent)
                 waiting = self._without_bad(split, waiting)
                 running = self._evaluation_pipeline(split, waiting)
 
@@ -161,7 +166,12 @@ class DaliSource(LargeSource):
         try:
             pipeline.build()
         except RuntimeError as error:
-            raise self._fault(error) or error from None
+            fault = self._fault(error)
+            if self.device_id is None or isinstance(fault, torch.OutOfMemoryError):
+                raise fault or error from None
+            raise UserError(
+                f"DALI cannot work on this GPU ({_reason(error).splitlines()[0]}); --loader torch does without it"
+            ) from error
         return Running(schedule, pipeline)
 
     def _fault(self, error: RuntimeError) -> RuntimeError | None:
@@ -179,7 +189,7 @@ class DaliSource(LargeSource):
         except RuntimeError as error:
             if fault := self._fault(error):
                 raise fault from None
-            self._failure = error
+            self._failure = error.with_traceback(None)  # whose frames would keep the pipeline
             return []
 
     def _find_bad(self, split: str, sent: list[Tensor]) -> None:
@@ -197,7 +207,19 @@ class DaliSource(LargeSource):
                     for i, reason in found:
                         self.report_bad(split, i, reason)
                     return
-        raise self._failure
+        if self.device_id is None:
+            raise self._failure
+        said = _reason(self._failure).splitlines()[0]
+        raise RuntimeError(
+            f"DALI: {said}; no picture is to blame, so the GPU's memory may be short: try a smaller --batch, or --loader torch"
+        ) from self._failure
+
+
+def device_number(device: torch.device) -> int | None:
+    """DALI's name of a device: the number of a GPU (of the current one where it has none), None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _fault_of_the_device(error: RuntimeError) -> RuntimeError | None:

@@ -229,7 +229,9 @@ def test_a_dropped_source_frees_its_pipelines_without_the_garbage_collector(tmp_
         return pipeline
 
     monkeypatch.setattr(dali_source, "train_pipeline", watched)
-    source = open_source("dali", make_set(tmp_path, (9, 7)))
+    root = make_set(tmp_path, (9, 7))
+    (root / read_lists(root)["train"].paths[4]).write_bytes(b"")  # DALI dies of it
+    source = open_source("dali", root, num_views=3)
     gc.collect()
     gc.disable()
     try:
@@ -238,7 +240,7 @@ def test_a_dropped_source_frees_its_pipelines_without_the_garbage_collector(tmp_
         running = source.train(5)
         next(running)
         del running
-        assert [ref() is None for ref in alive] == [True, True, True]
+        assert [ref() is None for ref in alive] == [True, True, True, True]
         epoch(source, 1)
         del source
         assert alive[-1]() is None
@@ -299,12 +301,30 @@ Current pipeline object is no longer valid."""
 def test_a_fault_of_the_device_is_raised_before_any_file_is_looked_at(tmp_path, monkeypatch, when, said, kind):
     """A decode of all files under way by PIL takes minutes, and would end in the same error."""
     monkeypatch.setattr(DaliSource, "_find_bad", lambda *_: pytest.fail("looked for a bad file"))
+    kind = UserError if when == "build" and kind is RuntimeError else kind
     with pytest.raises(kind) as caught:
         next(failing_source(tmp_path, monkeypatch, said, when).train(0))
     assert caught.type is kind
     assert (
         "operator" not in str(caught.value) or kind is RuntimeError
     )  # the message without DALI's traceback, or as it was
+
+
+def test_a_gpu_that_dali_cannot_use_and_a_failure_without_a_culprit_say_what_to_do(tmp_path, monkeypatch):
+    driver = "CUDA driver version is insufficient for CUDA runtime version"
+    with pytest.raises(UserError, match=rf"DALI cannot work on this GPU \({driver}\); --loader torch does without it"):
+        next(failing_source(tmp_path / "a", monkeypatch, driver, "build").train(0))
+    with pytest.raises(
+        RuntimeError, match=r"DALI: Failed to decode sample #2; no picture is to blame, .* a smaller --batch"
+    ):
+        next(
+            failing_source(tmp_path / "b", monkeypatch, OPERATOR.format("MIXED", "Failed to decode sample #2")).train(0)
+        )
+
+
+def test_the_number_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [dali_source.device_number(torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [None, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -426,6 +446,32 @@ def test_the_gpu_graph_can_be_defined():
             lambda info: (), views=views, loose=True, image_size=64, batch=4, threads=1, device_id=0
         )
     dali_pipeline.evaluation_pipeline(lambda info: (), loose=False, image_size=64, batch=4, threads=1, device_id=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_bad_files_are_replaced_on_a_gpu(tmp_path, num_views):
+    root = make_set(tmp_path, (20, 20))
+    images, bad = read_lists(root)["train"], list(bad_files.bad_files().values())[:10]
+    for position, data in enumerate(bad):
+        (root / images.paths[position]).write_bytes(data)
+    shown = {
+        i for b in epoch(open_source("dali", root, num_views=num_views, device="cuda"), 0) for i in b.index.tolist()
+    }
+    assert not shown & set(range(len(bad)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_odd_files_decode_alike_on_a_gpu(tmp_path):
+    paths = bad_files.write(tmp_path, dict(bad_files.odd_files()))
+    lists = folder_lists(tmp_path, [p.name for p in paths.values()])
+    on_cpu, on_gpu = (
+        next(both(lists, 1, size=48, device=d)[0].evaluate("val")).views[0].cpu() for d in ("cpu", "cuda")
+    )
+    apart = levels_apart(on_cpu, on_gpu)
+    assert apart.max() < 1.0, dict(zip(paths, apart.tolist(), strict=True))
 
 
 @pytest.mark.gpu
