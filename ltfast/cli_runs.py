@@ -31,6 +31,7 @@ def add_run_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--tta", choices=("none", "flip"), default=None, help="flip = average with the mirror image [as in the run]"
     )
+    add_prior(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument(
         "--csv", default=None, metavar="FILE", help="also write a table: class, training images, accuracy"
@@ -59,6 +60,7 @@ def add_run_commands(commands: Any) -> None:
     predict.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights of a run [last]")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to print [5]")
     predict.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N [cpu]")
+    add_prior(predict)
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object a picture")
     form.add_argument(
@@ -67,6 +69,16 @@ def add_run_commands(commands: Any) -> None:
         help="print a table, a row per picture: image, class_1, probability_1, class_2, ...",
     )
     predict.set_defaults(run=command_predict)
+
+
+def add_prior(command: argparse.ArgumentParser) -> None:
+    """--prior of eval and predict."""
+    command.add_argument(
+        "--prior",
+        choices=("uniform", "train"),
+        default=None,
+        help="class frequencies to answer for: all equal, or those of the training images [what the loss assumed]",
+    )
 
 
 def command_eval(args: argparse.Namespace) -> int:
@@ -86,17 +98,24 @@ def command_eval(args: argparse.Namespace) -> int:
         lists=lists,
         device=args.device,
         tta=args.tta,
+        prior=args.prior,
     )
     run = RunFolder.open(args.folder)
     if args.csv:
         write_classes(args.csv, result, source)
     if args.json:
-        about = {"split": args.split, "checkpoint": args.checkpoint, "epoch": run.epoch_of(args.checkpoint)}
+        about = {
+            "split": args.split,
+            "checkpoint": args.checkpoint,
+            "epoch": run.epoch_of(args.checkpoint),
+            "prior": args.prior,
+        }
         classes = {"class_names": source.class_names, "train_counts": source.train_counts.tolist()}
         print(to_json({**about, **result, **classes}))
     else:
         which = args.checkpoint + " checkpoint" + run.progress(args.checkpoint)
-        print(f"{args.folder}: {which} on {args.split}, {counted(result['n'], 'image')}")
+        prior = f", for {args.prior} class frequencies" if args.prior else ""
+        print(f"{args.folder}: {which} on {args.split}, {counted(result['n'], 'image')}{prior}")
         print(format_table(result, source.class_names, source.train_counts))
     return 0
 
@@ -137,7 +156,7 @@ def command_predict(args: argparse.Namespace) -> int:
 
     trained = load_trained(args.model, args.checkpoint)
     images, table = list(pictures_below(args.images)), csv.writer(sys.stdout, lineterminator="\n")
-    rows = predict(trained, images, top=args.top, device=args.device, unreadable=unreadable)
+    rows = predict(trained, images, top=args.top, device=args.device, prior=args.prior, unreadable=unreadable)
     for number, row in enumerate(rows):
         if args.json:
             print(to_json(row))

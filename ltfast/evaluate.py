@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ltfast.config import Config
 from ltfast.data.base import Source
 from ltfast.dist import Ranks
 from ltfast.errors import UserError
+from ltfast.losses import log_prior
 from ltfast.metrics import Accumulator
 from ltfast.modes import evaluating
+
+# Share of the training set's log prior in the logits of a model that answers for these class frequencies, and in those that
+# cross-entropy leaves with each sampler, at the end of training.
+PRIORS = {"uniform": 0.0, "train": 1.0}
+SAMPLED = {"instance": 1.0, "group-stratified": 1.0, "sqrt": 0.5, "class-balanced": 0.0, "progressive": 0.0}
 
 
 def augmented(logits: Callable[[Tensor], Tensor], tta: str) -> Callable[[Tensor], Tensor]:
@@ -20,6 +27,17 @@ def augmented(logits: Callable[[Tensor], Tensor], tta: str) -> Callable[[Tensor]
     if tta == "none":
         return logits
     return lambda pictures: (logits(pictures) + logits(pictures.flip(-1))) / 2
+
+
+def prior_shift(config: Config, counts: Tensor | Sequence[float], prior: str) -> Tensor:
+    """What to add to a model's logits [b, C] for other class frequencies than its training assumed, float32 [C].
+
+    counts: training images of each class. prior: "uniform" where all classes are equally common, "train" where they are as
+    common as in training. Cross-entropy leaves the log prior of what it is shown in the logits, and logit adjustment takes tau
+    times that of the training images off (Menon et al. 2021).
+    """
+    held = SAMPLED[config.data.sampler] - (0.0 if config.loss.loss == "ce" else config.loss.tau)
+    return (PRIORS[prior] - held) * log_prior(counts)
 
 
 @torch.no_grad()
@@ -31,13 +49,15 @@ def evaluate(
     ranks: Ranks | None = None,
     logits: Callable[[Tensor], Tensor] | None = None,
     tta: str = "none",
+    prior: Tensor | None = None,
 ) -> dict[str, Any]:
     """Figures of `ltfast.metrics.Accumulator.to_dict` for `split` ("train", "val" or "test"); modes are kept.
 
     logits: pictures [b, ...] -> logits [b, C] of the model, if it is not to be called itself (compiled, autocast). It
-    always gets as many pictures as in the first batch, so one compiled graph serves a split. tta: see `augmented`.
+    always gets as many pictures as in the first batch, so one compiled graph serves a split. tta: see `augmented`; prior: a `prior_shift`.
     """
     infer = augmented(logits or model, tta)
+    shift = 0.0 if prior is None else prior.to(device)
     accumulator = Accumulator(source.num_classes, source.train_counts, device=device)
     size = 0
     with evaluating(model):
@@ -48,7 +68,7 @@ def evaluate(
             if n < size:  # the last batch: filled up with copies of its last picture, which do not count
                 # Indexing keeps the memory format, which a compiled graph hangs on as well; torch.cat would not.
                 pictures = pictures[torch.arange(size, device=pictures.device).clamp_max(n - 1)]
-            accumulator.update(infer(pictures)[:n].float(), batch.labels)
+            accumulator.update(infer(pictures)[:n].float() + shift, batch.labels)
     for tensor in accumulator.state().values():
         (ranks or Ranks()).sum_(tensor)
     return accumulator.to_dict()
@@ -63,10 +83,12 @@ def evaluate_run(
     lists: Mapping[str, str] | None = None,
     device: str | None = None,
     tta: str | None = None,
+    prior: str | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.
 
     data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved. device, tta: instead of the run's.
+    prior: class frequencies to answer for, see `prior_shift`; None: those that the loss assumed.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or its data is missing; the split is drawn from the training
@@ -93,4 +115,5 @@ def evaluate_run(
     model = build.build_model(config.with_(weights=None), source.input_shape, source.num_classes)
     checkpoint.load_into(model, weights)
     forward = build.build_forward(config.with_(compile="off"), model.to(place), None, place)
-    return evaluate(model, source, split, place, ranks, logits=forward.logits, tta=config.run.tta), source
+    shift = None if prior is None else prior_shift(config, source.train_counts, prior)
+    return evaluate(model, source, split, place, ranks, forward.logits, config.run.tta, shift), source

@@ -20,7 +20,7 @@ from ltfast.data import folders
 from ltfast.data.base import Source
 from ltfast.data.large_source import LargeSource
 from ltfast.errors import UserError
-from ltfast.evaluate import augmented
+from ltfast.evaluate import augmented, prior_shift
 from ltfast.models import LongTailModel
 from ltfast.runs import RunFolder
 
@@ -86,10 +86,21 @@ class Trained:
     config: Config
     classes: tuple[str, ...]
     preprocess: Preprocess
+    counts: tuple[int, ...] | None = None
+    """Training images of each class; None: an export of before they were noted."""
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, as JSON."""
-        return {"config": self.config.to_dict(), "classes": list(self.classes), "preprocess": asdict(self.preprocess)}
+        known = {} if self.counts is None else {"counts": list(self.counts)}
+        return {
+            "config": self.config.to_dict(), "classes": list(self.classes), "preprocess": asdict(self.preprocess), **known
+        }  # fmt: skip
+
+    def prior_shift(self, prior: str) -> Tensor:
+        """See `ltfast.evaluate.prior_shift`. UserError where the training images of the classes are not known."""
+        if self.counts is None:
+            raise UserError(f"--prior {prior}: the file does not say how common its classes were; export the run again")
+        return prior_shift(self.config, self.counts, prior)
 
 
 def load_trained(where: str | Path, which: str = "last") -> Trained:
@@ -109,26 +120,27 @@ def load_trained(where: str | Path, which: str = "last") -> Trained:
         tensors, meta = checkpoint.load(Path(where))
         if "classes" not in meta:
             raise UserError(f"{where}: not an exported model; make one with `ltfast export RUN --format safetensors`")
-        trained = _build(Config.from_dict(meta["config"], str(where)), meta["classes"], meta["preprocess"])
+        config = Config.from_dict(meta["config"], str(where))
+        trained = _build(config, meta["classes"], meta["preprocess"], meta.get("counts"))
         trained.model.load_state_dict(tensors)
         return trained
     run = RunFolder.open(where)
     rows = run.metrics("data")
     config = run.config
     if rows and "preprocess" in rows[-1]:
-        classes, preprocess = rows[-1]["class_names"], rows[-1]["preprocess"]
+        classes, preprocess, counts = (rows[-1][key] for key in ("class_names", "preprocess", "counts"))
     else:
         raise UserError(f"{where}: its metrics.jsonl does not say how pictures were prepared; was it cut or edited?")
-    trained = _build(config, classes, preprocess)
+    trained = _build(config, classes, preprocess, counts)
     checkpoint.load_into(trained.model, run.weights(which))
     return trained
 
 
-def _build(config: Config, classes: Sequence[str], preprocess: dict[str, Any]) -> Trained:
+def _build(config: Config, classes: Sequence[str], preprocess: dict[str, Any], counts: Sequence[int] | None) -> Trained:
     how = Preprocess.from_dict(preprocess)
     shape = (how.channels, how.size, how.size)
     model = build.build_model(config.with_(weights=None), shape, len(classes))
-    return Trained(model.eval(), config, tuple(classes), how)
+    return Trained(model.eval(), config, tuple(classes), how, None if counts is None else tuple(counts))
 
 
 def pictures_below(paths: Iterable[str | Path]) -> Iterator[str]:
@@ -160,10 +172,12 @@ def predict(
     top: int = 5,
     batch: int = 64,
     device: torch.device | str = "cpu",
+    prior: str | None = None,
     unreadable: Callable[[UserError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each picture {"image", "classes": the `top` likeliest, "probabilities": theirs}, in order.
 
+    prior: class frequencies that the probabilities are for, see `ltfast.evaluate.prior_shift`; None: those that the loss assumed.
     unreadable: told of each picture that cannot be read, which is then left out.
 
     Raises:
@@ -173,11 +187,13 @@ def predict(
         raise UserError(f"--top {top}: use 1 or more")
     device = build.pick_device(device) if isinstance(device, str) else device
     model, waiting = augmented(trained.model.to(device), trained.config.run.tta), list(paths)
+    shift = 0.0 if prior is None else trained.prior_shift(prior).to(device)
     for start in range(0, len(waiting), batch):
         read = list(_read(trained.preprocess, waiting[start : start + batch], unreadable))
         if not read:
             continue
-        probabilities = model(torch.stack([x for _, x in read]).to(device)).float().softmax(1)
+        logits = model(torch.stack([x for _, x in read]).to(device)).float()
+        probabilities = (logits + shift).softmax(1)
         best = probabilities.topk(min(top, len(trained.classes)), dim=1)
         for (path, _), values, index in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
             yield {"image": path, "classes": [trained.classes[i] for i in index], "probabilities": values}
