@@ -28,6 +28,13 @@ from ltfast.compiled import Report, quiet, reason_of
 WARMUP = 2
 
 
+def first_of(error: BaseException) -> BaseException:
+    """The error during whose handling, and that of others after it, this one was raised."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 class Recorder(Protocol):
     """What `Captured` needs of CUDA; tests have one that needs no GPU."""
 
@@ -188,10 +195,12 @@ class Captured:
         if self.failure.reason is None:
             try:
                 recording.replay, recording.outputs = self.recorder.record(lambda: self.function(branch, *self.inputs))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
-                self.failure.reason = reason_of(error)
+                # Ending a broken recording raises once more, that there was an error before.
+                first = first_of(error)
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from None
+                self.failure.reason = reason_of(first)
         self.reason = self.failure.reason
         if self.reason is not None:
             self.branches.clear()

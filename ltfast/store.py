@@ -30,10 +30,10 @@ DIGITS = 16  # hex digits of a shared file's checksum that its name shows
 class Store:
     """Writes and reads the checkpoints in `folder`, keeping the `keep` newest training states.
 
-    Saving returns as soon as the values are copied (on CUDA: as soon as the copies are queued); hashing and writing
-    happen in one background thread, in the order of the calls. A failed write keeps what was there before; `problems`
-    tells, `flush` raises. Weights that could not be written are tried again with the next write. `note` receives a line
-    for the user when a damaged state is passed over.
+    Saving returns as soon as the values are copied (on CUDA: as soon as the copies are queued), if what was saved of that kind
+    before is written; hashing and writing happen in one background thread, in the order of the calls. A failed write keeps what
+    was there before; `problems` tells, `flush` raises. Weights that could not be written are tried again with the next write.
+    `note` receives a line for the user when a damaged state is passed over.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, note: Callable[[str], None] = print) -> None:
@@ -44,7 +44,7 @@ class Store:
         self.folder, self.keep, self.note = folder, keep, note
         self.written: str | None = None  # the newest state known to be whole
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._jobs: list[Future[None]] = []
+        self._jobs: dict[str, Future[None]] = {}  # the last one of each kind
         self._failed: dict[str, str] = {}  # by kind, until that kind is written again
         self._told: set[str] = set()
         self._again: dict[str, Callable[[], object]] = {}  # writes of weights that have failed
@@ -58,8 +58,7 @@ class Store:
     @property
     def busy(self) -> bool:
         """True while something is still being written."""
-        self._jobs = [job for job in self._jobs if not job.done() or job.exception() is not None]
-        return any(not job.done() for job in self._jobs)
+        return any(not job.done() for job in self._jobs.values())
 
     def save_weights(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write `<name>.safetensors` (last, best) in the background."""
@@ -78,7 +77,7 @@ class Store:
         shared: tensors that are never written to again; each object is stored once, however many states refer to it.
         before: called in the thread, ahead of the state: puts on the disk what the state refers to elsewhere.
         """
-        self._settle()  # the state before may change what is stored
+        self._settle("state")  # the one before may change what is stored
         constant = {
             name: tensor.detach().cpu() for name, tensor in (shared or {}).items() if not self._known(name, tensor)
         }
@@ -109,8 +108,7 @@ class Store:
         """
         self._settle()
         if self._again:
-            self._jobs.append(self._thread.submit(self._retry))
-            self._settle()
+            self._thread.submit(self._retry).result()
         failed = [text for kind, text in self._failed.items() if not kind.startswith(MARKED)]
         if failed:
             good = (
@@ -130,13 +128,13 @@ class Store:
         """Finish what is being written; never raises for a full disk (see `flush`)."""
         self._thread.shutdown(wait=True)
 
-    def _settle(self) -> None:
-        for job in self._jobs:
-            job.result()
-        self._jobs.clear()
+    def _settle(self, *kinds: str) -> None:
+        for kind in kinds or list(self._jobs):
+            if job := self._jobs.pop(kind, None):
+                job.result()
 
     def _submit(self, kind: str, tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tensor]], object]) -> None:
-        self._settle()  # at most one version of anything waits in memory
+        self._settle(kind)  # at most one version of anything waits in memory
         host, event = self._to_host(kind, tensors)
 
         def work() -> None:
@@ -147,7 +145,7 @@ class Store:
             self._retry()
             self._try(kind, lambda: write(host))
 
-        self._jobs.append(self._thread.submit(work))
+        self._jobs[kind] = self._thread.submit(work)
 
     def _try(self, kind: str, write: Callable[[], object]) -> None:
         try:

@@ -8,7 +8,9 @@ import json
 import os
 import pickle
 import struct
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +172,31 @@ def test_a_constant_that_no_state_named_for_a_while_is_written_again(tmp_path: P
         store.save_state(step, state(step), {}, shared)
     store.flush()
     assert Store(tmp_path).load()[0]["anchor"].equal(constant["anchor"])
+
+
+def test_nothing_waits_for_the_write_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and the state of an epoch are saved one after the other, and training goes on while they are written."""
+    slow, saved = threading.Event(), checkpoint.save
+
+    def save(*args: Any) -> None:
+        assert slow.wait(60)
+        saved(*args)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    store = Store(tmp_path)
+    rescue = threading.Timer(30, slow.set)  # a store that waits
+    rescue.start()
+    store.save_weights("best", state(1), {})
+    store.save_weights("last", state(1), {})
+    store.save_state(1, state(1), {"epoch": 1})
+    assert not slow.is_set()
+    assert store.busy
+    slow.set()
+    rescue.cancel()
+    store.save_state(2, state(2), {"epoch": 2})
+    store.flush()
+    assert not store.busy
+    assert Store(tmp_path).load()[1] == {"epoch": 2}
 
 
 def test_values_are_those_of_the_call(tmp_path: Path) -> None:

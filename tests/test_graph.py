@@ -93,6 +93,27 @@ def test_a_failed_recording_runs_everything_as_it_is_and_says_so_once() -> None:
     assert captured.reason == told[0]
 
 
+@pytest.mark.parametrize("first", [ValueError("why"), torch.OutOfMemoryError("short")])
+def test_the_first_error_of_a_broken_recording_is_told(first: Exception) -> None:
+    """Ending the recording raises another one."""
+
+    class Ends(Broken):
+        def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            try:
+                raise first
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    captured = Captured(Counter(), "count", Ends(), warmup=1)
+    captured("add", torch.ones(3))
+    if isinstance(first, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError, match="short"):
+            captured("add", torch.ones(3))
+    else:
+        captured("add", torch.ones(3))
+        assert captured.reason == "ValueError: why"
+
+
 def test_after_a_failed_recording_nothing_else_is_recorded() -> None:
     """Each says why it is eager when its turn to record comes; what was recorded before goes on."""
     told, failure, tape = [], Failure(), TapeRecorder()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -67,12 +68,15 @@ class DaliSource(LargeSource):
     def _look(self, split: str, index: Tensor) -> bool:
         """Whether some of the images had to be looked at; reports the bad ones."""
         looked_at = self._looked_at[split]
-        new = index[~looked_at[index]].tolist()
+        new = index[~looked_at[index]].unique(sorted=False).tolist()
+        if not new:
+            return False
         looked_at[new] = True
-        for i in dict.fromkeys(new):
-            if reason := examine(self.lists[split], i).bad:
-                self.report_bad(split, i, reason)
-        return bool(new)
+        with ThreadPoolExecutor(self.threads) as pool:  # they wait for the disk, each for a file
+            for i, found in zip(new, pool.map(lambda i: examine(self.lists[split], i), new), strict=True):
+                if found.bad:
+                    self.report_bad(split, i, found.bad)
+        return True
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:

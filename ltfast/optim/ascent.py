@@ -170,6 +170,9 @@ class Ascent:
         torch.sum(theta_sq, dim=0, out=self.theta_sq)
         actual = partials.sum()
         bad = (actual - actual).ne(0).float()  # inf or NaN; isfinite is four launches
+        bad = bad.maximum(
+            self.stats["bad"].max()
+        )  # the classifier's rows overflowed: the coefficients, and this, are 0
         self.stats |= {"ok": self.stats["ok"] * (1 - bad), "bad": bad}
         part = None
         if known is not None:

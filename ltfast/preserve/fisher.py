@@ -12,6 +12,7 @@ one image in mode "batch", which is the same number, slower.
 Legend: B batch, D elements of the flattened encoder.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltfast.modes import evaluating
 from ltfast.preserve.layers import Unlike, known_layers, sample_squares
+
+log = logging.getLogger(__name__)
 
 # Bytes of per-sample gradients held at once when `chunk` is not given: 11 samples of a ResNet-50, 512 of a ResNet-32.
 CHUNK_BYTES = 1 << 30
@@ -88,13 +91,18 @@ def _sample_squares(model: nn.Module, names: list[str], loss_fn: LossFn, chunk: 
     """
     by_vmap = _vmapped_squares(model, loss_fn)
     layers = known_layers(model, names) if _by_layers(model) else None
+    if layers is None and _by_layers(model):
+        log.warning("Fisher: a layer of a kind that is not known, so samples go through vmap, which takes longer")
 
     def of_chunk(params: dict[str, Tensor], x: Tensor, y: Tensor, check: bool) -> Mapping[str, Tensor]:
         nonlocal layers
         if layers is not None:
             try:
                 return sample_squares(model, layers, loss_fn, x, y, names, check=check)
-            except Unlike:
+            except Unlike as error:
+                log.warning(
+                    "Fisher: %s is not what its layer says, so samples go through vmap, which takes longer", error
+                )
                 layers = None
         return by_vmap(params, x, y)
 

@@ -139,6 +139,17 @@ def test_an_overflow_in_a_remembered_step_climbs_nowhere_and_is_told(value: floa
         assert (float(ascent.stats["ok"]), float(ascent.stats["bad"])) == (1 - bad, bad)
 
 
+def test_an_overflow_in_the_classifiers_rows_is_told_though_nothing_is_left_to_overflow() -> None:
+    ascent = Ascent(RULES["gsa-full"], torch.tensor([200.0, 50.0, 10.0]), 100, torch.device("cpu"))
+    matrix = torch.eye(3, dtype=torch.float64)
+    shares, size = torch.tensor([0.7, 0.2, 0.1]), torch.ones(1, dtype=torch.float64)
+    ascent.refreshed(matrix, size[0], shares, matrix / 2)
+    stale = ascent.stale_coefficients(shares, torch.full_like(matrix, torch.inf))
+    assert not stale.coef.any()
+    ascent.rescaled(torch.zeros(1, 1, 1, dtype=torch.float64), size, stale, torch.zeros((), dtype=torch.float64))
+    assert (float(ascent.stats["ok"]), float(ascent.stats["bad"])) == (0, 1)
+
+
 def test_cosines_of_refreshes_are_logged_as_sum_count_and_least() -> None:
     ascent = Ascent(RULES["gsa-full"], torch.tensor([200.0, 50.0]), 100, torch.device("cpu"))
     for cosine in (0.75, 0.5, torch.nan, 0.875):  # NaN: neither direction moves
