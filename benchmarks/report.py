@@ -19,6 +19,7 @@ import ablation
 import figures
 import gpu_tables
 import peer_tables
+import prior
 import seeded
 from harness import RESULTS
 from peer_tables import NOT_MEASURED
@@ -114,6 +115,25 @@ def fine_tuning() -> str:
 def from_scratch() -> str:
     """Some of them on the same pictures from random weights."""
     return tables("cifar10-five", "from-scratch")
+
+
+SPEEDRUN = (
+    "The recipe `cifar10-lt-speedrun` on all 12,406 training pictures at half size, with a {model} and {epochs} epochs, {device}; all "
+    "10,000 pictures of the test split. Rows: [ablation-speedrun-half.jsonl](ablation-speedrun-half.jsonl)".format(
+        **ablation.SPEEDRUN
+    )
+)
+
+
+def speedrun() -> str:
+    """One change of the speedrun's recipe at a time."""
+    return tables("speedrun-half", "speedrun")
+
+
+def priors() -> str:
+    """One training evaluated for two class frequencies, by study."""
+    parts = ((study, prior.table(study, RESULTS / "prior.jsonl")) for study in ablation.STUDIES)
+    return "\n\n".join(f"{study}:\n\n{table}" for study, table in parts if table.count("\n") > 1) or NOT_MEASURED
 
 
 def read(bench: str) -> list[Row]:
@@ -324,6 +344,8 @@ def report() -> str:
         f"The authors' released training function on the same pictures:\n\n{half_cifar(*RELEASE)}",
         f"## Fine-tuning\n\n{FINE_TUNING}\n\n{fine_tuning()}",
         f"{FROM_SCRATCH}\n\n{from_scratch()}",
+        f"## The speedrun's recipe at half size\n\n{SPEEDRUN}\n\n{speedrun()}",
+        f"## Answers for other class frequencies\n\nRows: [prior.jsonl](prior.jsonl)\n\n{priors()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
         f"## Other code\n\n{other_code()}",
         *(section(part) for part in SECTIONS),
@@ -342,6 +364,7 @@ def fill_page(path: Path) -> None:
     made["half-cifar-release"] = lambda: half_cifar(*RELEASE)
     made["fine-tuning"] = fine_tuning
     made["from-scratch"] = from_scratch
+    made |= {"speedrun": speedrun, "prior": priors}
     made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
     made |= gpu_tables.TABLES
     if path.name == "README.md":  # shorter tables of the same name
