@@ -238,9 +238,9 @@ def train_as(ranks: Ranks, config: Config, resume: str | None, changes: dict[str
         if ranks.main:
             launch.tell_ended()
     except RuntimeError as error:
-        if ranks.world == 1 or not dist.lost_peer(error):
+        if ranks.world == 1 or (why := dist.lost_peer(error)) is None:
             raise
         if not launch.message_left():
-            print(f"ltfast: process {ranks.rank} ends because another one is gone", file=sys.stderr)
+            print(f"ltfast: process {ranks.rank} ends {why}", file=sys.stderr)
         return 1
     return 0

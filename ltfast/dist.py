@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ T = TypeVar("T")
 HASH_BLOCK = 1 << 22  # elements hashed at once: 32 MiB of int64 products
 # A peer that dies closes its connections (gloo) or is noticed by the launcher (NCCL); this only ends a true hang.
 TIMEOUT = timedelta(minutes=30)
+ERROR_WIDTH = 500  # characters: NCCL's first line, its kind of error and its "Last error" take up to 450
 
 
 @dataclass
@@ -210,9 +212,15 @@ def joined() -> Ranks:
     return _joined
 
 
-def lost_peer(error: RuntimeError) -> bool:
-    """True if a collective failed because another process is gone."""
-    return isinstance(error, dist.DistError) or ("gloo" in str(error) and "onnection" in str(error))
+def lost_peer(error: RuntimeError) -> str | None:
+    """Why this process ends, if a collective failed as it does where another process is gone; None for other errors.
+
+    NCCL fails in the same way where something is wrong here (no shared memory, an old driver), so its words are quoted.
+    """
+    if isinstance(error, dist.DistError):
+        words, _, _ = str(error).partition("Exception raised from")  # C++ frames follow
+        return f"because another one is gone, or of this: {shorten(words, ERROR_WIDTH)}"
+    return "because another one is gone" if "gloo" in str(error) and "onnection" in str(error) else None
 
 
 def leaves_together() -> bool:

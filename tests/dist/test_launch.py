@@ -459,13 +459,39 @@ def test_workers_know_when_their_launcher_started_by_their_own_clock(monkeypatch
     assert before <= float(elastic.environment[launch.STARTED]) <= time.monotonic()
 
 
+NCCL_ERROR = torch.distributed.DistBackendError(
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO "
+    "for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or "
+    "device error. \nLast error:\nError while creating shared memory segment /dev/shm/nccl-8bN2dQ (size 9637888), error: No "
+    "space left on device (28)\nException raised from getNCCLComm (most recent call first):\nframe #0: c10::Error"
+)
+
+
 @pytest.mark.parametrize(
-    ("error", "lost"),
+    ("error", "why"),
     [
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), True),
-        (torch.distributed.DistBackendError("NCCL error"), True), (RuntimeError("size mismatch"), False),
-        (RuntimeError("Connection refused"), False),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"),
+            "because another one is gone",
+        ),
+        (RuntimeError("size mismatch"), None),
+        (RuntimeError("Connection refused"), None),
     ],
-)  # fmt: skip
-def test_whose_fault_a_failed_collective_is(error: RuntimeError, lost: bool) -> None:
-    assert lost_peer(error) is lost
+)
+def test_whose_fault_a_failed_collective_is(error: RuntimeError, why: str | None) -> None:
+    assert lost_peer(error) == why
+
+
+def test_what_nccl_says_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It fails in the same way where a process is gone and where something is wrong with the machine."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise NCCL_ERROR
+
+    monkeypatch.setattr("ltfast.train.train", fails)
+    monkeypatch.delenv(launch.MESSAGE, raising=False)
+    assert cli_train.train_as(Ranks(1, 2, 1), Config(), None, {}) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("ltfast: process 1 ends because another one is gone, or of this: NCCL error in: /pytorch")
+    assert err.endswith("error: No space left on device (28)\n")
+    assert err.count("\n") == 1
