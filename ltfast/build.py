@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -38,7 +39,7 @@ TORCHVISION_SIDE = 224  # what its models are made for; each takes pictures of t
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of `--device NAME`.
+    """The device of `--device NAME`; of a process that is shown one GPU alone (Slurm's --gpus-per-task 1), that one.
 
     Raises:
         UserError: no device is called so, or it is not there.
@@ -47,7 +48,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if visible else "cpu"
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    device = torch.device(f"cuda:{0 if visible == 1 else local_rank}" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= visible:
         there = f"CUDA devices 0 to {visible - 1} are visible" if visible else "no CUDA device is visible"
         raise UserError(f"--device {name}: {there}; use {'one of them' if visible else '--device cpu'}")
@@ -55,7 +56,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def build_device(config: Config, ranks: Ranks) -> torch.device:
-    """The device of this process, see `pick_device`; sets TF32 and determinism.
+    """The device of this process, see `pick_device`; sets TF32 and determinism, and connects the GPUs of several processes.
 
     Raises:
         UserError: one GPU for several processes, which NCCL refuses.
@@ -73,6 +74,10 @@ def build_device(config: Config, ranks: Ranks) -> torch.device:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not config.run.deterministic
     torch.use_deterministic_algorithms(config.run.deterministic)
+    if device.type == "cuda" and ranks.world > 1:
+        if config.run.deterministic:  # torch does so itself where the mode is on before the processes join
+            os.environ.setdefault("NCCL_ALGO", "^NVLS")
+        ranks.sum_(torch.zeros(1, device=device))  # NCCL connects now: its errors come before the run's folder does
     return device
 
 

@@ -236,6 +236,12 @@ def test_a_device_that_is_not_there(run: Path, monkeypatch, capsys) -> None:
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cuda:2: CUDA devices 0 to 1 are visible; use one of them"):
         pick_device("cuda:2")
+    with pytest.raises(UserError, match="--device cuda: CUDA devices 0 to 1 are visible"):
+        pick_device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto", 3) == torch.device("cuda:0"), "each process is shown its own GPU alone"
+    with pytest.raises(UserError, match="--device cuda:1: CUDA devices 0 to 0"):
+        pick_device("cuda:1", 3)
     assert main(["predict", str(run), "x.png", "--device", "tpu"]) == 2
     assert "use auto, cpu, cuda or cuda:N" in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from ltfast.errors import UserError
 from ltfast.recipes import build_config
 from ltfast.runs import RunFolder
 from ltfast.train import train
+from tests.pretended import pretended_gpu
 from tests.procs import run_ranks
 from tests.test_resume import assert_same_run, log
 
@@ -411,6 +412,33 @@ def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:1: several processes need a GPU each"):
         build_device(build_config("digits-lt", "ce", {}, {"device": "cuda:1"}), Ranks(1, 2, 1))
+
+
+@pytest.mark.parametrize("chosen", [None, "Ring"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nccl_connects_before_there_is_a_folder(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool, chosen: str | None
+) -> None:
+    """It reads its variables then, and fails then if it does."""
+    sent: list[tuple[torch.device, str | None]] = []
+
+    def sum_(self: Ranks, tensor: torch.Tensor) -> torch.Tensor:
+        sent.append((tensor.device, os.environ.get("NCCL_ALGO")))
+        return tensor
+
+    monkeypatch.setattr(Ranks, "sum_", sum_)
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("NCCL_ALGO", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("NCCL_ALGO")
+    config = build_config("digits-lt", "ce", {}, {"device": "cuda", "deterministic": deterministic})
+    with pretended_gpu(2):
+        build_device(config, Ranks())
+        assert not sent
+        assert build_device(config, Ranks(1, 2, 1)) == torch.device("cuda:1")
+        build_device(config.with_(device="cpu"), Ranks(1, 2, 1))
+    assert sent == [(torch.device("cuda:1"), chosen or ("^NVLS" if deterministic else None))]
 
 
 def test_a_process_of_another_machine_has_its_own_device_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
