@@ -240,6 +240,7 @@ class BadSteps:
                 where = f"; their images (positions in the train split) are in {path}"
             except OSError as error:
                 where = f"; {path} could not be written ({error.strerror})"
+        where = self.ranks.share(where)  # the folder is rank 0's, and whichever rank is first tells the user
         epoch, batch, _ = steps[0]
         raise UserError(
             f"{counted(count, 'step')} in a row had a non-finite loss or gradient, since batch {batch} of epoch {epoch + 1}{where}. "

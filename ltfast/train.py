@@ -368,9 +368,12 @@ def train(
             raise
         raise told from None
     finally:
-        progress.end()
-        if trainer is not None and trainer.store is not None:
-            trainer.store.close()
+        with Signals(
+            main=False
+        ):  # after a mistake that all ranks meet the launcher signals those that have not ended yet
+            progress.end()
+            if trainer is not None and trainer.store is not None:
+                trainer.store.close()
         if folder is not None:
             with contextlib.suppress(OSError):
                 folder.close()

@@ -600,6 +600,39 @@ def test_the_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
     assert len(written) < len(steps)
 
 
+def test_a_signal_after_a_mistake_leaves_time_for_the_checkpoint_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher sends it to all who are left as soon as the first rank has ended."""
+    out, real, ended = tmp_path / "run", checkpoint.write_atomically, []
+
+    def signalled(path: Path, pieces: Any) -> None:
+        if path.name.startswith("state-"):
+            stopped.wait(60)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        real(path, pieces)
+
+    class Ends(Progress):
+        def step(self, epoch: int, batch: int, total: int, loss_sum: Tensor | None) -> None:
+            if epoch:
+                raise UserError("a mistake")
+
+        def end(self) -> None:
+            stopped.set()
+
+    stopped = threading.Event()
+    monkeypatch.setattr(checkpoint, "write_atomically", signalled)
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append("at once"))
+    try:
+        with pytest.raises(UserError, match="a mistake"):
+            train(quick(out), progress=Ends())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ended
+    assert [path.name for path in Store(out / "checkpoints").states()] == ["state-000000002.safetensors"]
+
+
 def test_a_terminal_that_is_gone_does_not_turn_a_hangup_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object) -> None:
         raise OSError(5, "Input/output error")
