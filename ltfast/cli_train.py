@@ -130,7 +130,7 @@ def command_train(args: argparse.Namespace) -> int:
     count = launch.process_count(config)
     if count > 1 and not launch.launched():
         return train_in_processes(count, args, config, flags)
-    return train_here(config, launch.restarted_run(config, args.resume), flags if args.resume else {})
+    return train_here(config, args.resume, flags if args.resume else {})
 
 
 def resumed_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:
@@ -192,13 +192,14 @@ def train_in_processes(count: int, args: argparse.Namespace, config: Config, fla
 
 
 def train_here(config: Config, resume: str | None, changes: dict[str, Any]) -> int:
-    """Train in this process, alone or as one of several."""
+    """Train in this process, alone or as one of several; `resume` is a run to continue."""
     from ltfast import dist, launch
 
     launch.end_with_launcher()
+    launch.end_after_mistake()
     ranks = dist.start()
     try:
-        code = train_as(ranks, config, resume, changes)
+        code = train_as(ranks, config, launch.restarted_run(config, resume), changes)
     except BaseException as error:
         if not dist.leaves_together():
             dist.stop()

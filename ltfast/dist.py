@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltfast.errors import UserError
-from ltfast.launch import launched
+from ltfast.launch import RESTARTS, launched, restarts
 
 T = TypeVar("T")
 HASH_BLOCK = 1 << 22  # elements hashed at once: 32 MiB of int64 products
@@ -96,6 +96,14 @@ class Ranks:
         return torch.stack(parts)
 
     # -- decisions of the host -----------------------------------------------------------------------------------------
+
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.world == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.host)
+        return int(largest)
 
     def share(self, value: T, source: int = 0) -> T:
         """The `value` of rank `source` (anything JSON holds) on every rank."""
@@ -198,12 +206,15 @@ def start() -> Ranks:
         )
     if not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # torchrun's store outlives a restart of the workers, and with it the addresses of those that died.
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The launcher's store outlives a restart of the workers, and with it the addresses of those that died. Those
+            # of several machines count restarts apart and so would not meet: docs/scaling.md has them share no store.
+            store = dist.PrefixStore(f"start-{restarts()}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     global _joined
     _joined = Ranks(rank, world, local, host=dist.new_group(backend="gloo", timeout=TIMEOUT))
+    os.environ[RESTARTS] = str(_joined.most(restarts()))  # a machine that only waited for another has not counted
     return _joined
 
 

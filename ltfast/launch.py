@@ -34,8 +34,10 @@ ENDED = ".ended"  # beside it: rank 0 has ended in order
 BEGUN = ".begun"  # the run's folder has been made
 LAUNCHER = "LTFAST_LAUNCHER"  # its process number, for the workers
 STARTED = "LTFAST_STARTED"  # when it did, by time.monotonic
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun's
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Seconds a worker has, after SIGTERM, to finish its step and write its checkpoint (torchrun's own default is 30).
+# Seconds a worker has, after a signal to the launcher, to finish its step and write its checkpoint (torchrun's own default
+# is 30, and stays where another worker has failed).
 GRACE_SECONDS = 60
 
 
@@ -98,17 +100,24 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return [word for name, value in flags.items() for word in (flag(name), str(value))]
 
 
+def restarts() -> int:
+    """How often the launcher has started the processes again after a failure; those of several machines count apart."""
+    return int(os.environ.get(RESTARTS, "0"))
+
+
+def end_after_mistake() -> None:
+    """End a worker that was started again after another had met a user's mistake: restarting mends nothing."""
+    if restarts() and message_left():
+        raise SystemExit(0)
+
+
 def restarted_run(config: Config, resume: str | None = None) -> str | None:
     """The run folder to continue: `resume`, or in a worker that was started again after a failure its own, or None.
 
     Raises:
         UserError: it cannot be known, because --out was not given; it had been made and is gone.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return resume
-    if message_left():
-        raise SystemExit(0)  # another worker has met a user's mistake: restarting mends nothing
-    if resume:
+    if resume or not restarts():
         return resume
     if config.run.out is None:
         raise UserError("restarted by torchrun after a failure, but no --out says where the run is; give --out RUN")
@@ -236,7 +245,7 @@ def message_left() -> bool:
 
 def restart_note() -> str:
     """What to tell the user in a process that was started again after a failure; else an empty string."""
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    count = restarts()
     most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
     return f"a process has died, so all were started again (restart {count} of at most {most}); " if count else ""
 

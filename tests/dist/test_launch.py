@@ -26,7 +26,7 @@ from ltfast.recipes import build_config
 from ltfast.runs import RunFolder
 from ltfast.train import train
 from tests.pretended import pretended_gpu
-from tests.procs import run_ranks
+from tests.procs import free_port, run_ranks
 from tests.test_resume import assert_same_run, log
 
 TRAIN = [
@@ -231,9 +231,36 @@ def test_a_restarted_worker_finds_its_run(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert launch.restarted_run(config(out=str(tmp_path))) == str(tmp_path)
     (tmp_path / "message").write_text("no such file")
     monkeypatch.setenv(launch.MESSAGE, str(tmp_path / "message"))
-    for resume in (None, str(tmp_path)):
-        with pytest.raises(SystemExit):
-            launch.restarted_run(config(out=str(tmp_path)), resume)
+    monkeypatch.setattr(dist, "start", lambda: pytest.fail("joins the others"))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli_train.train_here(config(out=str(tmp_path)), None, {})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    launch.end_after_mistake()
+
+
+@pytest.mark.dist
+def test_processes_whose_launchers_count_restarts_differently_go_on_together(tmp_path: Path) -> None:
+    """A machine that was started again because another one was has counted nothing; rank 0 may be on it."""
+    run = tmp_path / "run"
+    RunFolder.create(build_config("digits-lt", "ce", {}, {"out": str(run), "device": "cpu"})).close()
+    words = [*TRAIN[:4], "--method", "ce", "--device", "cpu", "--batch", "36", "--epochs", "1", "--out", str(run)]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    second, first = (
+        subprocess.Popen(
+            words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=ENVIRONMENT | common | {"RANK": rank, launch.RESTARTS: count, "TORCHELASTIC_USE_AGENT_STORE": "False"},
+        )
+        for rank, count in (("1", "2"), ("0", "0"))
+    )  # fmt: skip
+    try:
+        out = first.communicate(timeout=120)[0]
+        assert (first.returncode, second.wait(30)) == (0, 0), out
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert "(restart 2 of at most ?); " in out
+    assert RunFolder(run).metrics("test")
 
 
 def test_a_mistake_that_one_rank_alone_meets_ends_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -446,6 +473,8 @@ def test_a_process_of_another_machine_has_its_own_device_and_writes_nothing(monk
     monkeypatch.setattr("ltfast.dist._joined", Ranks())  # put back afterwards
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.new_group", lambda **_: "host")
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    monkeypatch.setenv(launch.RESTARTS, "0")
     values = {"WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for rank, local in (("9", "1"), ("8", "0")):
         for name, value in (*values.items(), ("RANK", rank), ("LOCAL_RANK", local)):
