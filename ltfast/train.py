@@ -368,9 +368,8 @@ def train(
             raise
         raise told from None
     finally:
-        with Signals(
-            main=False
-        ):  # after a mistake that all ranks meet the launcher signals those that have not ended yet
+        # After a mistake that all ranks meet, the launcher signals those that have not ended yet.
+        with Signals(main=False):
             progress.end()
             if trainer is not None and trainer.store is not None:
                 trainer.store.close()
