@@ -40,6 +40,8 @@ def place(runs: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     for name in ("train.txt", "val.txt", "test.txt"):
         shutil.copy(sets / "PICTURES" / name, tmp_path / name)
+        rows = [line.rsplit(" ", 1) for line in (tmp_path / name).read_text().splitlines()]
+        (tmp_path / name).with_suffix(".csv").write_text("path,class\n" + "".join(f"{p},kind {c}\n" for p, c in rows))
     (tmp_path / "bad.txt").write_text("")
     run, second, stopped = (tmp_path / name for name in ("RUN", "RUN2", "STOPPED"))
     shutil.copytree(runs / "RUN", run)
