@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,15 +16,19 @@ from ltfast.errors import UserError
 
 MAX_LABEL_DIGITS = 7
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
-NAME_COLUMNS = ("class", "category", "class_name", "species", "diagnosis")
-LABEL_COLUMNS = ("label", "class_id", "category_id", "target", *NAME_COLUMNS)
+NAME_COLUMNS = ("class", "category", "class_name", "label_name", "species", "species_name", "diagnosis")
+LABEL_COLUMNS = ("label", "class_id", "category_id", "label_id", "target", "class_label", *NAME_COLUMNS)
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+SPLIT_VALUES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+SPLIT_VALUES |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+SAVE_AS = "save it as UTF-8 (in Excel: 'CSV UTF-8')"
 Parsed = tuple[PathTable, np.ndarray, tuple[str, ...] | None, tuple[int, ...] | None]
 """Paths, labels, and where the file has them the name and the number of each class."""
 
 
 def parse_text(data: bytes, source: str) -> Parsed:
     """'<path> <label>' lines; the label is what follows the last blank, so paths may hold blanks."""
-    text = np.frombuffer(data.removeprefix(b"\xef\xbb\xbf"), dtype=np.uint8)
+    text = np.frombuffer(_unmarked(data, source), dtype=np.uint8)
     ends = np.flatnonzero(text == 10)
     if len(text) and text[-1] != 10:
         ends = np.append(ends, len(text))
@@ -50,6 +56,13 @@ def parse_text(data: bytes, source: str) -> Parsed:
     return PathTable(text[np.cumsum(edge[:-1], dtype=np.int8).astype(bool)].tobytes(), offsets), labels, None, None
 
 
+def _unmarked(data: bytes, source: str) -> bytes:
+    """The text without a byte order mark; UserError for one of UTF-16."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{source}: is UTF-16; {SAVE_AS}")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
 def _trim_right(blank: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     ends = ends.copy()
     while len(ends):
@@ -73,13 +86,22 @@ def _digits(text: np.ndarray, starts: np.ndarray, ends: np.ndarray, bad: np.ndar
     return values.astype(np.int32)
 
 
-def parse_csv(data: bytes, source: str, named: bool = True) -> Parsed:
+def parse_tsv(data: bytes, source: str, named: bool = True) -> Parsed:
+    """Columns between tabs, as in parse_csv, where the first line names them; else '<path> <label>' lines."""
+    titles = next(csv.reader([_first_line(_decoded(data, source))], delimiter="\t"), [])
+    if min(_places(titles)[:2]) < 0:
+        return parse_text(data, source)
+    return parse_csv(data, source, named, "\t")
+
+
+def parse_csv(data: bytes, source: str, named: bool = True, delimiter: str | None = None) -> Parsed:
     """Columns by header name (PATH_COLUMNS, LABEL_COLUMNS, NAME_COLUMNS), or path and label where there is no header.
 
     Labels are numbers, or with a header names: the classes are then those, sorted. Beside numbers a column of NAME_COLUMNS
-    names the classes if it has one name for each.
+    names the classes if it has one name for each. delimiter: what parts the columns; None: a semicolon or a tab where the first
+    line has one and no comma, else a comma.
     """
-    paths, labels, names, lines, header = _csv_columns(data, source)
+    paths, labels, names, lines, header = _csv_columns(data, source, delimiter)
     table = PathTable.of(path.encode("utf-8", "surrogateescape") for path in paths)
     words = [i for i, label in enumerate(labels) if not _is_label(label)]
     if not words:
@@ -94,7 +116,8 @@ def parse_csv(data: bytes, source: str, named: bool = True) -> Parsed:
         return table, index.astype(np.int32), tuple(map(str, distinct)), None
     at = labels.index("") if "" in labels else words[0]
     if not header:
-        why = "; class names need a first line such as 'path,class'"
+        titles = f"{', '.join(PATH_COLUMNS)}, and {', '.join(LABEL_COLUMNS)}"
+        why = f"; class names need a first line such as 'path,class' (titles known: {titles})"
     elif not labels[at]:
         why = ""
     else:
@@ -104,32 +127,78 @@ def parse_csv(data: bytes, source: str, named: bool = True) -> Parsed:
     )
 
 
-def _csv_columns(data: bytes, source: str) -> tuple[list[str], list[str], list[str], list[int], bool]:
+def _csv_columns(
+    data: bytes, source: str, delimiter: str | None
+) -> tuple[list[str], list[str], list[str], list[int], bool]:
     """Paths, labels, class names ("" without a column for them), line numbers, and whether a header named the columns."""
-    rows = csv.reader(io.StringIO(data.decode("utf-8-sig", errors="surrogateescape"), newline=""))
-    columns: tuple[list[str], list[str], list[str]] = ([], [], [])
+    text = _decoded(data, source)
+    first = _first_line(text)
+    delimiter = delimiter or next((d for d in ";\t" if d in first and "," not in first), ",")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    columns: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
     lines: list[int] = []
-    places, header = [0, 1, -1], False
+    places, header, split = [0, 1, -1, -1], False, ""
     for row in filter(None, rows):
         if not lines and not header:
-            titles = [cell.strip().lower() for cell in row]
-            found = [_first(titles, PATH_COLUMNS), _first(titles, LABEL_COLUMNS)]
-            if header := min(found) >= 0:
-                places = [*found, _first(titles, [name for name in NAME_COLUMNS if name != titles[found[1]]])]
+            found = _places(row)
+            if header := min(found[:2]) >= 0:
+                places, split = found, row[found[3]].strip()
                 continue
         for column, place in zip(columns, places, strict=True):
             column.append(row[place] if 0 <= place < len(row) else "")
         lines.append(rows.line_num)
-    paths, *texts = columns
-    labels, names = ([t.strip().encode("utf-8", "surrogateescape").decode(errors="replace") for t in c] for c in texts)
+    paths, labels, names, splits = columns
     if "" in paths:
         raise UserError(f"{source}: line {lines[paths.index('')]}: no path; a line is '<relative path>,<label>'")
+    _refuse_mixed(splits, split, source)
+    labels, names = (
+        [_utf8(text.strip(), source, line) for text, line in zip(column, lines, strict=True)]
+        for column in (labels, names)
+    )
     return paths, labels, names, lines, header
+
+
+def _decoded(data: bytes, source: str) -> str:
+    """The text; bytes that are not UTF-8 stay what they are, since file names may hold any."""
+    return _unmarked(data, source).decode(errors="surrogateescape")
+
+
+def _first_line(text: str) -> str:
+    """The first line that is not blank."""
+    return next(filter(str.strip, io.StringIO(text, newline="")), "")
+
+
+def _places(row: list[str]) -> list[int]:
+    """Where a row of titles has the path, the label, the class name and the split, -1 for none."""
+    titles = [cell.strip().lower() for cell in row]
+    label = _first(titles, LABEL_COLUMNS)
+    names = [name for name in NAME_COLUMNS if label < 0 or name != titles[label]]
+    return [_first(titles, PATH_COLUMNS), label, _first(titles, names), _first(titles, SPLIT_COLUMNS)]
 
 
 def _first(titles: list[str], known: Iterable[str]) -> int:
     """Place of the first of `known` among the titles, -1 without one."""
     return next((titles.index(name) for name in known if name in titles), -1)
+
+
+def _refuse_mixed(values: list[str], title: str, source: str) -> None:
+    """UserError where a column says of which split each picture is, and they are of several: all would be taken for one."""
+    said = dict.fromkeys(value.strip().lower() for value in values)
+    if len({SPLIT_VALUES[value] for value in said if value in SPLIT_VALUES}) > 1:
+        shown = ", ".join(value for value in said if value in SPLIT_VALUES)
+        raise UserError(f"{source}: holds several splits (column {title!r}: {shown}); give each its own list")
+
+
+def _utf8(text: str, source: str, line: int) -> str:
+    """A name in its composed form, since one name may be written in two; UserError if it was not UTF-8: names that differ in
+    such letters would be one."""
+    if text.isascii():
+        return text
+    raw = text.encode("utf-8", "surrogateescape")
+    try:
+        return unicodedata.normalize("NFC", raw.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: line {line}: {raw.decode(errors='replace')!r} is not UTF-8; {SAVE_AS}") from error
 
 
 def _is_label(text: str) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ltfast.data.decode import read_file
-from ltfast.data.list_files import Parsed, parse_csv, parse_json, parse_text
+from ltfast.data.list_files import Parsed, parse_csv, parse_json, parse_text, parse_tsv
 from ltfast.data.longtail import select_subset
 from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices, shared_indices
 from ltfast.errors import UserError
@@ -91,7 +91,7 @@ class ImageList:
 
 
 def read_list(path: str | Path, root: str | Path, named: bool = True) -> ImageList:
-    """Reads one list file, format by suffix: .txt / .lst (space or tab), .csv, .json (iNaturalist), each also as .gz.
+    """Reads one list file, format by suffix: .txt / .lst (space or tab), .csv, .tsv, .json (iNaturalist), each also as .gz.
 
     Paths must be relative to `root` (or absolute inside it). named: whether names that a CSV has for its classes count, which
     they do not beside a train list of numbers alone. Raises UserError naming the file, the line and the fix.
@@ -112,6 +112,7 @@ def read_list(path: str | Path, root: str | Path, named: bool = True) -> ImageLi
         kind = Path(path.stem).suffix.lower()
     parsers: dict[str, Callable[[bytes, str], Parsed]] = {
         ".csv": partial(parse_csv, named=named),
+        ".tsv": partial(parse_tsv, named=named),
         ".json": parse_json,
     }
     names, labels, class_names, class_ids = parsers.get(kind, parse_text)(data, str(path))
@@ -151,7 +152,8 @@ def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
     if there := next((file for file in files.values() if file.exists()), None):
         raise UserError(f"--lists {folder}: {there} is there already; choose another folder")
     for split, file in files.items():
-        images, names = lists[split], lists[split].names
+        images = lists[split]
+        names = [os.fsencode(name).decode(errors="replace") for name in images.names]  # read_list takes UTF-8 alone
         with contextlib.suppress(OSError):  # write_csv tells
             file.parent.mkdir(parents=True, exist_ok=True)
         rows = ((path, label, names[label]) for path, label in zip(images.paths, images.labels.tolist(), strict=True))

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_csv_with_names_for_its_classes(tmp_path):
     for text, message in (
         (
             "a.jpg,fox\nb.jpg,cat\n",
-            r"line 1: 'a.jpg,fox' is not .*; class names need a first line such as 'path,class'",
+            r"line 1: 'a.jpg,fox' is not .*; class names need a first line such as 'path,class' \(titles known: path, .*label,",
         ),
         ("path,class\na.jpg,1\nb.jpg,cat\n", r"line 3: 'b.jpg,cat' is not .*; names and numbers are mixed"),
         ("path,class\na.jpg,cat\nb.jpg,\n", r"line 3: 'b.jpg,' is not .* with a label >= 0$"),
@@ -118,6 +119,61 @@ def test_csv_with_names_for_its_classes(tmp_path):
             read_list(write(tmp_path / "w.csv", text), tmp_path)
     with pytest.raises(UserError, match="; the train list has numbers, not names"):
         read_list(tmp_path / "l.csv", tmp_path, named=False)
+
+
+@pytest.mark.parametrize("text", ["path,class\na.jpg,fox\nb.jpg,Bär\nc.jpg,Bör\n", "path,label,class\na.jpg,0,Bär\n"])
+def test_a_csv_that_is_not_utf8_merges_no_names(tmp_path, text):
+    """Excel's plain CSV: two names that differ in such letters alone would be one class."""
+    file = tmp_path / "l.csv"
+    file.write_bytes(text.encode("cp1252"))
+    line = 1 + next(i for i, row in enumerate(text.splitlines()) if "ä" in row)
+    with pytest.raises(
+        UserError, match=rf"l\.csv: line {line}: 'B\ufffdr' is not UTF-8; save it as UTF-8 .*'CSV UTF-8'"
+    ):
+        read_list(file, tmp_path)
+    for name in ("l.csv", "l.tsv", "l.txt"):
+        (tmp_path / name).write_bytes(text.encode("utf-16"))
+        with pytest.raises(UserError, match=r": is UTF-16; save it as UTF-8"):
+            read_list(tmp_path / name, tmp_path)
+    file.write_bytes(
+        "path,class\nb\xe4.jpg,fox\nb\xf6.jpg,B\xe4r\n".encode("cp1252").replace(b"B\xe4r", "Bär".encode())
+    )
+    images = read_list(file, tmp_path)
+    assert images.class_names == ("Bär", "fox")
+    assert images.paths.raw(0) == b"b\xe4.jpg", "a file name may be any bytes"
+
+
+def test_a_class_name_in_either_unicode_form_is_one_class(tmp_path):
+    names = [unicodedata.normalize(form, "Bär") for form in ("NFC", "NFD")]
+    images = read_list(write(tmp_path / "l.csv", f"path,class\na.jpg,{names[0]}\nb.jpg,{names[1]}\n"), tmp_path)
+    assert images.class_names == (names[0],)
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.csv.gz", "l.tsv", "l.tsv.gz"])
+@pytest.mark.parametrize("between", [";", "\t"])
+def test_columns_may_be_parted_by_semicolons_or_tabs(tmp_path, name, between):
+    def found(text: str) -> ImageList:
+        return read_list(write(tmp_path / name, text.replace(";", "\t" if ".tsv" in name else between)), tmp_path)
+
+    for titles in ("image;label_name", '\n"image";"Species_name"', "class_label;path;species"):
+        shown = "{0};{1}" if titles.startswith(("image", "\n")) else "{1};{0};{1}"
+        images = found("\n".join([titles, shown.format("a, b.jpg", "fox"), shown.format("c.jpg", "ant")]))
+        assert list(images.paths) == ["a, b.jpg", "c.jpg"]
+        assert (images.labels.tolist(), images.class_names) == ([1, 0], ("ant", "fox"))
+    assert found("a b.jpg;1\nc.jpg;0\n").labels.tolist() == [1, 0]
+    assert found("file;class_label;label_id\na.jpg;3;5\n").labels.tolist() == [5]
+
+
+def test_a_csv_of_several_splits_is_refused(tmp_path):
+    """Its test pictures would be trained on."""
+    file = write(tmp_path / "l.csv", "path,class,Split\na.jpg,fox,Train\nb.jpg,ant,test\nc.jpg,ant,train\n")
+    with pytest.raises(
+        UserError, match=r"l\.csv: holds several splits \(column 'Split': train, test\); give each its own"
+    ):
+        read_list(file, tmp_path)
+    for said in (("train", "TRAINING"), ("val", "dev"), ("1", "2"), ("test", "")):
+        text = f"set,path,class\n{said[0]},a.jpg,fox\n{said[1]},b.jpg,ant\n"
+        assert len(read_list(write(file, text), tmp_path)) == 2
 
 
 def test_csv_lists_have_the_classes_of_train(tmp_path):
