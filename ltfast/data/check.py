@@ -7,6 +7,7 @@ gray, EXIF-rotated, another format than its name says) is only counted.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from ltfast.data.decode import (
     jpeg_header,
     look,
     reader,
+    sample_bits,
     tiff_fault,
     tiff_tags,
     webp_size,
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
 
 TAIL = 1 << 12  # bytes read of a large file beside its HEAD; the whole file when they do not settle it
 CHUNK = 512  # files a task
-PNG_DEPTH = 24  # place of the bits a sample in a PNG
+SAMPLE = 32  # files of more than 8 bits that are decoded without `full`
+FEW_LEVELS = 16  # what 12 bits in files of 16 are read as
 BAD = "bad: "  # what a finding about a file that cannot be decoded begins with
 
 
@@ -58,6 +61,10 @@ class Finding:
     notes: tuple[str, ...] = ()
     signature: int = UNKNOWN
     """See ltfast.data.copies."""
+    deep: bool = False
+    """Whether it has more than 8 bits a sample."""
+    dim: bool = False
+    """Whether it is deep, was decoded, and FEW_LEVELS or fewer are left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,7 @@ def inspect(path: str, full: bool = False) -> Finding:
                 file.seek(0)
                 data = file.read()
             if len(data) < size:
-                return Finding("", tuple(_notes(data, path, read)), signature(size, data))
+                return _whole(data, path, read, size)
     except OSError as error:
         return Finding("missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower())
     return judge(data, path, full)
@@ -124,12 +131,22 @@ def judge(data: bytes, name: str, full: bool = False) -> Finding:
     why = look(data)
     if not why and (fault := dali_fault(data)) and dali_available():
         why = fault
-    if not why and full:
-        try:
-            decode(data)
-        except BadImage as error:
-            why = str(error)
-    return Finding(why) if why else Finding("", tuple(_notes(data, name, reader(data))), signature(len(data), data))
+    if why:
+        return Finding(why)
+    found = _whole(data, name, reader(data), len(data))
+    if not full:
+        return found
+    try:
+        picture = decode(data)
+    except BadImage as error:
+        return Finding(str(error))
+    return replace(found, dim=found.deep and int(np.asarray(picture).max()) < FEW_LEVELS)
+
+
+def _whole(data: bytes, path: str, read: Reader, size: int) -> Finding:
+    """What to say of a picture of `size` bytes that is not bad, from its first ones."""
+    bits = sample_bits(data, read)
+    return Finding("", tuple(_notes(data, path, bits)), signature(size, data), bits > 8)
 
 
 def _reader(file: int, size: int) -> Reader:
@@ -150,8 +167,8 @@ def _settled(head: bytes, read: Reader, size: int) -> bool:
     return b"\xff\xd9" in tail and isinstance(jpeg_header(head), JpegHeader)
 
 
-def _notes(data: bytes, path: str, read: Reader) -> Iterator[str]:
-    """What is unusual about a picture with these first bytes; a TIFF's tags may stand anywhere in it."""
+def _notes(data: bytes, path: str, bits: int) -> Iterator[str]:
+    """What is unusual about a picture with these first bytes and so many bits a sample."""
     kind = file_format(data[:16])
     suffix = os.path.splitext(path)[1].lower()
     if SUFFIX_FORMATS.get(suffix, kind) != kind:
@@ -164,12 +181,8 @@ def _notes(data: bytes, path: str, read: Reader) -> Iterator[str]:
             yield "CMYK"
         if header.orientation != 1:
             yield "EXIF-rotated (not turned by the loaders)"
-    if kind == "TIFF":
-        deep = tiff_tags(read).get(BITS_PER_SAMPLE) == 16
-    else:
-        deep = kind == "PNG" and data[PNG_DEPTH : PNG_DEPTH + 1] == b"\x10"
-    if deep:
-        yield "16 bits (read as 8)"
+    if bits > 8:
+        yield f"{bits} bits (read as 8)"
 
 
 def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: int = 8) -> CheckReport:
@@ -184,8 +197,9 @@ def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: i
         notes.append(f"no image to test on in {lists['test'].source}")
     notes += filter(None, (unknown_label(split, images, lists["train"]) for split, images in names))
     for split, images in names:
-        report, signed = _check_split(split, images, full, workers)
+        report, signed, dim = _check_split(split, images, full, workers)
         splits.append(report)
+        notes += filter(None, [dim])
         signatures.append(signed)
     copies = find_copies(names, signatures, workers)
     return CheckReport([replace(s, copies=c) for s, c in zip(splits, copies, strict=True)], full, notes)
@@ -200,8 +214,8 @@ def distinct(lists: dict[str, ImageList]) -> list[tuple[str, ImageList]]:
     return list(seen.values())
 
 
-def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tuple[SplitReport, np.ndarray]:
-    """The report without copies, and each picture's signature."""
+def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tuple[SplitReport, np.ndarray, str]:
+    """The report without copies, each picture's signature, and a note on pictures that few levels are left of, or ''."""
 
     def look_at(start: int) -> list[Finding]:
         return [examine(images, i, full) for i in range(start, min(start + CHUNK, len(images)))]
@@ -209,18 +223,34 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tup
     bad: list[tuple[str, str]] = []
     notes: Counter[str] = Counter()
     signatures = np.empty(len(images), dtype=np.int64)
+    deep: dict[int, bool] = {}
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for i, finding in enumerate(chain.from_iterable(pool.map(look_at, range(0, len(images), CHUNK)))):
             if finding.bad:
                 bad.append((images.paths[i], finding.bad))
             notes.update(finding.notes)
             signatures[i] = finding.signature
+            if finding.deep:
+                deep[i] = finding.dim
+        if not full:
+            sample = list(deep)[:: math.ceil(len(deep) / SAMPLE) or 1]
+            deep = dict(zip(sample, pool.map(lambda i: examine(images, i, True).dim, sample), strict=True))
     again = duplicate_indices(images.paths) if images.loose else []  # names in shards are no paths
     duplicates = sorted({images.paths[index] for _, index in again})
     names = images.names
     empty = [names[c] for c in np.flatnonzero(images.counts == 0).tolist()]
     report = SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
-    return report, signatures
+    return report, signatures, _dim_note(images.source, list(deep.values()))
+
+
+def _dim_note(source: str, dim: list[bool]) -> str:
+    """What to say of the deep pictures that were decoded; nothing where most are bright, since some may well be dark."""
+    if not dim or 2 * sum(dim) < len(dim):
+        return ""
+    return (
+        f"{source}: {sum(dim):,} of {len(dim):,} pictures of 16 bits that were looked at use 12 or fewer of them: at most "
+        f"{FEW_LEVELS} levels are left; stretch them to 65,535 first"
+    )
 
 
 def examine(images: ImageList, index: int, full: bool = False) -> Finding:

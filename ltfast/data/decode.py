@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ ORIENTATION = 0x0112  # EXIF
 BITS_PER_SAMPLE = 258  # TIFF; one bit where it is absent
 SAMPLE_FORMAT = 339  # TIFF; 3: floating point
 FLOATS = "floating-point pixels, whose range nobody knows"
+_PNG_DEPTH = 24  # place of the bits a sample in a PNG
+_PNM_MAXIMUM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+(?:\d+(?:\s|#[^\n]*\n)+){2}(\d+)")  # behind width and height
 _SHORT = 3  # type of TIFF values: 16 bits
 _LEVELS_16_BIT = 257  # 65535 / 255
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # JPEG markers without a length
@@ -153,6 +156,17 @@ def tiff_fault(tags: dict[int, int]) -> str:
     if not tags:
         return "truncated: no directory"
     return FLOATS if tags.get(SAMPLE_FORMAT) == 3 else ""
+
+
+def sample_bits(data: bytes, read: Reader) -> int:
+    """Bits of a sample of a picture with these first bytes: those of a PNG, TIFF or PNM, 8 for every other."""
+    kind = file_format(data[:16])
+    if kind == "TIFF":  # whose tags may stand anywhere in it
+        return tiff_tags(read).get(BITS_PER_SAMPLE, 1)
+    if kind == "PNG":
+        return int.from_bytes(data[_PNG_DEPTH : _PNG_DEPTH + 1])
+    maximum = _PNM_MAXIMUM.match(data) if kind == "PPM" else None
+    return 16 if maximum and int(maximum[1]) > 255 else 8
 
 
 def dali_fault(data: bytes) -> str:

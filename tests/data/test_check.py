@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from PIL import Image
 from rich.console import Console
 
 from ltfast.cli import main
@@ -144,8 +145,6 @@ def test_copies_are_found_whatever_their_names(tmp_path):
 
 def test_large_files_are_judged_by_head_and_tail(tmp_path):
     rng = np.random.default_rng(0)
-    from PIL import Image
-
     noise = Image.fromarray(rng.integers(0, 256, (500, 500, 3), dtype=np.uint8))
     noise.save(tmp_path / "large.jpg", quality=95)
     data = (tmp_path / "large.jpg").read_bytes()
@@ -173,6 +172,36 @@ def test_large_files_are_judged_by_head_and_tail(tmp_path):
         ):
             (tmp_path / name).write_bytes(content)
             assert inspect(str(tmp_path / name)).bad.partition(":")[0] == bad
+
+
+def deep_set(root, shift: int, kinds: tuple[str, ...], count: int) -> ImageList:
+    """Gray pictures of 16 bits, of which the upper `shift` are 0."""
+    levels = np.random.default_rng(0).integers(0, 1 << 16, (count, 16, 16)).astype(np.uint16) >> shift
+    names = [f"{i}{kinds[i % len(kinds)]}" for i in range(count)]
+    for name, pixels in zip(names, levels, strict=True):
+        if name.endswith(".pgm"):
+            (root / name).write_bytes(b"P5 # made here\n16 16\n65535\n" + pixels.astype(">u2").tobytes())
+        else:
+            Image.fromarray(pixels.astype(np.int32) if ".32." in name else pixels).save(root / name)
+    return ImageList(root, PathTable.of(names), np.arange(count, dtype=np.int32) % 2, "train.txt")
+
+
+@pytest.mark.parametrize(("kinds", "bits"), [((".png", ".tif", ".pgm"), 16), ((".32.tif",), 32)])
+@pytest.mark.parametrize("full", [False, True])
+def test_pictures_of_12_bits_in_16_are_told(tmp_path, full, kinds, bits):
+    """Divided by 257 they have 16 levels; a set with a few dark pictures is none of them."""
+    for shift, found in ((4, True), (3, False)):
+        images = deep_set(tmp_path, shift, kinds, 70)
+        assert int(np.asarray(load_picture(images.file(0))).max()) == (15 if found else 31)
+        report = check_dataset({"train": images}, full=full)
+        assert report.splits[0].notes[f"{bits} bits (read as 8)"] == 70
+        looked = 70 if full else 24
+        note = f"train.txt: {looked} of {looked} pictures of 16 bits that were looked at use 12 or fewer of them"
+        assert [line.startswith(note) for line in report.notes] == [True] * found
+        assert report.ok != found
+    for name in list(images.paths)[::9]:  # a third of those that are looked at
+        Image.new("I;16", (16, 16), 1).save(tmp_path / name)
+    assert not check_dataset({"train": images}, full=full).notes
 
 
 def test_statistics_and_plot(tmp_path):
