@@ -38,12 +38,13 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
 
     contact = verbs.add_parser("contact", help="a picture of what training sees: every view of some images")
     contact.add_argument("picture", metavar="PNG", help="file to write")
-    contact.add_argument("--dataset", default="digits-lt", help="data set [digits-lt]")
-    contact.add_argument("--data-dir", default=None, help="its folder, pack or list root")
+    contact.add_argument("--dataset", default=None, help="data set [guessed; digits-lt without --data-dir]")
+    contact.add_argument("--data-dir", default=None, help="its folder, pack, list root or pattern of shards")
     contact.add_argument("--train-list", default=None, help="list file of training images")
     contact.add_argument("--imbalance", type=float, default=None, metavar="X", help="as in training [the data set's]")
     contact.add_argument("--limit-train", type=int, default=None, metavar="X", help="as in training [all images]")
-    contact.add_argument("--image-size", type=int, default=224, metavar="X", help="side of large images [224]")
+    contact.add_argument("--image-size", type=int, default=None, metavar="X", help="as in training [the data set's]")
+    contact.add_argument("--views", default="auto", metavar="X", help="as in training [auto]")
     contact.add_argument("--images", type=int, default=12, metavar="X", help="images shown [12]")
     contact.set_defaults(run=command_contact)
 
@@ -58,13 +59,16 @@ def _add_lists(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{split}-list", default=None, metavar="FILE", help=f"list file of {split} images{also}")
 
 
+def _guessed(data_dir: str, train_list: str | None) -> str:
+    return "list" if train_list else "webdataset" if data_dir.endswith(".tar") else "folder"
+
+
 def _lists(args: argparse.Namespace) -> dict[str, ImageList]:
     from ltfast.data.public import find_lists
     from ltfast.data.registry import LARGE
     from ltfast.recipes import refuse_unread
 
-    guessed = "list" if args.train_list else "webdataset" if args.data_dir.endswith(".tar") else "folder"
-    dataset = args.dataset or guessed
+    dataset = args.dataset or _guessed(args.data_dir, args.train_list)
     names = {f"{split}_list": getattr(args, f"{split}_list") for split in ("train", "val", "test")}
     if dataset not in LARGE:
         raise UserError(f"--dataset {dataset}: `ltfast data` looks at {', '.join(LARGE)} only")
@@ -116,11 +120,22 @@ def command_contact(args: argparse.Namespace) -> int:
     from ltfast.data import load
     from ltfast.data.contact import contact_sheet
     from ltfast.data.registry import LARGE
+    from ltfast.recipes import refuse_unread
 
     if args.images < 1:
         raise UserError(f"--images {args.images}: show at least 1")
-    large = {"image_size": args.image_size, "train_list": args.train_list} if args.dataset in LARGE else {}
-    thinned = {"imbalance": args.imbalance, "limit_train": args.limit_train or None}
-    source = load(args.dataset, data_dir=args.data_dir, batch=1, num_views=3, **thinned, **large)
+    guessed = "digits-lt"
+    if args.data_dir or args.train_list:
+        pack = (args.data_dir or "").endswith(".npz")
+        guessed = "folder-small" if pack else _guessed(args.data_dir or "", args.train_list)
+    dataset = args.dataset or guessed
+    given = {name: getattr(args, name) for name in ("data_dir", "train_list", "image_size")}
+    refuse_unread(dataset, given)
+    if dataset not in LARGE:
+        del given["train_list"]
+    source = load(
+        dataset, **given, batch=1, num_views=3, views=None if args.views == "auto" else args.views, imbalance=args.imbalance,
+        limit_train=args.limit_train or None,
+    )  # fmt: skip
     print(f"written {contact_sheet(source, args.picture, n=args.images)}")
     return 0

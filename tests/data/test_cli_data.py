@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ltfast.cli import main
 from tests.data.bad_files import bad_files
@@ -118,6 +119,60 @@ def test_data_commands_say_what_cannot_be_written(tmp_path: Path, capsys: pytest
 def test_a_contact_sheet_shows_the_few_pictures_that_there_are(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train": (1, 1), "test": (1, 1)})
     assert main(["data", "contact", str(tmp_path / "x.png"), "--dataset", "folder", "--data-dir", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "dataset", "size", "views"),
+    [
+        ([], "digits-lt", None, None),
+        (["--data-dir", "here"], "folder", None, None),
+        (["--data-dir", "here", "--dataset", "folder-small", "--image-size", "64"], "folder-small", 64, None),
+        (["--data-dir", "here", "--train-list", "a.txt", "--image-size", "64", "--views", "crop"], "list", 64, "crop"),
+        (["--data-dir", "s-{0..3}.tar"], "webdataset", None, None),
+        (["--data-dir", "pack.npz", "--views", "plain"], "folder-small", None, "plain"),
+    ],
+)
+def test_a_contact_sheet_is_of_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], dataset: str, size: int | None, views: str | None
+) -> None:
+    asked: list[tuple[str, dict]] = []
+    monkeypatch.setattr("ltfast.data.load", lambda name, **options: asked.append((name, options)))
+    monkeypatch.setattr("ltfast.data.contact.contact_sheet", lambda source, path, n: path)
+    assert main(["data", "contact", "x.png", *words]) == 0
+    ((name, options),) = asked
+    assert (name, options["image_size"], options["views"]) == (dataset, size, views)
+    assert options.get("train_list") == ("a.txt" if dataset == "list" else None)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "option", "value"),
+    [
+        ("digits-lt", "--data-dir", "here"),
+        ("digits-lt", "--image-size", "64"),
+        ("folder", "--train-list", "a.txt"),
+        ("cifar10-lt", "--image-size", "64"),
+    ],
+)
+def test_a_contact_sheet_ignores_no_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str, option: str, value: str
+) -> None:
+    assert main(["data", "contact", str(tmp_path / "x.png"), "--dataset", dataset, option, value]) == 2
+    assert f"{dataset} does not read it" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("dataset", ["folder", "folder-small"])
+def test_views_and_size_of_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str) -> None:
+    write_tree(tmp_path, TREE)
+    words = ["data", "contact", str(tmp_path / "x.png"), "--data-dir", str(tmp_path), "--dataset", dataset]
+    widths = []
+    for size in ("24", "200"):
+        assert main([*words, "--views", "crop", "--image-size", size, "--images", "2"]) == 0
+        with Image.open(tmp_path / "x.png") as picture:
+            widths.append(picture.width)
+    assert widths[1] - widths[0] >= 4 * (200 - 96), "a plain picture and three views"
+    assert main([*words, "--views", "none"]) == 2
+    assert "--views 'none': choose one of" in capsys.readouterr().err
 
 
 def test_a_contact_sheet_of_a_small_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
