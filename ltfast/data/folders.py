@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,8 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
 
     Classes are the sorted folder names of train (folders of the other splits must be among them); files are sorted
     by name, below a class folder at any depth. Hidden files and folders do not count; files without an image suffix
-    are not read, a warning says how many. Links are followed, into each folder of a class once.
+    are not read, nor are pictures beside the class folders; a warning says how many. Links are followed, into each folder of a
+    class once. A class may be written in either Unicode form (macOS decomposes names).
     """
     root = Path(root)
     check_folder(root)
@@ -54,7 +56,7 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
                 f"{root} holds {', '.join(there.values())} and no folder train; expected train/<class>/<picture>.jpg"
             )
         folders = {"train": ""}
-    classes = tuple(_subfolders(root / (folders["train"] or "")))
+    classes = tuple(sorted({_composed(name) for name in _subfolders(root / (folders["train"] or ""))}))
     if not classes:
         raise UserError(
             f"{root / (folders['train'] or '')} holds no class folders; expected <class>/<picture>.jpg below it"
@@ -62,6 +64,7 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
     unread: Counter[str] = Counter()
     lists = {split: _scan_split(root, name, classes, unread) for split, name in folders.items() if name is not None}
     warn_of_unread(root, unread)
+    _warn_of_classless([root / name for name in folders.values() if name is not None])
     return lists
 
 
@@ -79,10 +82,25 @@ def warn_of_unread(root: str | Path, unread: Counter[str]) -> None:
         log.warning("%s: files not read, for their suffix: %s", root, kinds)
 
 
+def _warn_of_classless(splits: list[Path]) -> None:
+    """One line on the pictures that lie beside the class folders; none without any."""
+    counts = {
+        folder: sum(_is_picture(e.name) and e.is_file() for e in os.scandir(folder) if not e.name.startswith("."))
+        for folder in splits
+    }
+    if any(counts.values()) and speaks():
+        shown = ", ".join(f"{count:,} in {folder}" for folder, count in counts.items() if count)
+        log.warning("pictures not read, for they lie in no class folder: %s", shown)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _scan_split(root: Path, split: str, classes: tuple[str, ...], unread: Counter[str]) -> ImageList:
     numbers = {name: label for label, name in enumerate(classes)}
     here = _subfolders(root / split)
-    extra = [name for name in here if name not in numbers]
+    extra = [name for name in here if _composed(name) not in numbers]
     if extra:
         raise UserError(
             f"{root / split} holds the class folder {extra[0]!r} that the training folder lacks; remove or add it"
@@ -92,7 +110,7 @@ def _scan_split(root: Path, split: str, classes: tuple[str, ...], unread: Counte
     for name in here:
         for file in pictures_below(root / split / name, unread):
             names.append(file.removeprefix(above))
-            labels.append(numbers[name])
+            labels.append(numbers[_composed(name)])
     return ImageList(root, PathTable.of(names), np.array(labels, dtype=np.int32), str(root / split), classes)
 
 
@@ -106,11 +124,14 @@ def _subfolders(folder: Path) -> list[str]:
 def pictures_below(folder: Path, unread: Counter[str]) -> Iterator[str]:
     """The picture files below a folder; the others are counted in `unread`, by suffix."""
     for file in _files(folder):
-        suffix = os.path.splitext(file)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
+        if _is_picture(file):
             yield file
         else:
-            unread[suffix] += 1
+            unread[os.path.splitext(file)[1].lower()] += 1
+
+
+def _is_picture(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
 def _files(folder: Path) -> Iterator[str]:

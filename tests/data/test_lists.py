@@ -377,6 +377,31 @@ def test_folder_tree(tmp_path, caplog):
         scan_folder(tmp_path / "none")
 
 
+def test_class_folders_in_either_unicode_form_are_one_class(tmp_path):
+    """A Mac writes them decomposed, and they may be copied beside others."""
+    composed, decomposed = (unicodedata.normalize(form, "Bär") for form in ("NFC", "NFD"))
+    touch(tmp_path, f"train/{composed}/1.jpg", "train/cat/2.jpg", f"test/{decomposed}/3.jpg", "test/cat/4.jpg")
+    splits = scan_folder(tmp_path)
+    assert splits["test"].class_names == splits["train"].class_names == (composed, "cat")
+    assert splits["test"].labels.tolist() == [0, 1]
+    assert Path(splits["test"].file(0)).exists()
+    touch(tmp_path, f"train/{decomposed}/5.jpg")
+    assert scan_folder(tmp_path)["train"].counts.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("",)])
+def test_pictures_beside_the_class_folders_are_told(tmp_path, caplog, splits):
+    for split in splits:
+        touch(tmp_path / split, "a/1.jpg", "b/2.jpg", "notes.txt", ".hidden.jpg")
+    scan_folder(tmp_path)
+    assert not caplog.text
+    touch(tmp_path / splits[0], "3.jpg", "4.PNG")
+    assert len(scan_folder(tmp_path)["train"]) == 2
+    assert [r.message for r in caplog.records] == [
+        f"pictures not read, for they lie in no class folder: 2 in {tmp_path / splits[0]}"
+    ]
+
+
 def test_folders_below_a_class_are_read_in_the_order_of_their_names(tmp_path):
     names = [f"train/{label}/{folder}/1.jpg" for label in "ab" for folder in "abcdefgh"]
     touch(tmp_path, *reversed(names))
