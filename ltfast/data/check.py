@@ -39,7 +39,7 @@ from ltfast.data.decode import (
 )
 from ltfast.data.folders import SUFFIX_FORMATS
 from ltfast.data.lists import ImageList, unknown_label
-from ltfast.data.paths import duplicate_indices
+from ltfast.data.paths import duplicate_indices, missing_hint
 from ltfast.errors import UserError
 from ltfast.tables import write_csv
 
@@ -122,7 +122,9 @@ def inspect(path: str, full: bool = False) -> Finding:
             if len(data) < size:
                 return _whole(data, path, read, size)
     except OSError as error:
-        return Finding("missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower())
+        if isinstance(error, FileNotFoundError):
+            return Finding(f"missing{missing_hint(path)}")
+        return Finding((error.strerror or str(error)).lower())
     return judge(data, path, full)
 
 

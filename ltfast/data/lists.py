@@ -21,7 +21,7 @@ import numpy as np
 from ltfast.data.decode import read_file
 from ltfast.data.list_files import Parsed, parse_csv, parse_json, parse_text, parse_tsv
 from ltfast.data.longtail import select_subset
-from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_indices, shared_indices
+from ltfast.data.paths import PathTable, contained, duplicate_indices, missing_hint, missing_indices, shared_indices
 from ltfast.errors import UserError
 from ltfast.tables import write_csv
 
@@ -239,9 +239,10 @@ def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
             )
         absent = missing_indices(images.root, images.paths) if exist else []
         if absent:
+            first_absent = images.paths[absent[0]]
             raise UserError(
                 f"{images.source}: {len(absent)} of {len(images)} files are not below {images.root}, "
-                f"first {images.paths[absent[0]]!r}; check --data-dir, or see `ltfast data check`"
+                f"first {first_absent!r}{missing_hint(first_absent) or '; check --data-dir, or see `ltfast data check`'}"
             )
     for (first_split, earlier), (split, images) in itertools.combinations(lists.items(), 2):
         both = shared_indices(earlier.paths, images.paths) if images.loose else []

@@ -112,6 +112,11 @@ def shared_indices(first: PathTable, second: PathTable) -> list[int]:
     return [i for i, name in enumerate(second.iter_raw()) if name in names] if names else []
 
 
+def missing_hint(name: str) -> str:
+    """What to say beside a missing file that a list of Windows may name, or ''."""
+    return "; its path has backslashes, use /" if "\\" in name else ""
+
+
 def missing_indices(root: Path, table: PathTable, limit: int | None = None) -> list[int]:
     """Indices of names with no directory entry below `root`; at most `limit` of them.
 

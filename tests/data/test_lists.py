@@ -402,6 +402,16 @@ def test_pictures_beside_the_class_folders_are_told(tmp_path, caplog, splits):
     ]
 
 
+def test_a_list_with_backslashes_says_so(tmp_path, capsys):
+    touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg")
+    file = write(tmp_path / "l.txt", "train\\a\\1.jpg 0\ntrain\\b\\2.jpg 1\n")
+    hint = "its path has backslashes, use /"
+    with pytest.raises(UserError, match=rf"2 of 2 files are not below .*; {hint}$"):
+        validate_lists({"train": read_list(file, tmp_path)})
+    assert main(["data", "check", str(tmp_path), "--train-list", str(file), "--bad-list", f"{tmp_path}/bad.txt"]) == 1
+    assert (tmp_path / "bad.txt").read_text().count(f"missing; {hint}") == 2
+
+
 def test_folders_below_a_class_are_read_in_the_order_of_their_names(tmp_path):
     names = [f"train/{label}/{folder}/1.jpg" for label in "ab" for folder in "abcdefgh"]
     touch(tmp_path, *reversed(names))
