@@ -26,6 +26,7 @@ from ltfast.data.decode import (
     BadImage,
     JpegHeader,
     Reader,
+    dali_distortion,
     dali_fault,
     decode,
     file_format,
@@ -129,9 +130,9 @@ def inspect(path: str, full: bool = False) -> Finding:
 
 
 def judge(data: bytes, name: str, full: bool = False) -> Finding:
-    """`inspect` for bytes at hand. What only DALI cannot read is bad where it is installed: there training uses it."""
+    """`inspect` for bytes at hand. What only DALI cannot read, or reads wrongly, is bad where it is installed: there training uses it."""
     why = look(data)
-    if not why and (fault := dali_fault(data)) and dali_available():
+    if not why and (fault := dali_fault(data) or dali_distortion(data)) and dali_available():
         why = fault
     if why:
         return Finding(why)
@@ -161,7 +162,7 @@ def _settled(head: bytes, read: Reader, size: int) -> bool:
     kind, tail = file_format(head[:16]), read(size - TAIL, TAIL)
     if kind == "TIFF":
         tags = tiff_tags(read)
-        return not tiff_fault(tags) and BITS_PER_SAMPLE in tags
+        return not tiff_fault(tags) and 1 <= tags.get(BITS_PER_SAMPLE, 0) <= 16
     if kind == "PNG":
         return b"IEND" in tail
     if kind == "WEBP":
@@ -242,15 +243,15 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tup
     names = images.names
     empty = [names[c] for c in np.flatnonzero(images.counts == 0).tolist()]
     report = SplitReport(split, images.source, len(images), bad, dict(notes.most_common()), duplicates, empty)
-    return report, signatures, _dim_note(images.source, list(deep.values()))
+    return report, signatures, _dim_note(split, list(deep.values()))
 
 
-def _dim_note(source: str, dim: list[bool]) -> str:
+def _dim_note(split: str, dim: list[bool]) -> str:
     """What to say of the deep pictures that were decoded; nothing where most are bright, since some may well be dark."""
     if not dim or 2 * sum(dim) < len(dim):
         return ""
     return (
-        f"{source}: {sum(dim):,} of {len(dim):,} pictures of 16 bits that were looked at use 12 or fewer of them: at most "
+        f"{split}: {sum(dim):,} of {len(dim):,} pictures of 16 bits that were looked at use 12 or fewer of them: at most "
         f"{FEW_LEVELS} levels are left; stretch them to 65,535 first"
     )
 

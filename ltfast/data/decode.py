@@ -34,7 +34,7 @@ BITS_PER_SAMPLE = 258  # TIFF; one bit where it is absent
 SAMPLE_FORMAT = 339  # TIFF; 3: floating point
 FLOATS = "floating-point pixels, whose range nobody knows"
 _PNG_DEPTH = 24  # place of the bits a sample in a PNG
-_PNM_MAXIMUM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+(?:\d+(?:\s|#[^\n]*\n)+){2}(\d+)")  # behind width and height
+_PNM_MAXIMUM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+(?:\d+(?:\s|#[^\n]*\n)+){2}(\d{1,5})")  # behind width and height
 _SHORT = 3  # type of TIFF values: 16 bits
 _LEVELS_16_BIT = 257  # 65535 / 255
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # JPEG markers without a length
@@ -165,15 +165,27 @@ def sample_bits(data: bytes, read: Reader) -> int:
         return tiff_tags(read).get(BITS_PER_SAMPLE, 1)
     if kind == "PNG":
         return int.from_bytes(data[_PNG_DEPTH : _PNG_DEPTH + 1])
-    maximum = _PNM_MAXIMUM.match(data) if kind == "PPM" else None
-    return 16 if maximum and int(maximum[1]) > 255 else 8
+    return 16 if _pnm_maximum(data) > 255 else 8
+
+
+def _pnm_maximum(data: bytes) -> int:
+    """The level that is white in a PNM, 255 for any other file."""
+    found = _PNM_MAXIMUM.match(data)
+    return int(found[1]) if found else 255
 
 
 def dali_fault(data: bytes) -> str:
     """Why DALI alone cannot read a picture, or ''."""
-    if file_format(data[:16]) != "TIFF" or BITS_PER_SAMPLE in tiff_tags(reader(data)):
-        return ""
-    return "no BitsPerSample, which DALI does not read; --loader torch does"
+    bits = tiff_tags(reader(data)).get(BITS_PER_SAMPLE) if file_format(data[:16]) == "TIFF" else 8
+    if bits is None:
+        return "no BitsPerSample, which DALI does not read; --loader torch does"
+    return f"{bits} bits a sample, which DALI does not read; --loader torch does" if bits > 16 else ""
+
+
+def dali_distortion(data: bytes) -> str:
+    """What DALI shows otherwise than it is in a picture that it reads, or ''."""
+    white = _pnm_maximum(data)
+    return "" if white in (255, 65535) else f"its white is {white}, which DALI does not scale; --loader torch does"
 
 
 def to_rgb(image: Image) -> Image:

@@ -188,15 +188,16 @@ def deep_set(root, shift: int, kinds: tuple[str, ...], count: int) -> ImageList:
 
 @pytest.mark.parametrize(("kinds", "bits"), [((".png", ".tif", ".pgm"), 16), ((".32.tif",), 32)])
 @pytest.mark.parametrize("full", [False, True])
-def test_pictures_of_12_bits_in_16_are_told(tmp_path, full, kinds, bits):
+def test_pictures_of_12_bits_in_16_are_told(tmp_path, monkeypatch, full, kinds, bits):
     """Divided by 257 they have 16 levels; a set with a few dark pictures is none of them."""
+    monkeypatch.setattr("ltfast.data.check.dali_available", lambda: bits == 16)
     for shift, found in ((4, True), (3, False)):
         images = deep_set(tmp_path, shift, kinds, 70)
         assert int(np.asarray(load_picture(images.file(0))).max()) == (15 if found else 31)
         report = check_dataset({"train": images}, full=full)
         assert report.splits[0].notes[f"{bits} bits (read as 8)"] == 70
         looked = 70 if full else 24
-        note = f"train.txt: {looked} of {looked} pictures of 16 bits that were looked at use 12 or fewer of them"
+        note = f"train: {looked} of {looked} pictures of 16 bits that were looked at use 12 or fewer of them"
         assert [line.startswith(note) for line in report.notes] == [True] * found
         assert report.ok != found
     for name in list(images.paths)[::9]:  # a third of those that are looked at

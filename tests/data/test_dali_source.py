@@ -368,21 +368,36 @@ def test_a_file_that_only_dali_refuses_is_found(tmp_path, monkeypatch, caplog):
     assert "DALI cannot decode it, --loader torch can: " in caplog.text
 
 
-def test_a_tiff_without_bits_per_sample_is_named_before_training_and_in_it(tmp_path, monkeypatch):
-    """DALI does not read one, whatever the path; PIL does."""
-    (tmp_path / "bilevel.tif").write_bytes(bad_files.tiff("1"))
+@pytest.mark.parametrize(("mode", "what"), [("1", "no BitsPerSample"), ("I", "32 bits a sample")])
+def test_a_tiff_that_dali_does_not_read_is_named_before_training_and_in_it(tmp_path, monkeypatch, mode, what):
+    """Whatever the path; PIL reads it."""
+    (tmp_path / "odd.tif").write_bytes(bad_files.tiff(mode))
     picture(1).save(tmp_path / "good.jpg")
-    reason = "no BitsPerSample, which DALI does not read; --loader torch does"
-    lists = folder_lists(tmp_path, ["bilevel.tif", "good.jpg"])
+    reason = f"{what}, which DALI does not read; --loader torch does"
+    lists = folder_lists(tmp_path, ["odd.tif", "good.jpg"])
     dali, torch_path = both(lists, 1, size=48)
     with pytest.raises(UserError, match=reason):
         next(dali.evaluate("test"))
     assert len(next(torch_path.evaluate("test")).index) == 2
     assert dali_source._by_header(lists["train"], 0) == reason, "under another name DALI dies of it"
     for full in (False, True):
-        assert check_dataset(lists, full=full).splits[0].bad == [("bilevel.tif", reason)]
+        assert check_dataset(lists, full=full).splits[0].bad == [("odd.tif", reason)]
     monkeypatch.setattr(check, "dali_available", lambda: False)
     assert not check_dataset(lists, full=True).bad
+
+
+@pytest.mark.parametrize("white", [255, 99, 65535, 4095])
+def test_a_white_that_dali_does_not_scale_is_found_before_training(tmp_path, white):
+    """12-bit pictures in PGMs that say so: PIL stretches them, DALI leaves 16 levels."""
+    levels = np.linspace(0, white, 48 * 48).reshape(48, 48).astype(">u2" if white > 255 else "u1")
+    (tmp_path / "a.pgm").write_bytes(b"P5 # levels\n48 48 %d\n" % white + levels.tobytes())
+    lists = folder_lists(tmp_path, ["a.pgm"])
+    dali, torch_path = (next(s.evaluate("test")).views[0] for s in both(lists, 1, size=48))
+    scaled = bool(torch.allclose(dali, torch_path, atol=0.05))
+    assert scaled == (white in (255, 65535))
+    assert check_dataset(lists).splits[0].bad == (
+        [] if scaled else [("a.pgm", f"its white is {white}, which DALI does not scale; --loader torch does")]
+    )
 
 
 def test_labels_follow_the_substitute_when_prefetch_ran_ahead(tmp_path):
