@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -160,8 +160,8 @@ def build_capture(
     return lambda take: Captured(take, "step", CudaRecorder(device), report, failure=failure)
 
 
-def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
-    """The data source of the run; its errors name the option to change."""
+def build_data(config: Config, device: torch.device, ranks: Ranks, trained: Sequence[str] | None = None) -> Source:
+    """The data source of the run; its errors name the option to change. trained: see `ltfast.data.load`."""
     from ltfast.data import load
     from ltfast.data.registry import LARGE
 
@@ -176,7 +176,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks) -> Source:
         limit_train=data.limit_train or None, val_per_class=data.val_per_class, batch=data.batch,
         views=None if data.views == "auto" else data.views, num_views=config.loss.n_views, sampler=data.sampler, seed=config.run.seed,
         device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download,
-        image_size=data.image_size,
+        image_size=data.image_size, trained=trained,
         **(large if data.dataset in LARGE else {}),
     )  # fmt: skip
     return source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.
 
-    data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved. device, tta: instead of the run's.
+    data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved, or others to judge by: a folder
+    may then lack train, and beside data_dir and a test_list only lists that are given are read. device, tta: instead of the run's.
     prior: class frequencies to answer for, see `prior_shift`; None: those that the loss assumed.
 
     Raises:
@@ -108,7 +110,12 @@ def evaluate_run(
     ranks = Ranks()
     place = build.build_device(config, ranks)
     refuse_unread(config.data.dataset, {"data_dir": data_dir, **(lists or {})})
-    source = build.build_data(config, place, ranks)
+    if data_dir and (lists or {}).get("test_list") and config.data.dataset == "list":
+        config = config.with_(**{"train_list": None, "val_list": None, **(lists or {})})
+    classes, side = run.trained_on()
+    if config.data.dataset == "folder-small" and os.path.isdir(config.data.data_dir or ""):
+        config = config.with_(image_size=config.data.image_size or side)
+    source = build.build_data(config, place, ranks, classes)
     run.as_trained(source, split, str(folder))
     if not source.sizes.get(split, 0):
         raise UserError(f"--split {split}: this run held out no such images; use --split test")

@@ -117,6 +117,14 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}".encode())
 
+    def trained_on(self) -> tuple[tuple[str, ...] | None, int | None]:
+        """Classes and side of the pictures that its network was trained on; None, None where it is not noted how those were
+        prepared."""
+        for row in self.metrics("data")[-1:]:
+            if "preprocess" in row:
+                return tuple(row["class_names"]), int(row["preprocess"]["size"])
+        return None, None
+
     def check_classes(self, class_names: Sequence[str], what: str, remedy: str) -> None:
         """UserError, begun by `what` and ended by `remedy`, if the run's classes are not `class_names` in this order."""
         for row in self.metrics("data")[-1:]:

@@ -38,13 +38,15 @@ def load(
     download: bool = False,
     epochs_total: int | None = None,
     image_size: int | None = None,
+    trained: Sequence[str] | None = None,
     **options: Any,
 ) -> Source:
     """The named data set, ready to iterate. None means the data set's own default (`DATASETS[dataset]`).
 
     batch: global batch; views: a recipe name or view modules, num_views of them used (1 or 3); val_per_class: images a
     class held out of train for checkpoint choice; download: may fetch a public set that is missing; image_size: side to
-    resize pictures to; options: of the large sets only. UserError, one line, for anything a user can fix.
+    resize pictures to; trained: classes of a model that is to be evaluated, on a folder or list that may lack train; options: of
+    the large sets only. UserError, one line, for anything a user can fix.
     """
     if dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
@@ -66,6 +68,7 @@ def load(
         "world": world,
         "epochs_total": epochs_total,
         "image_size": image_size,
+        "trained": trained,
     }
     if dataset in LARGE:
         from ltfast.data.large import load_large

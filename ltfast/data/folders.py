@@ -6,12 +6,12 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ltfast.data.lists import ImageList
+from ltfast.data.lists import ImageList, no_images
 from ltfast.data.longtail import first_of_each_class, limited_counts, long_tail_counts, select_subset
 from ltfast.data.paths import PathTable, unreadable
 from ltfast.errors import UserError
@@ -34,9 +34,10 @@ SUFFIX_FORMATS = {
     ".jp2": "JPEG2000",
 }
 IMAGE_SUFFIXES = frozenset(SUFFIX_FORMATS)
+CLASSES_SHOWN = 5
 
 
-def scan_folder(root: str | Path) -> dict[str, ImageList]:
+def scan_folder(root: str | Path, trained: Sequence[str] | None = None) -> dict[str, ImageList]:
     """An image-folder tree: root/train/<class>/..., root/val/..., root/test/...; or root/<class>/... as 'train' alone.
 
     Splits may be called as in FOLDER_SPLITS, in capitals or not.
@@ -45,6 +46,8 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
     by name, below a class folder at any depth. Hidden files and folders do not count; files without an image suffix
     are not read, nor are pictures beside the class folders; a warning says how many. Links are followed, into each folder of a
     class once. A class may be written in either Unicode form (macOS decomposes names).
+
+    trained: classes of a model that is to be evaluated; where there is no train, it is empty and has these.
     """
     root = Path(root)
     check_folder(root)
@@ -52,6 +55,8 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
     folders = {split: next((there[n] for n in names if n in there), None) for split, names in FOLDER_SPLITS.items()}
     if folders["train"] is None:
         if there and there.keys() <= {name for names in FOLDER_SPLITS.values() for name in names}:
+            if trained is not None:
+                return _held_out_folders(root, folders, tuple(trained))
             raise UserError(
                 f"{root} holds {', '.join(there.values())} and no folder train; expected train/<class>/<picture>.jpg"
             )
@@ -61,8 +66,23 @@ def scan_folder(root: str | Path) -> dict[str, ImageList]:
         raise UserError(
             f"{root / (folders['train'] or '')} holds no class folders; expected <class>/<picture>.jpg below it"
         )
+    return _scan_splits(root, folders, classes, "that the training folder lacks; remove or add it")
+
+
+def _held_out_folders(root: Path, folders: dict[str, str | None], classes: tuple[str, ...]) -> dict[str, ImageList]:
+    known = ", ".join(classes[:CLASSES_SHOWN]) + (", ..." if len(classes) > CLASSES_SHOWN else "")
+    unknown = f"that the run was not trained on; its classes are {known}"
+    return {"train": no_images(root, classes), **_scan_splits(root, folders, classes, unknown)}
+
+
+def _scan_splits(
+    root: Path, folders: dict[str, str | None], classes: tuple[str, ...], unknown: str
+) -> dict[str, ImageList]:
+    """The lists of the folders that are there; unknown: what is wrong with a class folder beyond `classes`."""
     unread: Counter[str] = Counter()
-    lists = {split: _scan_split(root, name, classes, unread) for split, name in folders.items() if name is not None}
+    lists = {
+        split: _scan_split(root, name, classes, unknown, unread) for split, name in folders.items() if name is not None
+    }
     warn_of_unread(root, unread)
     _warn_of_classless([root / name for name in folders.values() if name is not None])
     return lists
@@ -97,14 +117,12 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _scan_split(root: Path, split: str, classes: tuple[str, ...], unread: Counter[str]) -> ImageList:
-    numbers = {name: label for label, name in enumerate(classes)}
+def _scan_split(root: Path, split: str, classes: tuple[str, ...], unknown: str, unread: Counter[str]) -> ImageList:
+    numbers = {_composed(name): label for label, name in enumerate(classes)}
     here = _subfolders(root / split)
     extra = [name for name in here if _composed(name) not in numbers]
     if extra:
-        raise UserError(
-            f"{root / split} holds the class folder {extra[0]!r} that the training folder lacks; remove or add it"
-        )
+        raise UserError(f"{root / split} holds the class folder {extra[0]!r} {unknown}")
     names, above = [], os.path.join(root, "")
     labels: list[int] = []
     for name in here:

@@ -81,6 +81,7 @@ def load_large(
     imbalance: float | None = None,
     imbalance_type: str = "exp",
     epochs_total: int | None = None,
+    trained: Sequence[str] | None = None,
 ) -> Source:
     """imagenet-lt, inat18, places-lt, folder, list or webdataset as a Source; see `ltfast.data.load` for the common
     options.
@@ -117,11 +118,13 @@ def load_large(
         "std": public.std if public else IMAGENET_STD,
     }
     lists = find_lists(
-        dataset, data_dir, train_list=train_list, val_list=val_list, test_list=test_list, val_per_class=val_per_class
-    )
+        dataset, data_dir, train_list=train_list, val_list=val_list, test_list=test_list, val_per_class=val_per_class,
+        trained=trained,
+    )  # fmt: skip
     lists = _shape(dataset, lists, imbalance, imbalance_type, limit_train, exclude_list)
     choice = choose_loader(loader, device, len(recipes))
-    validate_lists(lists, exist=choice.name != "synthetic" and lists["train"].loose)
+    exist = choice.name != "synthetic" and lists["train"].loose
+    validate_lists(lists, exist, trained=trained is not None)
     return source_class(choice.name)(lists, **options)
 
 
@@ -138,12 +141,14 @@ def _shape(
     if exclude_list is not None:
         bad = read_bad_list(exclude_list)
         whole, lists = lists, {split: images.without(bad) for split, images in lists.items()}
-        if bad and all(len(lists[split]) == len(whole[split]) for split in lists):
+        if bad and len(whole["train"]) and all(len(lists[split]) == len(whole[split]) for split in lists):
             raise UserError(
                 f"--exclude-list {exclude_list}: none of its {len(bad):,} paths is in the data set; it has "
                 f"{min(bad).decode(errors='replace')!r}, the train split {whole['train'].paths[0]!r}; write the list with "
                 "`ltfast data check --bad-list` on the same folder"
             )
+    if not len(lists["train"]):
+        return lists
     if imbalance is not None and imbalance != 1:
         if dataset in PUBLIC:
             raise UserError(f"--imbalance {imbalance:g}: {dataset} is long-tailed as it is; use it with folder or list")

@@ -72,7 +72,8 @@ class LargeSource(Ordered):
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         train = lists["train"]
-        check_batch(batch, len(train), world, train.source)
+        if len(train):  # else a model is evaluated
+            check_batch(batch, len(train), world, train.source)
         check_sampler(sampler, epochs_total)
         if on_bad_image not in ON_BAD_IMAGE:
             raise UserError(f"--on-bad-image {on_bad_image!r}: choose one of {', '.join(ON_BAD_IMAGE)}")
@@ -90,7 +91,7 @@ class LargeSource(Ordered):
         self.test_from = lists["test"].split or "test"
         self.lacking = lacking_classes({split: lists[split].labels for split in SPLITS}, self.num_classes)
         self.fingerprint = f"{train.fingerprint():08x}"
-        self.steps_per_epoch = steps_per_epoch(len(train), batch)
+        self.steps_per_epoch = steps_per_epoch(len(train), batch) if len(train) else 0
         self.batch, self.sampler, self.seed, self.epochs_total = batch, sampler, seed, epochs_total
         self.rank, self.world, self.workers = rank, world, workers
         self.on_bad_image = on_bad_image

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,9 +47,10 @@ class ImageList:
 
     @property
     def num_classes(self) -> int:
-        """Largest label plus one, or the number of names where the format carries names."""
-        if self.class_names is not None:
-            return len(self.class_names)
+        """Largest label plus one, or the number of names (of numbers, see `no_images`) where these are given."""
+        known = self.class_ids if self.class_names is None else self.class_names
+        if known is not None:
+            return len(known)
         return int(self.labels.max()) + 1 if len(self) else 0
 
     @property
@@ -90,6 +91,16 @@ class ImageList:
         return self if keep.all() else self.select(np.flatnonzero(keep))
 
 
+def no_images(root: Path, classes: Sequence[str]) -> ImageList:
+    """The train list of a data set that has none, to evaluate a model with these classes on: names, or numbers from 0."""
+    numbers = tuple(range(len(classes)))
+    plain = tuple(classes) == tuple(map(str, numbers))
+    none = np.empty(0, dtype=np.int32)
+    return ImageList(
+        root, PathTable.of(()), none, "the run", None if plain else tuple(classes), class_ids=numbers if plain else None
+    )
+
+
 def read_list(path: str | Path, root: str | Path, named: bool = True) -> ImageList:
     """Reads one list file, format by suffix: .txt / .lst (space or tab), .csv, .tsv, .json (iNaturalist), each also as .gz.
 
@@ -125,13 +136,14 @@ def read_lists(
     files: Iterable[tuple[str, Path]],
     root: Path,
     check: Callable[[str, ImageList], None] = lambda split, images: None,
+    train: ImageList | None = None,
 ) -> dict[str, ImageList]:
     """The list files of a data set's splits, train first, each checked when it is read; classes are numbered as in train: by
-    number and name where both files have both, else by name.
+    number and name where both files have both, else by name. train: instead of a file.
 
     UserError for a class that train lacks or calls otherwise, and where one file has only numbers and the other only names.
     """
-    lists: dict[str, ImageList] = {}
+    lists = {} if train is None else {"train": train}
     for split, file in files:
         train = lists.get("train")
         images = read_list(file, root, named=train is None or train.class_names is not None)
@@ -210,16 +222,17 @@ def empty_classes(images: ImageList) -> str:
     )
 
 
-def validate_lists(lists: dict[str, ImageList], exist: bool = True) -> int:
+def validate_lists(lists: dict[str, ImageList], exist: bool = True, trained: bool = False) -> int:
     """Checks the splits of one data set together and returns C.
 
     train must hold every class 0..C-1 at least once, and two of them; no other split may name a class beyond them; test
     may not be empty; no path twice in a split or in two splits (the names in shards are no paths); with `exist` every
-    file must be there. Raises UserError naming the list, an example and the fix.
+    file must be there. trained: a model is to be evaluated, so train may hold nothing at all. Raises UserError naming the
+    list, an example and the fix.
     """
     train = lists["train"]
     num_classes = train.num_classes
-    if empty := empty_classes(train):
+    if (len(train) or not trained) and (empty := empty_classes(train)):
         raise UserError(empty)
     if num_classes < 2:
         raise UserError(f"{train.source}: only one class; a classifier needs at least two")

@@ -11,7 +11,7 @@ from ltfast.data import cifar
 from ltfast.data.augment import DIGITS_MEAN, DIGITS_STD, RECIPES, Plain, View, recipe
 from ltfast.data.digits import MIN_PER_CLASS, read_digits
 from ltfast.data.pack import read_pack
-from ltfast.data.pool import Pool, Splits, long_tail_splits
+from ltfast.data.pool import Pool, Splits, held_out_splits, long_tail_splits
 from ltfast.data.registry import DATASETS
 from ltfast.data.small import SmallSource
 from ltfast.data.tree import read_tree
@@ -37,18 +37,23 @@ def load_small(
     download: bool,
     epochs_total: int | None,
     image_size: int | None,
+    trained: Sequence[str] | None,
 ) -> SmallSource:
     """See `ltfast.data.load`."""
     info = DATASETS[dataset]
-    pool, where = _read(dataset, data_dir, download, image_size)
-    splits = long_tail_splits(
-        pool,
-        imbalance=info.imbalance if imbalance is None else imbalance,
-        imbalance_type=imbalance_type,
-        val_per_class=info.val_per_class if val_per_class is None else val_per_class,
-        limit_train=limit_train,
-        min_per_class=MIN_PER_CLASS if dataset == "digits-lt" else 0,
-        where=where,
+    pool, where = _read(dataset, data_dir, download, image_size, trained)
+    splits = (
+        held_out_splits(pool)
+        if trained is not None and not len(pool.labels)
+        else long_tail_splits(
+            pool,
+            imbalance=info.imbalance if imbalance is None else imbalance,
+            imbalance_type=imbalance_type,
+            val_per_class=info.val_per_class if val_per_class is None else val_per_class,
+            limit_train=limit_train,
+            min_per_class=MIN_PER_CLASS if dataset == "digits-lt" else 0,
+            where=where,
+        )
     )
     mean, std = _normalisation(dataset, splits)
     return SmallSource(
@@ -66,7 +71,9 @@ def load_small(
     )
 
 
-def _read(dataset: str, data_dir: Path | None, download: bool, image_size: int | None) -> tuple[Pool, str]:
+def _read(
+    dataset: str, data_dir: Path | None, download: bool, image_size: int | None, trained: Sequence[str] | None
+) -> tuple[Pool, str]:
     """The pool and the name that errors give it."""
     if dataset == "digits-lt":
         return read_digits(), dataset
@@ -77,7 +84,7 @@ def _read(dataset: str, data_dir: Path | None, download: bool, image_size: int |
             f"{dataset}: --data-dir is needed, a folder with train/<class>/ and test/<class>/, or an .npz pack"
         )
     if not data_dir.is_file():
-        return read_tree(data_dir, image_size), str(data_dir)
+        return read_tree(data_dir, image_size, trained=trained), str(data_dir)
     pool = read_pack(data_dir)
     side = pool.images.shape[-1]
     if image_size not in (None, side):

@@ -112,7 +112,17 @@ def long_tail_splits(
         labels = pool.labels[train]
         kept = limited_counts(np.bincount(labels, minlength=num_classes), limit_train)
         train = train[first_of_each_class(labels, kept)]
-    val_images, val_labels = (pool.images[subset.val], pool.labels[subset.val]) if pool.val is None else pool.val
+    return _splits(pool, train, subset.val)
+
+
+def held_out_splits(pool: Pool) -> Splits:
+    """The splits of a pool without training images, which a reader has checked: there is a model to evaluate."""
+    none = np.empty(0, dtype=np.int64)
+    return _splits(pool, none, none)
+
+
+def _splits(pool: Pool, train: IntArray, val: IntArray) -> Splits:
+    val_images, val_labels = (pool.images[val], pool.labels[val]) if pool.val is None else pool.val
     images = {"train": pool.images[train], "val": val_images, "test": pool.test_images}
     labels_of = {"train": pool.labels[train], "val": val_labels, "test": pool.test_labels}
     return Splits(

@@ -4,6 +4,7 @@ set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from ltfast.data.base import SPLITS
 from ltfast.data.folders import check_folder, scan_folder
-from ltfast.data.lists import ImageList, hold_out, hold_out_each, read_lists
+from ltfast.data.lists import ImageList, hold_out, hold_out_each, no_images, read_lists
 from ltfast.data.longtail import SUBSET_SEED
 from ltfast.data.registry import LARGE
 from ltfast.errors import UserError
@@ -93,13 +94,15 @@ def find_lists(
     val_list: str | Path | None = None,
     test_list: str | Path | None = None,
     val_per_class: int | None = None,
+    trained: Sequence[str] | None = None,
 ) -> dict[str, ImageList]:
     """The splits 'train', 'val', 'test' of imagenet-lt, inat18, places-lt, list or folder below `data_dir`, or of webdataset,
     whose data_dir and val_list, test_list are patterns of shards.
 
     The *_list options name files (relative to the working folder, then to data_dir); a public set also finds its
     lists by their published names in data_dir, data_dir/lists and the like. See assign_splits for val_per_class and
-    for a split that the set lacks.
+    for a split that the set lacks. trained: classes of a model that is to be evaluated, on a folder or a list; train may
+    then be missing, and is empty.
     """
     root = Path(data_dir)
     given = {"train": train_list, "val": val_list, "test": test_list}
@@ -111,11 +114,12 @@ def find_lists(
         return assign_splits(lists, val_per_class)
     check_folder(root)
     if dataset == "folder":
-        lists = scan_folder(root)
+        lists = scan_folder(root, trained)
     elif dataset == "list":
-        if train_list is None:
+        if train_list is None and trained is None:
             raise UserError("dataset 'list' needs --train-list FILE with lines '<relative path> <label>'")
-        lists = read_lists(((split, _locate(name, root)) for split, name in given.items() if name is not None), root)
+        files = ((split, _locate(name, root)) for split, name in given.items() if name is not None)
+        lists = read_lists(files, root, train=no_images(root, trained or ()) if train_list is None else None)
     elif dataset in PUBLIC:
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
@@ -129,15 +133,15 @@ def assign_splits(
     """'train', 'val' and 'test' of what a set has; val may be empty, and never holds test images: it chooses.
 
     Without a test split, the one named val is test; without both, `share` of each class of train is (a fixed draw,
-    never a class's last image). val_per_class: so many images of each class of the rest become val. UserError where the
-    set has val and test of its own and val_per_class is given.
+    never a class's last image). val_per_class: so many images of each class of the rest, if it has any, become val.
+    UserError where the set has val and test of its own and val_per_class is given.
     """
     lists = {split: replace(images, split=split) for split, images in lists.items()}
     if "test" not in lists and "val" in lists:
         lists["test"] = lists.pop("val")
     elif "test" not in lists:
         lists["train"], lists["test"] = hold_out(lists["train"], share, SUBSET_SEED)
-    if val_per_class:
+    if val_per_class and len(lists["train"]):
         if len(lists.get("val", ())):
             raise UserError(
                 f"--val-per-class {val_per_class}: {lists['val'].source} is a validation split of the set's own; "

@@ -54,7 +54,8 @@ class SmallSource(Ordered):
         self.test_from = splits.test_from
         self.lacking = lacking_classes(splits.labels, self.num_classes)
         self.fingerprint = f"{zlib.crc32(self.train_labels.numpy().tobytes(), splits.identity):08x}"
-        check_batch(batch, self.sizes["train"], world, name)
+        if self.sizes["train"]:  # else a model is evaluated
+            check_batch(batch, self.sizes["train"], world, name)
         check_sampler(sampler, epochs_total)
         self.device = torch.device(device)
         self.images = {split: splits.images[split].to(self.device) for split in SPLITS}
@@ -63,7 +64,7 @@ class SmallSource(Ordered):
         self.normalise(plain.mean, plain.std)
         self.batch, self.sampler, self.seed = batch, sampler, seed
         self.rank, self.world, self.epochs_total = rank, world, epochs_total
-        self.steps_per_epoch = steps_per_epoch(self.sizes["train"], batch)
+        self.steps_per_epoch = steps_per_epoch(self.sizes["train"], batch) if self.sizes["train"] else 0
         probe = self.plain(self.images["train"][:1])
         self.input_shape: tuple[int, int, int] = (probe.shape[1], probe.shape[2], probe.shape[3])
 

@@ -5,6 +5,7 @@ The tree, and what stands in for a split that it lacks, are those of the data se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,15 +24,16 @@ READERS = 8
 """Threads: they overlap the file system's waiting, decoding itself gains little from them."""
 
 
-def read_tree(root: Path, size: int | None = None, share: float = HELD_OUT_SHARE) -> Pool:
+def read_tree(
+    root: Path, size: int | None = None, share: float = HELD_OUT_SHARE, trained: Sequence[str] | None = None
+) -> Pool:
     """All pictures as RGB squares. size: side to resize to (bilinear), None takes the first picture's shorter side;
-    share: of each class of train, to test on where there is neither test/ nor val/.
+    share: of each class of train, to test on where there is neither test/ nor val/; trained: see `scan_folder`.
     """
-    lists = assign_splits(scan_folder(root), share=share)
-    validate_lists(lists, exist=False)
-    names = lists["train"].class_names
-    assert names is not None
-    size = size or min(_load(lists["train"].file(0)).size)
+    lists = assign_splits(scan_folder(root, trained), share=share)
+    validate_lists(lists, exist=False, trained=trained is not None)
+    names = lists["train"].names
+    size = size or min(_load(lists["train" if len(lists["train"]) else "test"].file(0)).size)
     read = {split: _read(images, size) for split, images in lists.items()}
     val = read["val"] if len(lists["val"]) else None
     return Pool(*read["train"], *read["test"], names, val, lists["test"].split, lists["train"].fingerprint())
