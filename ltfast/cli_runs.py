@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import math
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ltfast.config import flag
@@ -14,6 +17,8 @@ from ltfast.places import LISTS, short
 from ltfast.tables import write_csv
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ltfast.data.base import Source
 
 
@@ -34,8 +39,12 @@ def add_run_commands(commands: Any) -> None:
     add_prior(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument(
-        "--csv", default=None, metavar="FILE", help="also write a table: class, training images, accuracy"
+        "--csv", default=None, metavar="FILE", help="also write a table: class, training images, test images, accuracy"
     )
+    evaluate.add_argument(
+        "--predictions", default=None, metavar="FILE",
+        help="also write a row per picture: path (index where it has none), class, predicted class, its probability",
+    )  # fmt: skip
     evaluate.set_defaults(run=command_eval)
 
     report = commands.add_parser("report", help="one HTML page with the figures of one or several runs")
@@ -89,6 +98,12 @@ def command_eval(args: argparse.Namespace) -> int:
     from ltfast.text import to_json
 
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
+    answers: list[tuple[int, int, int, float]] = []
+
+    def note(logits: Tensor, labels: Tensor, index: Tensor) -> None:
+        probability, predicted = logits.double().softmax(1).max(1)
+        answers.extend(zip(*(t.tolist() for t in (index, labels, predicted, probability)), strict=True))
+
     result, source = evaluate_run(
         args.folder,
         args.checkpoint,
@@ -99,10 +114,13 @@ def command_eval(args: argparse.Namespace) -> int:
         device=args.device,
         tta=args.tta,
         prior=args.prior,
+        each=note if args.predictions else None,
     )
     run = RunFolder.open(args.folder)
     if args.csv:
         write_classes(args.csv, result, source)
+    if args.predictions:
+        write_predictions(args.predictions, answers, source, args.split)
     if args.json:
         about = {
             "split": args.split,
@@ -121,10 +139,22 @@ def command_eval(args: argparse.Namespace) -> int:
 
 
 def write_classes(path: str, result: dict[str, Any], source: Source) -> None:
-    """One row per class: name, training images, accuracy in per cent (empty for a class without an image to test)."""
+    """One row per class: name, images trained and tested on, accuracy in per cent (empty for a class without one to test)."""
     accuracies = ["" if value is None else f"{value:.2f}" for value in result["per_class"]]
-    rows = zip(source.class_names, source.train_counts.tolist(), accuracies, strict=True)
-    write_csv(path, [("class", "train_images", "accuracy"), *rows])
+    rows = zip(source.class_names, source.train_counts.tolist(), result["test_counts"], accuracies, strict=True)
+    write_csv(path, [("class", "train_images", "test_images", "accuracy"), *rows])
+
+
+def write_predictions(path: str, answers: Iterable[tuple[int, int, int, float]], source: Source, split: str) -> None:
+    """One row per picture of `answers` (place in the split, class, predicted class, its probability); nothing is predicted
+    where the output was not finite."""
+    names, paths = source.class_names, source.paths.get(split)
+    rows = (
+        (paths[i] if paths else i, names[true], *((names[found], f"{p:.6g}") if math.isfinite(p) else ("", "")))
+        for i, true, found, p in answers
+    )
+    heads = ("path" if paths else "index", "class", "predicted", "probability")
+    write_csv(path, itertools.chain([heads], rows), "--predictions")
 
 
 def command_report(args: argparse.Namespace) -> int:

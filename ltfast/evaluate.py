@@ -51,11 +51,13 @@ def evaluate(
     logits: Callable[[Tensor], Tensor] | None = None,
     tta: str = "none",
     prior: Tensor | None = None,
+    each: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of `ltfast.metrics.Accumulator.to_dict` for `split` ("train", "val" or "test"); modes are kept.
 
     logits: pictures [b, ...] -> logits [b, C] of the model, if it is not to be called itself (compiled, autocast). It
     always gets as many pictures as in the first batch, so one compiled graph serves a split. tta: see `augmented`; prior: a `prior_shift`.
+    each: called with the logits [b, C] after both, the labels [b] and the places in the split [b] of each batch.
     """
     infer = augmented(logits or model, tta)
     shift = 0.0 if prior is None else prior.to(device)
@@ -69,7 +71,10 @@ def evaluate(
             if n < size:  # the last batch: filled up with copies of its last picture, which do not count
                 # Indexing keeps the memory format, which a compiled graph hangs on as well; torch.cat would not.
                 pictures = pictures[torch.arange(size, device=pictures.device).clamp_max(n - 1)]
-            accumulator.update(infer(pictures)[:n].float() + shift, batch.labels)
+            answers = infer(pictures)[:n].float() + shift
+            accumulator.update(answers, batch.labels)
+            if each is not None:
+                each(answers, batch.labels, batch.index)
     for tensor in accumulator.state().values():
         (ranks or Ranks()).sum_(tensor)
     return accumulator.to_dict()
@@ -85,12 +90,13 @@ def evaluate_run(
     device: str | None = None,
     tta: str | None = None,
     prior: str | None = None,
+    each: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """(figures, data source) of a finished run's `last` or `best` weights; on_bad_image: "skip" leaves out, "fail" raises.
 
     data_dir, lists: where data and lists ({"test_list": FILE, ...}) lie now, if they moved, or others to judge by: a folder
     may then lack train, and beside data_dir and a test_list only lists that are given are read. device, tta: instead of the run's.
-    prior: class frequencies to answer for, see `prior_shift`; None: those that the loss assumed.
+    prior: class frequencies to answer for, see `prior_shift`; None: those that the loss assumed. each: see `evaluate`.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or its data is missing; the split is drawn from the training
@@ -123,4 +129,4 @@ def evaluate_run(
     checkpoint.load_into(model, weights)
     forward = build.build_forward(config.with_(compile="off"), model.to(place), None, place)
     shift = None if prior is None else prior_shift(config, source.train_counts, prior)
-    return evaluate(model, source, split, place, ranks, forward.logits, config.run.tta, shift), source
+    return evaluate(model, source, split, place, ranks, forward.logits, config.run.tta, shift, each), source

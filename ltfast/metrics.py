@@ -96,12 +96,12 @@ class Accumulator:
             state["confusion"].view(-1).index_add_(0, cell, (valid & finite).long())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able result in percent: top1, top5 (of min(5, C)), macro, many, medium, few, per_class, ece; and n.
+        """JSON-able result in percent: top1, top5 (of min(5, C)), macro, many, medium, few, per_class, ece; and n, test_counts.
 
-        None marks what has no test image: an empty group, a class in per_class. ece: expected calibration error,
-        sum_b n_b / n |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017) and the rows that are finite,
-        None without one. nonfinite: rows that held NaN or infinity. confusion[c][p], if kept: test images of class c
-        predicted as p, without nonfinite rows.
+        None marks what has no test image: an empty group, a class in per_class. test_counts: images of each class. ece:
+        expected calibration error, sum_b n_b / n |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017) and the
+        rows that are finite, None without one. nonfinite: rows that held NaN or infinity. confusion[c][p], if kept: test
+        images of class c predicted as p, without nonfinite rows.
         This call waits for the device.
         """
         state = {name: tensor.cpu() for name, tensor in self._state.items()}
@@ -121,6 +121,7 @@ class Accumulator:
             "per_class": [float(a) if p else None for a, p in zip(accuracy, present, strict=True)],
             "ece": 100.0 * float(gap) / finite if finite else None,
             "nonfinite": int(state["nonfinite"]),
+            "test_counts": seen.tolist(),
         }
         if "confusion" in state:
             result["confusion"] = state["confusion"].tolist()
@@ -137,9 +138,9 @@ def format_table(
 ) -> str:
     """Plain-text table of a to_dict() result, beside a baseline's if given: overall figures first, then classes.
 
-    counts [C]: training images. Up to 30 classes each get a row in class order, beyond that the 10 least accurate, of equal ones
-    those with the most training images.
-    A row for images without a finite output comes in where there are any.
+    counts [C]: training images, beside those that were tested where the result says so. Up to 30 classes each get a row in
+    class order, beyond that the 10 least accurate, of equal ones those with the most training images. A row for images
+    without a finite output comes in where there are any.
     """
     counts = [int(c) for c in counts]
     if not len(counts) == len(class_names) == len(result["per_class"]):
@@ -147,22 +148,31 @@ def format_table(
             f"class_names, counts: {len(class_names)}, {len(counts)}, not {len(result['per_class'])} classes"
         )
     runs = [result] if baseline is None else [result, baseline]
-    rows = [(label, "", [run[key] for run in runs]) for key, label in OVERALL.items()]
+    tested = result.get("test_counts")
+
+    def images(train: object = "", test: object = "") -> str:
+        return f"{train:>8}" + ("" if tested is None else f" {test:>8}")
+
+    rows = [(label, images(), [run[key] for run in runs]) for key, label in OVERALL.items()]
     if result["nonfinite"]:
         shares = [100.0 * run.get("nonfinite", 0) / run["n"] if run.get("n") else None for run in runs]
-        rows.append(("images with NaN output %", "", shares))
+        rows.append(("images with NaN output %", images(), shares))
     order = list(range(len(counts)))
     title = "class"
     if len(order) > TABLE_MAX_CLASSES:
         shown = [c for c in order if result["per_class"][c] is not None]
         order = sorted(shown, key=lambda c: (result["per_class"][c], -counts[c]))[:TABLE_WORST_CLASSES]
         title = f"{len(order)} worst classes"
-    classes = [(class_names[c], str(counts[c]), [run["per_class"][c] for run in runs]) for c in order]
+    classes = [
+        (class_names[c], images(counts[c], tested and tested[c]), [run["per_class"][c] for run in runs]) for c in order
+    ]
     width = min(TABLE_NAME_WIDTH, max(len(name) for name, _, _ in [*rows, *classes, (title, "", [])]))
     columns = list(headings[: len(runs)]) + (["change"] if len(runs) == 2 else [])
     wide = min(TABLE_NAME_WIDTH, max(TABLE_FIGURE_WIDTH, *(len(heading) for heading in columns)))
-    lines = [_line("", "", columns, width, wide), *(_figures(*row, width, wide) for row in rows)]
-    lines += ["", _line(title, "images", columns, width, wide), *(_figures(*row, width, wide) for row in classes)]
+    lines = [_line("", images(), columns, width, wide), *(_figures(*row, width, wide) for row in rows)]
+    heads = "images" if tested is None else "train"
+    lines += ["", _line(title, images(heads, "test"), columns, width, wide)]
+    lines += [_figures(*row, width, wide) for row in classes]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -177,7 +187,7 @@ def _line(name: str, images: str, cells: Sequence[str], width: int, wide: int) -
     if len(name) > width:
         end = (width - 3) // 2  # both ends: long names often differ in their last letters
         name = f"{name[: width - 3 - end]}...{name[-end:]}"
-    return f"{name:<{width}} {images:>8}" + "".join(f" {cell[:wide]:>{wide}}" for cell in cells)
+    return f"{name:<{width}} {images}" + "".join(f" {cell[:wide]:>{wide}}" for cell in cells)
 
 
 def _mean(values: Tensor, mask: Tensor) -> float | None:

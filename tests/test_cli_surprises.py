@@ -287,8 +287,8 @@ def test_tables_of_classes_and_of_a_folder_of_pictures(
     run, data = trained
     assert main(["eval", str(run), "--csv", str(tmp_path / "classes.csv")]) == 0
     rows = list(csv.reader((tmp_path / "classes.csv").read_text().splitlines()))
-    assert rows[0] == ["class", "train_images", "accuracy"]
-    assert [row[:2] for row in rows[1:]] == [[name, "6"] for name in COLOURS]
+    assert rows[0] == ["class", "train_images", "test_images", "accuracy"]
+    assert [row[:3] for row in rows[1:]] == [[name, "6", "6"] for name in COLOURS]
     capsys.readouterr()
     assert main(["predict", str(run), str(data / "test"), "--csv", "--top", "2"]) == 0
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))

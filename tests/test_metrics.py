@@ -75,6 +75,7 @@ def test_figures_are_those_of_sklearn_and_of_naive_loops() -> None:
     assert result["many"] == pytest.approx(sum(per_class[:2]) / 2, abs=1e-10)  # > 100: 500, 101
     assert result["medium"] == pytest.approx(sum(per_class[2:5]) / 3, abs=1e-10)  # 20..100: 100, 50, 20
     assert result["few"] == pytest.approx(sum(per_class[5:]) / 2, abs=1e-10)  # < 20: 19, 1
+    assert result["test_counts"] == labels.bincount(minlength=7).tolist()
     assert result["nonfinite"] == 0
     json.dumps(result, allow_nan=False)
 
@@ -207,14 +208,17 @@ def test_table_puts_the_run_beside_the_baseline() -> None:
     change = f"{run['top1'] - baseline['top1']:+.2f}"
     assert figures["top-1 %"] == [f"{run['top1']:.2f}", f"{baseline['top1']:.2f}", change]
     assert figures["many-shot %"] == [f"{run['many']:.2f}", "-", "-"]
-    assert figures["deer"][:2] == ["20", f"{run['per_class'][4]:.2f}"]
+    assert figures["deer"][:3] == ["20", str(run["test_counts"][4]), f"{run['per_class'][4]:.2f}"]
     assert f"{NAMES[6][:13]}...{NAMES[6][-12:]}" in figures
     assert len({len(line) for line in lines if line}) == 1
     assert lines.index("") == 8
     long = format_table(run, NAMES, COUNTS, baseline, headings=("balanced-softmax+sam+gkp", "ce")).splitlines()
     assert long[0].split() == ["balanced-softmax+sam+gkp", "ce", "change"]
     assert len({len(line) for line in long if line}) == 1
+    older = {key: value for key, value in run.items() if key != "test_counts"}
+    assert format_table(older, NAMES, COUNTS).splitlines()[9].split() == ["class", "images", "this", "run"]
     alone = format_table(run, NAMES, COUNTS)
+    assert alone.splitlines()[9].split() == ["class", "train", "test", "this", "run"]
     assert "change" not in alone
     assert "baseline" not in alone
 

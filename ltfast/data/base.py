@@ -6,7 +6,7 @@ have more than 100 training images, medium-shot 20 to 100, few-shot fewer than 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,7 +40,7 @@ class Source(Protocol):
     of images (val may have none); test_from is the set's own split that the test images are of, 'val' where the set calls
     it so, 'train' where they are held out of it; lacking maps each split to its number of classes without an image;
     fingerprint tells other training images in hexadecimal, wherever they lie; eval_batch is how many images `evaluate`
-    gives at a time.
+    gives at a time; paths maps each split to the names of its files, where they are files.
     """
 
     num_classes: int
@@ -54,6 +54,7 @@ class Source(Protocol):
     fingerprint: str
     steps_per_epoch: int
     eval_batch: int
+    paths: Mapping[str, Sequence[str]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

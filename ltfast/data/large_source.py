@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -88,6 +88,7 @@ class LargeSource(Ordered):
         self.train_counts = torch.bincount(self.train_labels, minlength=self.num_classes)
         self.input_shape = (3, image_size, image_size)
         self.sizes = {split: len(lists[split]) for split in SPLITS}
+        self.paths: Mapping[str, Sequence[str]] = {split: lists[split].paths for split in SPLITS}
         self.test_from = lists["test"].split or "test"
         self.lacking = lacking_classes({split: lists[split].labels for split in SPLITS}, self.num_classes)
         self.fingerprint = f"{train.fingerprint():08x}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltfast.data.longtail import IntArray, first_of_each_class, limited_counts, long_tail_counts, select_subset
+from ltfast.data.paths import PathTable
 from ltfast.errors import UserError
 
 ImageArray = NDArray[np.uint8]
@@ -44,6 +46,8 @@ class Pool:
     """See base.Source."""
     identity: int = 0
     """Differs for other pictures where labels alone do not tell: of their names or files."""
+    paths: Mapping[str, PathTable] = field(default_factory=dict)
+    """Names of the files of each split, where they are files."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Splits:
     """See base.Source."""
     identity: int = 0
     """That of the pool."""
+    paths: Mapping[str, PathTable] = field(default_factory=dict)
+    """See base.Source."""
 
     @property
     def train_counts(self) -> Tensor:
@@ -123,6 +129,10 @@ def held_out_splits(pool: Pool) -> Splits:
 
 def _splits(pool: Pool, train: IntArray, val: IntArray) -> Splits:
     val_images, val_labels = (pool.images[val], pool.labels[val]) if pool.val is None else pool.val
+    paths = dict(pool.paths)
+    if paths:
+        paths["train"], drawn = paths["train"].select(train), paths["train"].select(val)
+        paths["val"] = drawn if pool.val is None else paths["val"]
     images = {"train": pool.images[train], "val": val_images, "test": pool.test_images}
     labels_of = {"train": pool.labels[train], "val": val_labels, "test": pool.test_labels}
     return Splits(
@@ -131,6 +141,7 @@ def _splits(pool: Pool, train: IntArray, val: IntArray) -> Splits:
         pool.class_names,
         pool.test_from,
         pool.identity,
+        paths,
     )
 
 

@@ -8,7 +8,7 @@ see the same.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class SmallSource(Ordered):
         self.train_labels = splits.labels["train"]
         self.train_counts = splits.train_counts
         self.sizes = {split: len(splits.labels[split]) for split in SPLITS}
+        self.paths: Mapping[str, Sequence[str]] = splits.paths
         self.test_from = splits.test_from
         self.lacking = lacking_classes(splits.labels, self.num_classes)
         self.fingerprint = f"{zlib.crc32(self.train_labels.numpy().tobytes(), splits.identity):08x}"

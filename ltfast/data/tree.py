@@ -36,7 +36,8 @@ def read_tree(
     size = size or min(_load(lists["train" if len(lists["train"]) else "test"].file(0)).size)
     read = {split: _read(images, size) for split, images in lists.items()}
     val = read["val"] if len(lists["val"]) else None
-    return Pool(*read["train"], *read["test"], names, val, lists["test"].split, lists["train"].fingerprint())
+    paths = {split: images.paths for split, images in lists.items()}
+    return Pool(*read["train"], *read["test"], names, val, lists["test"].split, lists["train"].fingerprint(), paths)
 
 
 def _read(images: ImageList, size: int) -> tuple[ImageArray, IntArray]:

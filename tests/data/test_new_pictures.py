@@ -1,16 +1,19 @@
-"""A run is judged by pictures that came after it: a folder with test/ alone, or a list of them."""
+"""A run is judged by pictures that came after it (a folder with test/ alone, or a list of them), and picture by picture."""
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from ltfast.cli import main
+from ltfast.cli_runs import write_predictions
 from tests.data.small_sets import write_tree
 from tests.data.test_cli_data import TREE
 
@@ -87,3 +90,30 @@ def test_a_list_of_new_pictures_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert unknown in capsys.readouterr().err
     assert main(["eval", str(run), *words, "--train-list", str(tmp_path / "train.csv")]) == 2
     assert "train.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset", ["folder", "folder-small"])
+def test_a_row_for_each_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str) -> None:
+    data, run, file = write_tree(tmp_path / "data", TREE), tmp_path / "run", tmp_path / "pictures.csv"
+    assert main(train(data, run, dataset, "--val-per-class", "2", "--epochs", "3")) == 0
+    found = {}
+    for split, prior in (("test", None), ("val", None), ("test", "uniform")):
+        words = ["--split", split, "--predictions", str(file), *(["--prior", prior] if prior else [])]
+        result = evaluated(capsys, run, *words)
+        rows = list(csv.DictReader(file.read_text().splitlines()))
+        assert len({row["path"] for row in rows}) == len(rows) == result["n"] == 6
+        for row in rows:
+            assert (data / row["path"]).is_file()
+            assert Path(row["path"]).parts[:2] == ("test" if split == "test" else "train", row["class"])
+        assert result["top1"] == pytest.approx(100 * sum(row["class"] == row["predicted"] for row in rows) / 6)
+        assert all(1 / 3 < float(row["probability"]) <= 1 for row in rows)
+        found[split, prior] = [row["probability"] for row in rows]
+    assert found["test", None] != found["test", "uniform"]
+    assert main(["eval", str(run), "--predictions", str(tmp_path / "none" / "a.csv")]) == 2
+    assert f"--predictions {tmp_path}/none/a.csv: cannot be written" in capsys.readouterr().err
+
+
+def test_rows_of_pictures_without_files_and_without_an_answer(tmp_path: Path) -> None:
+    source: Any = SimpleNamespace(class_names=("ant", "bee"), paths={})
+    write_predictions(str(tmp_path / "a.csv"), [(0, 1, 0, 0.75), (1, 1, 0, float("nan"))], source, "test")
+    assert (tmp_path / "a.csv").read_text() == "index,class,predicted,probability\n0,bee,ant,0.75\n1,bee,,\n"

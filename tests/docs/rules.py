@@ -44,6 +44,7 @@ RULES = (
         (*QUICK, *TINY, "--model", "resnet8", "--batch", "32", "--imbalance", "4"),
     ),
     Rule(r"ltfast train\b", RUN, QUICK),
+    Rule(r"ltfast eval RUN --data-dir NEW", PARSED),
     Rule(r"ltfast report RUN", RUN),
     Rule(r"ltfast export .*--format (torch-export|onnx)", SLOW),
     Rule(r"ltfast data check train-\{", PARSED),
