@@ -20,6 +20,7 @@ Legend: n images, C classes, N = steps * batch places.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from ltfast.data.rng import generator
 from ltfast.errors import UserError
 
+STEPS_ADVISED = 10  # of an epoch, about, where a batch is too large
 SAMPLERS = ("instance", "class-balanced", "sqrt", "progressive", "group-stratified")
 
 
@@ -44,7 +46,11 @@ def check_batch(batch: int, n: int, world: int, name: str) -> None:
     if batch < 1:
         raise UserError(f"--batch {batch}: it must be at least 1")
     if batch > n:
-        raise UserError(f"--batch {batch} is larger than the {n} training images of {name}; choose at most {n}")
+        fitting = world * 2 ** max(round(math.log2(max(n, 1) / world / STEPS_ADVISED)), 0)
+        raise UserError(
+            f"--batch {batch} is larger than the {n} training images of {name}; --batch {fitting} makes {-(-n // fitting)} steps "
+            "of them"
+        )
     if batch % world:
         raise UserError(
             f"--batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}, "

@@ -372,7 +372,7 @@ def test_identity_is_plain_values_and_a_changed_batch_is_caught(root):
 
 def test_user_errors_of_the_constructor(root):
     for options, text in (
-        ({"batch": 24}, "--batch 24 is larger than the 23 training images"),
+        ({"batch": 24}, "--batch 24 is larger than the 23 training images of .*; --batch 2 makes 12 steps of them"),
         ({"batch": 7, "world": 2}, "--batch 7 cannot be shared evenly"),
         ({"sampler": "best"}, "--sampler 'best'"),
         ({"sampler": "progressive"}, "number of epochs"),

@@ -171,6 +171,8 @@ CASES = [
     ("val negative", cifar, {"val_per_class": -1}, "--val-per-class -1"),
     ("limit too small", cifar, {"limit_train": 9}, "--limit-train 9: at least one image for each of the 10 classes"),
     ("batch too large", nothing, DIGITS | {"batch": 325}, "--batch 325 is larger than the 324 training images"),
+    ("a batch to take", nothing, DIGITS | {"batch": 325}, "--batch 32 makes 11 steps of them"),
+    ("for ranks, too", nothing, DIGITS | {"batch": 330, "world": 3}, "--batch 24 makes 14 steps of them"),
     ("batch zero", nothing, DIGITS | {"batch": 0}, "--batch 0: it must be at least 1"),
     ("batch and ranks", nothing, DIGITS | {"batch": 33, "world": 2}, "--batch 33 cannot be shared evenly by 2"),
     ("sampler", nothing, DIGITS | {"sampler": "balanced"}, "--sampler 'balanced': choose one of instance"),
