@@ -103,7 +103,7 @@ def evaluate_run(
             pictures and these have changed.
     """
     from ltfast import build, checkpoint
-    from ltfast.places import moved
+    from ltfast.places import check_there, moved
     from ltfast.recipes import refuse_unread
     from ltfast.runs import RunFolder
 
@@ -118,6 +118,7 @@ def evaluate_run(
     refuse_unread(config.data.dataset, {"data_dir": data_dir, **(lists or {})})
     if data_dir and (lists or {}).get("test_list") and config.data.dataset == "list":
         config = config.with_(**{"train_list": None, "val_list": None, **(lists or {})})
+    check_there(config)
     classes, side = run.trained_on()
     if config.data.dataset == "folder-small" and os.path.isdir(config.data.data_dir or ""):
         config = config.with_(image_size=config.data.image_size or side)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ltfast.config import Config
+from ltfast.errors import UserError
 
 LISTS = ("train_list", "val_list", "test_list", "exclude_list")
 
@@ -35,6 +36,15 @@ def short(path: Path) -> str:
     except OSError:  # it is gone
         return str(path)
     return str(path.relative_to(here)) if here in path.parents and here != here.parent else str(path)
+
+
+def check_there(config: Config) -> None:
+    """UserError if a run's pictures are not where its config has them, and none are fetched."""
+    data = config.data
+    if data.data_dir and not (data.dataset == "webdataset" or data.download or os.path.exists(data.data_dir)):
+        raise UserError(
+            f"{data.data_dir}: no such folder of pictures; if they moved, --data-dir says where they lie now"
+        )
 
 
 def moved(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -22,7 +22,7 @@ from ltfast.errors import UserError
 from ltfast.models import LongTailModel
 from ltfast.objective import Objective
 from ltfast.observe import head_and_tail
-from ltfast.places import moved
+from ltfast.places import check_there, moved
 from ltfast.preserve import sample_indices
 from ltfast.runs import RunFolder
 
@@ -186,6 +186,7 @@ def open_live(view: RunView, *, device: str = "auto", data_dir: str | None = Non
         config = moved(config, {"data_dir": data_dir})
     where = build.build_device(config, Ranks())
     try:
+        check_there(config)
         source = build.build_data(config, where, Ranks())
         view.folder.as_trained(source, "test", str(view.folder))
     except UserError as error:

@@ -55,6 +55,11 @@ def test_a_folder_of_test_pictures_alone(
     assert (fewer["n"], fewer["per_class"][1]) == (4, None)
     assert fewer["train_counts"] == before["train_counts"]
 
+    old.rename(tmp_path / "older")
+    assert main(["eval", str(run)]) == 2
+    gone = f"{old}: no such folder of pictures; if they moved, --data-dir says where they lie now\n"
+    assert capsys.readouterr().err.endswith(gone)
+
     (new / "Testing/class009").mkdir()
     assert main(["eval", str(run), "--data-dir", str(new)]) == 2
     classes = "class000, class001, class002"
