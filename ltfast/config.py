@@ -104,7 +104,8 @@ class Model:
     projection_hidden: int = _opt(512, "hidden width of the projection heads", paper="512 (CIFAR), 2048", least=1)
     projection_out: int = _opt(128, "output width of the projection heads", paper="128 (CIFAR), 1024", least=1)
     weights: str | None = _opt(
-        None, "start from these encoder weights: a file, or DEFAULT = torchvision's for this model"
+        None,
+        "start from these encoder weights: a file, or DEFAULT = torchvision's for this model; none = random, in any recipe",
     )
 
 
@@ -342,9 +343,10 @@ TYPES: dict[str, Any] = {name: hint for cls in SECTIONS.values() for name, hint 
 
 
 def nearest(name: str, known: Any) -> str:
-    """' (did you mean X?)' or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """' (did you mean X?)' or an empty string; X are all that go on from `name` by a hyphen, or the one most like it."""
+    longer = [other for other in known if other.startswith(f"{name}-")]
+    close = longer or difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {', '.join(close[:-1])}{' or ' if close[1:] else ''}{close[-1]}?)" if close else ""
 
 
 def section_of(name: str) -> str:

@@ -171,6 +171,8 @@ def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flag
     if dataset not in RECIPES:
         raise UserError(f"--dataset {dataset}: unknown{nearest(dataset, RECIPES)}; see `ltfast datasets`")
     layers = {**RECIPES[dataset](), **method_values(method), **file_values, **flags, "dataset": dataset}
+    if layers.get("weights") in ("", "none"):
+        layers["weights"] = None
     config = Config().with_(**layers)
     given = {name: getattr(config.data, name) for name in READ_BY}
     refuse_unread(dataset, {name: value for name, value in given.items() if value != FIELDS[name][1].default})

@@ -184,6 +184,7 @@ def test_bank_of_an_earlier_run(run: Path, tmp_path: Path, capsys) -> None:
 
 BAD = [
     (["train", "--method", "gsa-papr"], "did you mean gsa-paper"),
+    (["train", "--method", "ce+gsa"], "'gsa' (did you mean gsa-paper, gsa-full, gsa-exact or gsa-release?)"),
     (["train", "--dataset", "digit-lt"], "did you mean digits-lt"),
     (["train", "--epochs", "ten"], "--epochs ten: needs a number"),
     (["train", "--epoch", "3"], "did you mean --epochs?); see `ltfast train --help`"),
@@ -359,6 +360,10 @@ def test_the_recipe_of_fine_tuning_takes_any_pictures_and_leaves_the_last_word_t
         assert (lines["method"].strip(), lines["weights"].strip()) == (f"{method} on resnet18", "DEFAULT")
         assert lines["descent"].strip().startswith(f"sgd, lr {lr}, cosine schedule, warm-up 3 epochs")
         assert "40 epochs x 4 steps" in lines["steps"]
+    for none in ("none", ""):
+        assert main([*words, "--weights", none, "--model", "resnet18"]) == 0
+        lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        assert lines["weights"].strip() == "random"
     assert main(["train", "--recipe", "fine-tuned"]) == 2
     assert "did you mean fine-tune?" in capsys.readouterr().err
 

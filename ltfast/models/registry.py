@@ -1,9 +1,11 @@
 """Encoders by name: the CIFAR ResNets of resnet.py and every torchvision classifier with its last layer removed."""
 
 import difflib
+import os
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from ltfast.checkpoint import current_names
@@ -128,8 +130,10 @@ def _fetched(name: str, published: Any) -> dict[str, Any]:
     try:
         return current_names(published.get_state_dict(check_hash=True, weights_only=True))
     except OSError as error:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise UserError(
-            f"weights: {published.name!r} of {name} could not be downloaded ({error}); go online once"
+            f"weights: {published.name!r} of {name} could not be downloaded ({error}); fetch {published.url} elsewhere and give the "
+            f"file as --weights FILE, or put it into {folder}; --weights none starts from random weights"
         ) from error
 
 
