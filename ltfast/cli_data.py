@@ -27,7 +27,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--csv", default=None, metavar="FILE", help="write every bad, repeated and copied file here")
     check.set_defaults(run=command_check)
 
-    stats = verbs.add_parser("stats", help="class counts, many / medium / few, imbalance")
+    stats = verbs.add_parser("stats", help="class counts and names, many / medium / few, imbalance")
     _add_lists(stats)
     stats.add_argument("--plot", default=None, metavar="PNG", help="draw the class counts")
     stats.add_argument(
@@ -101,10 +101,11 @@ def command_check(args: argparse.Namespace) -> int:
 
 def command_stats(args: argparse.Namespace) -> int:
     from ltfast.data.lists import empty_classes, write_lists
-    from ltfast.data.stats import dataset_stats, plot_counts, print_stats
+    from ltfast.data.stats import dataset_stats, plot_counts, print_classes, print_stats
 
     lists = _lists(args)
     print_stats(dataset_stats(lists))
+    print_classes(lists)
     if empty := empty_classes(lists["train"]):
         print(empty)
     _print_note(lists)

@@ -18,6 +18,8 @@ from ltfast.progress import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+CLASSES_SHOWN = 20
+LARGEST_SHOWN = 5
 PERCENTILES = (10, 25, 50, 75, 90)
 
 
@@ -96,6 +98,28 @@ def print_stats(stats: list[SplitStats], console: Console | None = None) -> None
         rows[f"{name} ({bound})"] = [f"{n:,} class{'es' if n != 1 else ''}, {counted(m, 'image')}" for n, m in sizes]
     for name, cells in rows.items():
         table.add_row(name, *cells)
+    (console or RichConsole()).print(table)
+
+
+def print_classes(lists: dict[str, ImageList], console: Console | None = None) -> None:
+    """One table of the classes by name, that with most training images first: how many each split has of them. Of more than
+    CLASSES_SHOWN the LARGEST_SHOWN largest, and the smallest."""
+    from rich.console import Console as RichConsole
+    from rich.markup import escape
+    from rich.table import Table
+
+    splits = distinct(lists)
+    names = max((images.names for _, images in splits), key=len)  # a list may have labels that train has not
+    counts = np.stack([np.bincount(images.labels, minlength=len(names)) for _, images in splits], axis=1)
+    order = np.argsort(-counts[:, 0], kind="stable").tolist()
+    left_out = len(order) - CLASSES_SHOWN
+    table = Table("class", *(split for split, _ in splits), title="Images of each class")
+    for place, c in enumerate(order):
+        if left_out > 0 and place == LARGEST_SHOWN:
+            table.add_row(f"... {left_out:,} more ...")
+        if not LARGEST_SHOWN <= place < LARGEST_SHOWN + left_out:
+            shown = names[c].encode(errors="surrogateescape").decode(errors="replace")
+            table.add_row(escape(shown), *(f"{n:,}" for n in counts[c].tolist()))
     (console or RichConsole()).print(table)
 
 

@@ -16,7 +16,7 @@ from ltfast.data.decode import load_picture
 from ltfast.data.lists import ImageList, read_list
 from ltfast.data.paths import PathTable
 from ltfast.data.public import find_lists
-from ltfast.data.stats import dataset_stats, plot_counts, print_stats
+from ltfast.data.stats import dataset_stats, plot_counts, print_classes, print_stats
 from ltfast.errors import UserError
 from tests.data import bad_files
 from tests.data.pictures import data_folder, make_set
@@ -226,6 +226,24 @@ def test_statistics_and_plot(tmp_path):
     assert "150 .. 5" in console.export_text()
     plot_counts({"train": train}, tmp_path / "counts.png")
     assert (tmp_path / "counts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classes_are_named_with_their_counts(tmp_path):
+    def shown(names: list[str], counts: list[int]) -> list[list[str]]:
+        labels = np.repeat(np.arange(len(names)), counts).astype(np.int32)
+        paths = PathTable.of(map(str, range(len(labels))))
+        train = ImageList(tmp_path, paths, labels, "train", tuple(names))
+        console = Console(record=True, width=60, file=io.StringIO())
+        print_classes({"train": train, "val": train.select(np.arange(0)), "test": train.select(np.arange(2))}, console)
+        lines = console.export_text().splitlines()
+        return [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in lines if "\u2502" in line]
+
+    rows = shown(["Frosch", "[b]frosch", "byte \udcff"], [2, 1, 3])
+    assert rows == [["byte \ufffd", "3", "0"], ["Frosch", "2", "2"], ["[b]frosch", "1", "0"]]
+    assert len(shown([f"c{c}" for c in range(20)], list(range(1, 21)))) == 20
+    rows = shown([f"c{c}" for c in range(23)], list(range(1, 24)))
+    named = [f"c{c}" for c in (22, 21, 20, 19, 18)], [f"c{c}" for c in range(14, -1, -1)]
+    assert [row[0] for row in rows] == [*named[0], "... 3 more ...", *named[1]]
 
 
 def test_statistics_of_labels_with_gaps(tmp_path, monkeypatch, capsys):
