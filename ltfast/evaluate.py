@@ -116,7 +116,7 @@ def evaluate_run(
     ranks = Ranks()
     place = build.build_device(config, ranks)
     refuse_unread(config.data.dataset, {"data_dir": data_dir, **(lists or {})})
-    if data_dir and (lists or {}).get("test_list") and config.data.dataset == "list":
+    if data_dir and (lists or {}).get("test_list") and (config.data.dataset, split) == ("list", "test"):
         config = config.with_(**{"train_list": None, "val_list": None, **(lists or {})})
     check_there(config)
     classes, side = run.trained_on()

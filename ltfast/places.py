@@ -39,9 +39,10 @@ def short(path: Path) -> str:
 
 
 def check_there(config: Config) -> None:
-    """UserError if a run's pictures are not where its config has them, and none are fetched."""
+    """UserError if a run's pictures are not where its config has them; shards and CIFAR have errors of their own."""
     data = config.data
-    if data.data_dir and not (data.dataset == "webdataset" or data.download or os.path.exists(data.data_dir)):
+    own = data.dataset == "webdataset" or data.dataset.startswith("cifar")
+    if data.data_dir and not (own or os.path.exists(data.data_dir)):
         raise UserError(
             f"{data.data_dir}: no such folder of pictures; if they moved, --data-dir says where they lie now"
         )
