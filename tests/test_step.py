@@ -293,9 +293,9 @@ def test_classes_in_parts_take_the_same_step(monkeypatch: pytest.MonkeyPatch) ->
         step = take_step(net, objective, batch, RULES["cc-sam"], "classes")
         nets.append(net)
         found.append(step.ascent_stats)
-    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    assert difference(*nets) < 1e-6  # observed 1.8e-7: BLAS adds a larger Gram matrix up in another order
     for name, value in found[0].items():
-        assert torch.equal(found[1][name], value), name
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_batchnorm_statistics_move_once() -> None:
