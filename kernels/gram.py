@@ -5,8 +5,8 @@
 Shapes: grads [R, N] (1 <= R <= 64, dense rows at any distance), theta [N]; partials [P, R, R] and [P], float64.
 Dtypes: gradients float32 or bfloat16, theta float32.
 Accumulation: float32 inside a program (a few hundred terms a lane, then a tree), float64 across programs; on a CPU float32
-inside pieces of some thousands, float64 across them. Up to SMALL_ROWS rows the pairs are products on the CUDA cores; above,
-tiles go through the tensor cores as 3xTF32, which keeps float32's digits.
+inside pieces of some thousands, float64 across them (elements below 1e-20 are lost in the squares). Up to SMALL_ROWS rows the
+pairs are products on the CUDA cores; above, tiles go through the tensor cores as 3xTF32, which keeps float32's digits.
 Deterministic: two stages in a fixed order, no atomics; P depends on N and R only, not on the device.
 Mutates nothing. Bytes per element: R * sizeof(grad) + 4 (theta, where it is given).
 Source: the identities of Eq. 12-15 of arXiv 2603.21217 need nothing of the gradients but M and |theta|.
@@ -41,8 +41,8 @@ LARGE_PROGRAMS = 256
 REDUCE_COLUMNS = 8
 REDUCE_ROWS = 1024
 REDUCE_WARPS = 8
-# On a CPU, elements of a row whose products are summed in float32, by BLAS; pieces are added up in float64. Error of an entry
-# M_ij: 2e-8 |g_i| |g_j|, a twentieth of what whole blocks have; float64 throughout would take three times as long.
+# On a CPU, elements of a row whose products are summed in float32, by BLAS; pieces are added up in float64. Float64 throughout
+# would take about twice the time.
 PIECE = 4096
 
 
@@ -174,11 +174,13 @@ def _gram_partials_cpu(grads_RN: Tensor, theta_N: Tensor | None, adaptive: bool)
 
 
 def _products(u_Rn: Tensor) -> Tensor:
-    """u u^T [R, R] in float64, of pieces in their own dtype: one BLAS call for all whole pieces, one for the rest."""
+    """u u^T [R, R] in float64, of pieces in their own dtype, one BLAS call for all whole ones and one for the rest; in float64
+    where that overflows."""
     rows, n = u_Rn.shape
     whole = n - n % PIECE
     pieces, rest = u_Rn[:, :whole].view(rows, -1, PIECE).transpose(0, 1), u_Rn[:, whole:]
-    return torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64) + torch.mm(rest, rest.mT)
+    found = torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64) + torch.mm(rest, rest.mT)
+    return found if u_Rn.dtype == torch.float64 or found.isfinite().all() else _products(u_Rn.double())
 
 
 def _fold(rows: int, dtype: torch.dtype) -> int:

@@ -36,7 +36,7 @@ def quiet(name: str, *, seconds: float, reason: str | None) -> None:
     """The `Report` that says nothing."""
 
 
-def reason_of(error: BaseException) -> str:
+def reason_of(error: Exception) -> str:
     """What to tell of an error: its kind and the beginning of its text, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
 

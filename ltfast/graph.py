@@ -28,13 +28,6 @@ from ltfast.compiled import Report, quiet, reason_of
 WARMUP = 2
 
 
-def first_of(error: BaseException) -> BaseException:
-    """The error during whose handling, and that of others after it, this one was raised."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
 class Recorder(Protocol):
     """What `Captured` needs of CUDA; tests have one that needs no GPU."""
 
@@ -192,12 +185,22 @@ class Captured:
         """Record one branch; False if that or an earlier recording failed: nothing has run then, and nothing will be recorded
         any more."""
         started = time.perf_counter()
+        inside: list[Exception] = []
+
+        def function() -> Any:
+            try:
+                return self.function(branch, *self.inputs)
+            except Exception as error:
+                inside.append(error)
+                raise
+
         if self.failure.reason is None:
             try:
-                recording.replay, recording.outputs = self.recorder.record(lambda: self.function(branch, *self.inputs))
+                recording.replay, recording.outputs = self.recorder.record(function)
             except Exception as error:
-                # Ending a broken recording raises once more, that there was an error before.
-                first = first_of(error)
+                first = (
+                    inside[0] if inside else error
+                )  # ending a broken recording raises that there was an error before
                 if isinstance(first, torch.OutOfMemoryError):
                     raise first from None
                 self.failure.reason = reason_of(first)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from unicodedata import normalize
 
 import torch
 
@@ -129,7 +130,8 @@ class RunFolder:
         """UserError, begun by `what` and ended by `remedy`, if the run's classes are not `class_names` in this order."""
         for row in self.metrics("data")[-1:]:
             for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names)):
-                if there != here:
+                # macOS writes names with letters taken apart.
+                if there != here and normalize("NFC", str(there)) != normalize("NFC", str(here)):
                     raise UserError(f"{what}: class {c} is {there!r} there and {here!r} here; {remedy}")
 
     def check_held_out(self, source: Source, split: str, what: str) -> None:

@@ -30,8 +30,8 @@ DIGITS = 16  # hex digits of a shared file's checksum that its name shows
 class Store:
     """Writes and reads the checkpoints in `folder`, keeping the `keep` newest training states.
 
-    Saving returns as soon as the values are copied (on CUDA: as soon as the copies are queued), if what was saved of that kind
-    before is written; hashing and writing happen in one background thread, in the order of the calls. A failed write keeps what
+    Saving returns as soon as the values are copied (on CUDA: as soon as the copies are queued), and after what was saved of
+    that kind before is written; hashing and writing happen in one background thread, in the order of the calls. A failed write keeps what
     was there before; `problems` tells, `flush` raises. Weights that could not be written are tried again with the next write.
     `note` receives a line for the user when a damaged state is passed over.
     """
@@ -129,12 +129,15 @@ class Store:
         self._thread.shutdown(wait=True)
 
     def _settle(self, *kinds: str) -> None:
-        for kind in kinds or list(self._jobs):
-            if job := self._jobs.pop(kind, None):
+        """Wait for the jobs of these kinds (none given: of all); what others have ended with is seen, too."""
+        for kind, job in list(self._jobs.items()):
+            if not kinds or kind in kinds or job.done():
+                del self._jobs[kind]
                 job.result()
 
     def _submit(self, kind: str, tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tensor]], object]) -> None:
-        self._settle(kind)  # at most one version of anything waits in memory
+        # At most one version of anything waits in memory. One that is to be tried again is so by whatever job comes next.
+        self._settle(*() if kind in self._again else (kind,))
         host, event = self._to_host(kind, tensors)
 
         def work() -> None:

@@ -368,8 +368,10 @@ def train(
             raise
         raise told from None
     finally:
-        # After a mistake that all ranks meet, the launcher signals those that have not ended yet.
-        with Signals(main=False):
+        # After a mistake that all ranks meet, the launcher signals those that have not ended yet: they finish what is being
+        # written. Who has been asked to stop before ends at once.
+        asked = trainer is not None and hasattr(trainer, "watch") and trainer.watch.signals.received
+        with contextlib.nullcontext() if asked else Signals(main=False):
             progress.end()
             if trainer is not None and trainer.store is not None:
                 trainer.store.close()

@@ -199,6 +199,44 @@ def test_nothing_waits_for_the_write_of_another_kind(tmp_path: Path, monkeypatch
     assert Store(tmp_path).load()[1] == {"epoch": 2}
 
 
+def test_what_is_to_be_written_again_is_settled_before_its_memory_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that did not fit on the disk are tried again by the next job, of whatever kind."""
+    saved, tries, slow = checkpoint.save, [], threading.Event()
+
+    def save(path: Path, *args: Any) -> None:
+        if path.name.startswith("last"):
+            tries.append(path)
+            if len(tries) == 1:
+                raise OSError(errno.ENOSPC, "full")
+            assert slow.wait(60)
+        saved(path, *args)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    store, waited = Store(tmp_path), []
+    store.save_weights("last", state(1), {})
+    store._settle()
+    settle = store._settle
+    monkeypatch.setattr(store, "_settle", lambda *kinds: (waited.append(kinds), settle(*kinds)))
+    store.save_state(1, state(1), {})
+    threading.Timer(0.3, slow.set).start()
+    store.save_weights("last", state(2), {})
+    assert waited[-1] == ()
+    store.flush()
+    assert float(checkpoint.load(tmp_path / "last.safetensors")[0]["theta"][0]) == 2
+
+
+def test_an_error_of_one_kind_is_seen_by_the_next_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, saved = Store(tmp_path), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: 1 / 0)
+    store.save_weights("epoch-7", state(1), {})
+    assert store._jobs["epoch-7"].exception() is not None
+    monkeypatch.setattr(checkpoint, "save", saved)
+    with pytest.raises(ZeroDivisionError):
+        store.save_weights("last", state(1), {})
+
+
 def test_values_are_those_of_the_call(tmp_path: Path) -> None:
     store, live = Store(tmp_path), torch.zeros(1 << 20)
     store.save_state(1, {"theta": live}, {})

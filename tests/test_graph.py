@@ -94,17 +94,25 @@ def test_a_failed_recording_runs_everything_as_it_is_and_says_so_once() -> None:
 
 
 @pytest.mark.parametrize("first", [ValueError("why"), torch.OutOfMemoryError("short")])
-def test_the_first_error_of_a_broken_recording_is_told(first: Exception) -> None:
-    """Ending the recording raises another one."""
+def test_the_error_inside_a_broken_recording_is_told(first: Exception) -> None:
+    """Ending the recording raises another one; what the error itself came from is its own affair."""
 
     class Ends(Broken):
         def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             try:
-                raise first
+                function()
             finally:
                 raise RuntimeError("operation failed due to a previous error during capture")
 
-    captured = Captured(Counter(), "count", Ends(), warmup=1)
+    calls = []
+
+    def fails(branch: str, x: torch.Tensor) -> torch.Tensor:
+        calls.append(branch)
+        if len(calls) == 2:
+            raise first from KeyError("before")
+        return x
+
+    captured = Captured(fails, "count", Ends(), warmup=1)
     captured("add", torch.ones(3))
     if isinstance(first, torch.OutOfMemoryError):
         with pytest.raises(torch.OutOfMemoryError, match="short"):

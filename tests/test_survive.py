@@ -548,6 +548,8 @@ def test_a_folder_that_vanishes_during_the_run(tmp_path: Path) -> None:
     class Unmount(Notes):
         def epoch(self, epoch: int, epochs: int, phase: str, summary: Any, val: Any) -> None:
             if epoch == 1:
+                while not list(out.glob("checkpoints/state-*.safetensors")):  # the first epoch's is still being written
+                    time.sleep(0.01)
                 out.rename(tmp_path / "elsewhere")
 
     notes = Unmount()

@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _digits(text: np.ndarray, starts: np.ndarray, ends: np.ndarray, bad: np.ndar
 
 def parse_tsv(data: bytes, source: str, named: bool = True) -> Parsed:
     """Columns between tabs, as in parse_csv, where the first line names them; else '<path> <label>' lines."""
-    titles = next(csv.reader([_first_line(_decoded(data, source))], delimiter="\t"), [])
+    titles = _first_line(_decoded(data, source)).replace('"', "").split("\t")
     if min(_places(titles)[:2]) < 0:
         return parse_text(data, source)
     return parse_csv(data, source, named, "\t")
@@ -138,7 +139,7 @@ def _csv_columns(
     columns: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
     lines: list[int] = []
     places, header, split = [0, 1, -1, -1], False, ""
-    for row in filter(None, rows):
+    for row in _rows(rows, source):
         if not lines and not header:
             found = _places(row)
             if header := min(found[:2]) >= 0:
@@ -156,6 +157,14 @@ def _csv_columns(
         for column in (labels, names)
     )
     return paths, labels, names, lines, header
+
+
+def _rows(rows: Any, source: str) -> Iterator[list[str]]:
+    """Rows of a csv reader that are not blank. UserError for one that it cannot take apart."""
+    try:
+        yield from (row for row in rows if any(map(str.strip, row)))
+    except csv.Error as error:
+        raise UserError(f"{source}: line {rows.line_num}: {error}; is a quotation mark missing?") from error
 
 
 def _decoded(data: bytes, source: str) -> str:

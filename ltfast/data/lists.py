@@ -175,7 +175,14 @@ def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:
 
 def _numbered_as(train: ImageList, images: ImageList) -> ImageList:
     if images.class_names is None:
-        if train.class_names is None or train.class_ids is not None:
+        if train.class_ids is not None:  # the numbers are those of train's file
+            label_of_id = {number: label for label, number in enumerate(train.class_ids)}
+            if unknown := sorted(set(images.labels.tolist()) - label_of_id.keys()):
+                raise UserError(
+                    f"{images.source}: label {unknown[0]} is not in {train.source}, whose labels are {_span(train.class_ids)}"
+                )
+            return replace(images, labels=np.array([label_of_id[i] for i in images.labels.tolist()], dtype=np.int32))
+        if train.class_names is None:
             return images
         raise UserError(
             f"{images.source}: labels are numbers, but {train.source} names its classes; name them here, too"
@@ -200,6 +207,10 @@ def _numbered_as(train: ImageList, images: ImageList) -> ImageList:
             raise UserError(f"{images.source}: {which} {what} {train.source}; all lists need the same categories")
     labels = np.array([label_of[key] for key in ours], dtype=np.int32)[images.labels]
     return replace(images, labels=labels, class_names=train.class_names, class_ids=train.class_ids)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}..{numbers[-1]}"
 
 
 def unknown_label(split: str, images: ImageList, train: ImageList) -> str:

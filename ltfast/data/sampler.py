@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ltfast.data.rng import generator
 from ltfast.errors import UserError
+from ltfast.progress import counted
 
 STEPS_ADVISED = 10  # of an epoch, about, where a batch is too large
 SAMPLERS = ("instance", "class-balanced", "sqrt", "progressive", "group-stratified")
@@ -47,10 +48,12 @@ def check_batch(batch: int, n: int, world: int, name: str) -> None:
         raise UserError(f"--batch {batch}: it must be at least 1")
     if batch > n:
         fitting = world * 2 ** max(round(math.log2(max(n, 1) / world / STEPS_ADVISED)), 0)
-        raise UserError(
-            f"--batch {batch} is larger than the {n} training images of {name}; --batch {fitting} makes {-(-n // fitting)} steps "
-            "of them"
+        advice = (
+            f"--batch {fitting} makes {counted(-(-n // fitting), 'step')} of them"
+            if fitting <= n
+            else "use fewer processes"
         )
+        raise UserError(f"--batch {batch} is larger than the {n} training images of {name}; {advice}")
     if batch % world:
         raise UserError(
             f"--batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}, "

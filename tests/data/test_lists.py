@@ -187,12 +187,17 @@ def test_csv_lists_have_the_classes_of_train(tmp_path):
     for test in ("path,class\nd,puma\ne,ant\n", "path,label,class\nd,0,puma\ne,1,ant\n", "d,0\ne,1\n"):
         assert found(numbered, test).labels.tolist() == [0, 1]
     assert found(numbered, "d 0\ne 1\n", "txt").labels.tolist() == [0, 1]
+    gapped = "path,class_id,class\na,1,fox\nb,2,puma\nc,5,ant\n"  # labels 0, 1, 2
+    for test in ("d,1\ne,5\n", "path,class_id,class\nd,1,\ne,5,ant\n", "path,class_id,class\nd,1,fox\ne,5,ant\n"):
+        assert found(gapped, test).labels.tolist() == [0, 2]
+    assert found(gapped, "d 1\ne 5\n", "txt").labels.tolist() == [0, 2]
     plain = "a,0\nb,1\nc,2\n"
     images = found(plain, "path,label,class\nd,0,puma\ne,2,ant\n")
     assert (images.labels.tolist(), images.class_names) == ([0, 2], None)
     for train, test, message in (
         (named, "path,class\nd,wolf\n", r"test\.csv: class 'wolf' is not in .*train\.csv; all lists need"),
         (numbered, "path,label,class\nd,0,fox\n", r"test\.csv: category 0 \('fox'\) is 'puma' in .*train\.csv"),
+        (gapped, "d,0\n", r"test\.csv: label 0 is not in .*train\.csv"),
         (named, "d,0\n", r"test\.csv: labels are numbers, but .*train\.csv names its classes"),
         (plain, "path,class\nd,fox\n", r"test\.csv: line 2: 'd,fox' is not .*; the train list has numbers, not names"),
     ):

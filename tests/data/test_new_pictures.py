@@ -91,7 +91,7 @@ def test_a_list_of_new_pictures_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert evaluated(capsys, run, *words)["n"] == 2
     judge.write_text(text.replace("class002\n" if named else ",2\n", "class009\n" if named else ",9\n"))
     assert main(["eval", str(run), *words]) == 2
-    unknown = "class 'class009' is not in the run" if named else "label 9 in test, but the run has classes 0..2"
+    unknown = "class 'class009' is not in the run" if named else "label 9 is not in the run, whose labels are 0..2"
     assert unknown in capsys.readouterr().err
     assert main(["eval", str(run), *words, "--train-list", str(tmp_path / "train.csv")]) == 2
     assert "train.csv" in capsys.readouterr().err

@@ -120,6 +120,13 @@ def test_gram_of_float64_rows_is_float64_throughout():
             assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-11)
 
 
+def test_squares_that_overflow_float32_are_summed_in_float64():
+    grads = 1e25 * normal(3, N, seed=1)
+    check(gram_partials(grads)[0], gram_partials_reference(grads, None, False)[0], "reduction")
+    grads[1, 7] = torch.inf
+    assert not gram_partials(grads)[0].isfinite().all()
+
+
 def test_autocast_narrows_no_product():
     grads = normal(2, N, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
