@@ -198,9 +198,8 @@ class Captured:
             try:
                 recording.replay, recording.outputs = self.recorder.record(function)
             except Exception as error:
-                first = (
-                    inside[0] if inside else error
-                )  # ending a broken recording raises that there was an error before
+                # Ending a broken recording raises that there was an error before.
+                first = inside[0] if inside else error
                 if isinstance(first, torch.OutOfMemoryError):
                     raise first from None
                 self.failure.reason = reason_of(first)

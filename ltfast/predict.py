@@ -128,7 +128,7 @@ def load_trained(where: str | Path, which: str = "last") -> Trained:
     rows = run.metrics("data")
     config = run.config
     if rows and "preprocess" in rows[-1]:
-        classes, preprocess, counts = (rows[-1][key] for key in ("class_names", "preprocess", "counts"))
+        classes, preprocess, counts = rows[-1]["class_names"], rows[-1]["preprocess"], rows[-1].get("counts")
     else:
         raise UserError(f"{where}: its metrics.jsonl does not say how pictures were prepared; was it cut or edited?")
     trained = _build(config, classes, preprocess, counts)

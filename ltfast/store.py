@@ -31,9 +31,9 @@ class Store:
     """Writes and reads the checkpoints in `folder`, keeping the `keep` newest training states.
 
     Saving returns as soon as the values are copied (on CUDA: as soon as the copies are queued), and after what was saved of
-    that kind before is written; hashing and writing happen in one background thread, in the order of the calls. A failed write keeps what
-    was there before; `problems` tells, `flush` raises. Weights that could not be written are tried again with the next write.
-    `note` receives a line for the user when a damaged state is passed over.
+    that kind before is written; hashing and writing happen in one background thread, in the order of the calls. A failed
+    write keeps what was there before; `problems` tells, `flush` raises. Weights that could not be written are tried again
+    with the next write. `note` receives a line for the user when a damaged state is passed over.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, note: Callable[[str], None] = print) -> None:
@@ -136,8 +136,9 @@ class Store:
                 job.result()
 
     def _submit(self, kind: str, tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tensor]], object]) -> None:
-        # At most one version of anything waits in memory. One that is to be tried again is so by whatever job comes next.
-        self._settle(*() if kind in self._again else (kind,))
+        self._settle(kind)  # at most one version of anything waits in memory
+        if kind in self._again:  # its memory is read by whatever job comes next
+            self._settle()
         host, event = self._to_host(kind, tensors)
 
         def work() -> None:

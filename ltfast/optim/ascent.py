@@ -170,9 +170,8 @@ class Ascent:
         torch.sum(theta_sq, dim=0, out=self.theta_sq)
         actual = partials.sum()
         bad = (actual - actual).ne(0).float()  # inf or NaN; isfinite is four launches
-        bad = bad.maximum(
-            self.stats["bad"].max()
-        )  # the classifier's rows overflowed: the coefficients, and this, are 0
+        # Where the classifier's rows have overflowed the coefficients are 0, and so is this.
+        bad = bad.maximum(self.stats["bad"].max())
         self.stats |= {"ok": self.stats["ok"] * (1 - bad), "bad": bad}
         part = None
         if known is not None:
