@@ -171,14 +171,18 @@ def run_cell(
             shared = tuple(shared_flags(flags).items())
             tensors, meta = scouted(dataset, config.loss.loss, seed, share, shared)
             restore(trainer, tensors, meta)
-        result = trainer.fit()
-        if "stopped" in result:
-            raise SystemExit(f"{cell.method}, seed {seed}: {result['stopped']}; no row written")
-        assert trainer.folder is not None
-        assert trainer.store is not None
-        trainer.store.close()
-        trainer.folder.close()
-        return {**tested(result["last"]), **mechanics(trainer.folder)}
+        return {**tested(fitted(trainer)["last"]), **mechanics(trainer.folder)}
+
+
+def fitted(trainer: Any) -> dict[str, Any]:
+    """What training to the end comes to; its run folder is closed."""
+    result = trainer.fit()
+    if "stopped" in result:
+        config = trainer.config
+        raise SystemExit(f"{config.method}, seed {config.run.seed}: {result['stopped']}; no row written")
+    trainer.store.close()
+    trainer.folder.close()
+    return result
 
 
 def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,6 +302,15 @@ def mechanics_text(runs: Iterable[Mapping[str, float]]) -> str:
     return ", ".join(parts)
 
 
+def row_config(dataset: str, cell: Cell, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of the run that it is of; where the data lies does not count, and of first weights their checksum does."""
+    config = {"method": cell.method, **USUAL, **study_of(dataset)[1], **cell.settings, **flags, "draws": seeded.DRAWS}
+    config.pop("data_dir", None)
+    if "weights" in flags:
+        config["weights"] = f"{zlib.crc32(Path(flags['weights']).read_bytes()):08x}"
+    return config
+
+
 def run_sweeps(
     sweeps: list[str],
     seeds: list[int],
@@ -335,12 +348,7 @@ def run_sweeps(
                 figures = run_cell(dataset, cell, seed, flags, in_common(dataset, cell, (c for _, c in cells.values())))
             seconds = time.monotonic() - begun
             longest = max(longest, seconds)
-            own = study_of(dataset)[1]
-            config = {"method": cell.method, **USUAL, **own, **cell.settings, **flags}
-            config |= {"sweep": sweep, "draws": seeded.DRAWS}
-            config.pop("data_dir", None)
-            if "weights" in flags:
-                config["weights"] = f"{zlib.crc32(Path(flags['weights']).read_bytes()):08x}"
+            config = {**row_config(dataset, cell, flags), "sweep": sweep}
             for metric, value in figures.items():
                 case = f"{dataset}/{name}/seed={seed}"
                 harness.append_row(bench_of(dataset), case, metric, round(value, 6), config=config)

@@ -20,8 +20,9 @@ import harness
 import seeded
 import torch
 
+from ltfast.evaluate import PRIORS
+
 METHODS = ("ce", "balanced-softmax")
-PRIORS = ("uniform", "train")
 
 
 def evaluations(study: str, method: str, seed: int, flags: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -35,8 +36,7 @@ def evaluations(study: str, method: str, seed: int, flags: dict[str, Any]) -> di
     with tempfile.TemporaryDirectory(prefix="ltfast-prior-") as folder:
         config = ablation.configured(study, method, {**flags, "seed": seed, "out": f"{folder}/run"})
         trainer = Trainer(config, RunFolder.create(config), Ranks(), Progress())
-        if "stopped" in trainer.fit():
-            raise SystemExit(f"{method}, seed {seed}: stopped; no row written")
+        ablation.fitted(trainer)
         counts, found = trainer.source.train_counts, {}
         for prior in PRIORS:
             shift = prior_shift(config, counts, prior)
@@ -48,11 +48,9 @@ def evaluations(study: str, method: str, seed: int, flags: dict[str, Any]) -> di
 
 def run(study: str, seeds: list[int], flags: dict[str, Any]) -> None:
     """Both methods at every seed, a row a figure."""
-    own = ablation.study_of(study)[1]
     for seed in seeds:
         for method in METHODS:
-            config = {"method": method, **ablation.FIXED, **own, **flags, "draws": seeded.DRAWS}
-            config.pop("data_dir", None)
+            config = ablation.row_config(study, ablation.Cell(method, {}), flags)
             for prior, figures in evaluations(study, method, seed, flags).items():
                 for metric, value in figures.items():
                     case = f"{study}/{method}/prior={prior}/seed={seed}"

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from unicodedata import normalize
 
 import torch
 
@@ -22,7 +21,7 @@ from ltfast.config import Config, flag, load_toml
 from ltfast.environment import environment
 from ltfast.errors import UserError
 from ltfast.places import absolute, short
-from ltfast.text import to_json, toml_of
+from ltfast.text import composed, to_json, toml_of
 
 if TYPE_CHECKING:
     from ltfast.data.base import Source
@@ -130,8 +129,7 @@ class RunFolder:
         """UserError, begun by `what` and ended by `remedy`, if the run's classes are not `class_names` in this order."""
         for row in self.metrics("data")[-1:]:
             for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names)):
-                # macOS writes names with letters taken apart.
-                if there != here and normalize("NFC", str(there)) != normalize("NFC", str(here)):
+                if there is None or here is None or composed(there) != composed(here):
                     raise UserError(f"{what}: class {c} is {there!r} there and {here!r} here; {remedy}")
 
     def check_held_out(self, source: Source, split: str, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Values as text: JSON and TOML."""
+"""Values as text: JSON and TOML; names in one form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from typing import Any
+from unicodedata import normalize
 
 
 def plain(value: Any) -> Any:
@@ -19,6 +20,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def composed(name: str) -> str:
+    """The name with its accents in its letters: macOS writes them apart, and the two spellings look the same."""
+    return normalize("NFC", name)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

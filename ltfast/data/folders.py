@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ltfast.data.longtail import first_of_each_class, limited_counts, long_tail_
 from ltfast.data.paths import PathTable, unreadable
 from ltfast.errors import UserError
 from ltfast.launch import speaks
+from ltfast.text import composed
 
 log = logging.getLogger("ltfast.data")
 FOLDER_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -61,7 +61,7 @@ def scan_folder(root: str | Path, trained: Sequence[str] | None = None) -> dict[
                 f"{root} holds {', '.join(there.values())} and no folder train; expected train/<class>/<picture>.jpg"
             )
         folders = {"train": ""}
-    classes = tuple(sorted({_composed(name) for name in _subfolders(root / (folders["train"] or ""))}))
+    classes = tuple(sorted({composed(name) for name in _subfolders(root / (folders["train"] or ""))}))
     if not classes:
         raise UserError(
             f"{root / (folders['train'] or '')} holds no class folders; expected <class>/<picture>.jpg below it"
@@ -113,14 +113,10 @@ def _warn_of_classless(splits: list[Path]) -> None:
         log.warning("pictures not read, for they lie in no class folder: %s", shown)
 
 
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
 def _scan_split(root: Path, split: str, classes: tuple[str, ...], unknown: str, unread: Counter[str]) -> ImageList:
-    numbers = {_composed(name): label for label, name in enumerate(classes)}
+    numbers = {composed(name): label for label, name in enumerate(classes)}
     here = _subfolders(root / split)
-    extra = [name for name in here if _composed(name) not in numbers]
+    extra = [name for name in here if composed(name) not in numbers]
     if extra:
         raise UserError(f"{root / split} holds the class folder {extra[0]!r} {unknown}")
     names, above = [], os.path.join(root, "")
@@ -128,7 +124,7 @@ def _scan_split(root: Path, split: str, classes: tuple[str, ...], unknown: str, 
     for name in here:
         for file in pictures_below(root / split / name, unread):
             names.append(file.removeprefix(above))
-            labels.append(numbers[_composed(name)])
+            labels.append(numbers[composed(name)])
     return ImageList(root, PathTable.of(names), np.array(labels, dtype=np.int32), str(root / split), classes)
 
 

@@ -6,7 +6,6 @@ import codecs
 import csv
 import io
 import json
-import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from ltfast.data.paths import PathTable
 from ltfast.errors import UserError
+from ltfast.text import composed
 
 MAX_LABEL_DIGITS = 7
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
@@ -205,7 +205,7 @@ def _utf8(text: str, source: str, line: int) -> str:
         return text
     raw = text.encode("utf-8", "surrogateescape")
     try:
-        return unicodedata.normalize("NFC", raw.decode())
+        return composed(raw.decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: line {line}: {raw.decode(errors='replace')!r} is not UTF-8; {SAVE_AS}") from error
 
