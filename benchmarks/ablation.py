@@ -236,12 +236,9 @@ def rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
     """Mean and half-width of its Student-t confidence interval; half-width infinite for one value."""
-    from scipy.stats import t
+    from ltfast.report.seeds import half_interval
 
-    mean, n = statistics.fmean(values), len(values)
-    if n < 2:
-        return mean, float("inf")
-    return mean, float(t.ppf((1 + level) / 2, n - 1)) * statistics.stdev(values) / n**0.5
+    return statistics.fmean(values), half_interval(values, level)
 
 
 def table(sweep: str, path: Path) -> str:

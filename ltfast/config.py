@@ -65,7 +65,7 @@ class Data:
         choices=("auto", "digits", "cifar", "plain", "imagenet", "crop"),
     )
     image_size: int | None = _opt(
-        None, "side of pictures in pixels; default 224, folder-small 32", paper="224", least=1
+        None, "side of pictures in pixels; default 224, folder-small the first one's", paper="224", least=1
     )
     loader: str = _opt(
         "auto",

@@ -19,6 +19,7 @@ from ltfast.report.draw_geometry import WIDTHS
 from ltfast.report.geometry import SIDES
 from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table
 from ltfast.report.runs import Missing, RunView, epoch_of_last, open_runs
+from ltfast.report.seeds import over_seeds
 from ltfast.report.style import look, save
 from ltfast.runs import cannot_write
 from ltfast.text import to_json
@@ -31,6 +32,10 @@ TERMS = (
     "Eq. 12 and 13; ltfast's docs/method.md has them all). Scouting is the first part of training: it fills the memory bank "
     "with the encoder of each class's best epoch, by which the classes are grouped; GKP then holds the encoder to an anchor, "
     "a mean of those encoders weighted by Fisher information."
+)
+SEEDS = (
+    "Ended runs that differ in their seed alone: mean +- standard deviation on the test split; on the right, the mean difference "
+    "at the seeds of both, +- half of its 95 % interval (Student's t)."
 )
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
 LATER = 0.6  # time that drawing the computed figures takes, over that of the log's: there are half as many
@@ -238,7 +243,7 @@ COMPUTED_ITEMS = (calibration, worst, curvature, landscape, plane, profile)
 
 
 def overview(views: Sequence[RunView], computed: Sequence[Computed]) -> str:
-    """HTML: a table of the runs, and what differs in their settings."""
+    """HTML: a table of the runs, their means over seeds, and what differs in their settings."""
     head = (
         "run",
         "method",
@@ -255,6 +260,8 @@ def overview(views: Sequence[RunView], computed: Sequence[Computed]) -> str:
     )
     rows = [overview_row(view, result) for view, result in zip(views, computed, strict=True)]
     html = f'<section class="item" id="overview">{render_table(Table(head, rows))}'
+    if seeds := over_seeds(views):
+        html += f"<h3>Over seeds</h3>{render_table(seeds)}<figcaption>{SEEDS}</figcaption>"
     differing = differences(views)
     if differing:
         table = Table(("setting", *(view.name for view in views)), differing)
