@@ -23,6 +23,7 @@ from ltfast.data.copies import HEAD, UNKNOWN, Copies, find_copies, signature
 from ltfast.data.dali_pipeline import dali_available
 from ltfast.data.decode import (
     BITS_PER_SAMPLE,
+    NEXT_PAGE,
     BadImage,
     JpegHeader,
     Reader,
@@ -149,7 +150,7 @@ def judge(data: bytes, name: str, full: bool = False) -> Finding:
 def _whole(data: bytes, path: str, read: Reader, size: int) -> Finding:
     """What to say of a picture of `size` bytes that is not bad, from its first ones."""
     bits = sample_bits(data, read)
-    return Finding("", tuple(_notes(data, path, bits)), signature(size, data), bits > 8)
+    return Finding("", tuple(_notes(data, path, read, bits)), signature(size, data), bits > 8)
 
 
 def _reader(file: int, size: int) -> Reader:
@@ -170,8 +171,8 @@ def _settled(head: bytes, read: Reader, size: int) -> bool:
     return b"\xff\xd9" in tail and isinstance(jpeg_header(head), JpegHeader)
 
 
-def _notes(data: bytes, path: str, bits: int) -> Iterator[str]:
-    """What is unusual about a picture with these first bytes and so many bits a sample."""
+def _notes(data: bytes, path: str, read: Reader, bits: int) -> Iterator[str]:
+    """What is unusual about a picture with these first bytes, and so many bits a sample."""
     kind = file_format(data[:16])
     suffix = os.path.splitext(path)[1].lower()
     if SUFFIX_FORMATS.get(suffix, kind) != kind:
@@ -186,6 +187,8 @@ def _notes(data: bytes, path: str, bits: int) -> Iterator[str]:
             yield "EXIF-rotated (not turned by the loaders)"
     if bits > 8:
         yield f"{bits} bits (read as 8)"
+    if kind == "TIFF" and NEXT_PAGE in tiff_tags(read):
+        yield "several pages (the first is read)"
 
 
 def check_dataset(lists: dict[str, ImageList], *, full: bool = False, workers: int = 8) -> CheckReport:

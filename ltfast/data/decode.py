@@ -31,6 +31,7 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
 }
 ORIENTATION = 0x0112  # EXIF
 BITS_PER_SAMPLE = 258  # TIFF; one bit where it is absent
+NEXT_PAGE = 0  # no tag: stands for a further directory
 SAMPLE_FORMAT = 339  # TIFF; 3: floating point
 FLOATS = "floating-point pixels, whose range nobody knows"
 _PNG_DEPTH = 24  # place of the bits a sample in a PNG
@@ -134,7 +135,8 @@ def reader(data: bytes) -> Reader:
 
 
 def tiff_tags(read: Reader) -> dict[int, int]:
-    """Each tag of a TIFF's first directory with its first value as 16 bits; empty where the directory is out of reach."""
+    """Each tag of a TIFF's first directory with its first value as 16 bits, and NEXT_PAGE if another directory follows; empty
+    where the directory is out of reach."""
     head = read(0, 16)
     order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
     big = b"+" in head[2:4]  # BigTIFF: offsets and counts of 64 bits
@@ -148,6 +150,8 @@ def tiff_tags(read: Reader) -> dict[int, int]:
         if kind == _SHORT and 2 * count > len(value):  # then it is the place of the values
             value = read(int.from_bytes(value, order), 2)
         tags.setdefault(tag, int.from_bytes(value[:2], order))
+    if tags and any(read(start + width + entries * size, 8 if big else 4)):
+        tags[NEXT_PAGE] = 1
     return tags
 
 

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -225,12 +226,22 @@ def parse_json(data: bytes, source: str) -> Parsed:
         content = json.loads(data)
         order = sorted((int(c["id"]), str(c.get("name", c["id"]))) for c in content["categories"])
         label_of = {identity: label for label, (identity, _) in enumerate(order)}
-        class_of = {a["image_id"]: label_of[int(a["category_id"])] for a in content["annotations"]}
-        labels = np.fromiter((class_of[image["id"]] for image in content["images"]), dtype=np.int32)
-        names = PathTable.of(image["file_name"] for image in content["images"])
+        found = {(a["image_id"], label_of[int(a["category_id"])]) for a in content["annotations"]}
+        class_of = dict(found)
+        images = [(image["id"], image["file_name"]) for image in content["images"]]
+        names = PathTable.of(name for _, name in images)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{source} is not an iNaturalist annotation file ({type(error).__name__}: {error}); "
             "it needs images, annotations and categories"
         ) from error
+    if len(class_of) < len(found):
+        several = Counter(identity for identity, _ in found)
+        name = next((name for identity, name in images if several[identity] > 1), None)
+        if name is not None:
+            raise UserError(f"{source}: {name} has annotations of several categories; a picture has one class here")
+    bare = [name for identity, name in images if identity not in class_of]
+    if bare:
+        raise UserError(f"{source}: {bare[0]} has no annotation ({len(bare):,} of {len(images):,} pictures)")
+    labels = np.fromiter((class_of[identity] for identity, _ in images), dtype=np.int32)
     return names, labels, tuple(name for _, name in order), tuple(identity for identity, _ in order)

@@ -150,7 +150,9 @@ class GroupedOptimizer(GroupAscent):
             raise ValueError("head does not work with DistributedDataParallel: reduce p.grad in on_gradient instead")
         with torch.enable_grad():
             features: Any = closures[0]()
-        outputs = features if isinstance(features, tuple) else (features,)
+        outputs = tuple(features) if isinstance(features, (tuple, list)) else (features,)
+        if wrong := [type(f).__name__ for f in outputs if not isinstance(f, Tensor)]:
+            raise ValueError(f"closure returned features of type {wrong[0]}; head takes a tensor or a tuple of tensors")
         leaves = [f.detach().requires_grad_(f.requires_grad) for f in outputs]
 
         def evaluate() -> tuple[Tensor, Tensor]:

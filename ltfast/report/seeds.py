@@ -11,6 +11,7 @@ from ltfast.report.runs import RunView
 
 FIGURES = ("top1", "many", "medium", "few", "ece")
 HEAD = ("top-1 %", "many", "medium", "few", "ECE %")
+PLUS_MINUS = "\N{NO-BREAK SPACE}+-\N{NO-BREAK SPACE}"
 # Beside the seed: where things lie (each seed has a GPU, and perhaps a bank, of its own), how a run is stopped and written down.
 ASIDE = (
     "seed", "out", "data_dir", "bank", "device", "workers", "max_hours", "max_restarts", "max_bad_steps", "tensorboard",
@@ -44,8 +45,8 @@ def over_seeds(views: Sequence[RunView]) -> Table | None:
         changes = [runs[seed].test["top1"] - first[seed].test["top1"] for seed in runs if seed in first]
         against = "" if runs is first else change(changes)
         names = ", ".join(view.name for view in runs.values())
-        rows.append((names, next(iter(runs.values())).config.method, len(runs), *figures, against))
-    return Table(("runs", "method", "seeds", *HEAD, "top-1 against the first"), rows)
+        rows.append((next(iter(runs.values())).config.method, len(runs), *figures, against, names))
+    return Table(("method", "seeds", *HEAD, "top-1 against the first", "runs"), rows)
 
 
 def settings_of(view: RunView) -> tuple[object, ...]:
@@ -60,11 +61,11 @@ def spread(values: Sequence[float | None]) -> str | None:
     found = [value for value in values if value is not None]
     if len(found) < 2:
         return f"{found[0]:.1f}" if found else None
-    return f"{statistics.fmean(found):.1f} +- {statistics.stdev(found):.1f}"
+    return f"{statistics.fmean(found):.1f}{PLUS_MINUS}{statistics.stdev(found):.1f}"
 
 
 def change(values: Sequence[float]) -> str | None:
     """Mean difference +- half of its 95 % interval."""
     if len(values) < 2:
         return f"{values[0]:+.1f} (one seed)" if values else None
-    return f"{statistics.fmean(values):+.1f} +- {half_interval(values):.1f}"
+    return f"{statistics.fmean(values):+.1f}{PLUS_MINUS}{half_interval(values):.1f}"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ltfast.cli import main
 from ltfast.data.check import check_dataset, inspect, print_check, read_bad_list, write_bad_list, write_findings
-from ltfast.data.decode import load_picture
+from ltfast.data.decode import decode, load_picture
 from ltfast.data.lists import ImageList, read_list
 from ltfast.data.paths import PathTable
 from ltfast.data.public import find_lists
@@ -52,6 +52,16 @@ def test_every_bad_file_is_found_and_no_odd_one(mixed, full):
     assert split.notes["16 bits (read as 8)"] == 1
     assert report.bad == len(expected)
     assert not report.ok
+
+
+@pytest.mark.parametrize("options", [{}, {"big_tiff": True}, {"compression": "tiff_lzw"}])
+def test_a_tiff_of_several_pages_is_told(tmp_path, options):
+    pages = [Image.new("L", (300, 200), level) for level in (10, 200)]
+    pages[0].save(tmp_path / "one.tif", **options)
+    pages[0].save(tmp_path / "two.tif", save_all=True, append_images=pages[1:], **options)
+    assert inspect(str(tmp_path / "one.tif")).notes == ()
+    assert inspect(str(tmp_path / "two.tif")).notes == ("several pages (the first is read)",)
+    assert np.asarray(decode((tmp_path / "two.tif").read_bytes())).max() == 10
 
 
 def test_table_bad_list_and_excluding_it(mixed, tmp_path):

@@ -215,6 +215,15 @@ def test_inaturalist_json(tmp_path):
     assert list(images.paths) == ["t/a.jpg", "t/b.jpg"]
     assert images.labels.tolist() == [0, 1]
     assert images.class_names == ("Bufo", "Apis")
+    content["annotations"] += [{"image_id": 3, "category_id": 40}, {"image_id": 8, "category_id": 9}]
+    boxes = read_list(write(tmp_path / "boxes.json", json.dumps(content)), tmp_path)  # one category, twice in a picture
+    assert boxes.labels.tolist() == [0, 1]
+    content["annotations"] += [{"image_id": 3, "category_id": 9}]
+    with pytest.raises(UserError, match=r"t/b\.jpg has annotations of several categories"):
+        read_list(write(tmp_path / "two.json", json.dumps(content)), tmp_path)
+    content["annotations"] = content["annotations"][:1]
+    with pytest.raises(UserError, match=r"t/a\.jpg has no annotation \(1 of 2 pictures\)"):
+        read_list(write(tmp_path / "none.json", json.dumps(content)), tmp_path)
     del content["annotations"]
     with pytest.raises(UserError, match="is not an iNaturalist annotation file"):
         read_list(write(tmp_path / "x.json", json.dumps(content)), tmp_path)

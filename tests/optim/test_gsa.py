@@ -54,6 +54,21 @@ def test_a_head_gives_the_same_step_with_the_encoder_run_once(name: str) -> None
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
 
 
+def test_features_for_a_head_come_as_a_tuple_or_a_list_of_tensors() -> None:
+    models = [support.make("conv") for _ in range(2)]
+    x, y = support.batch(0)
+    for model, kind in zip(models, (tuple, list), strict=True):
+        gsa(model, scope="classifier").step(
+            lambda model=model, kind=kind: kind([model[:-1](x)]),
+            head=lambda z, model=model: group_losses(cross_entropy(model[-1](z), y), support.table("groups")[y]),
+        )
+    assert support.distance(*models) == 0
+    before = bits(models[0])
+    with pytest.raises(ValueError, match="closure returned features of type str; head takes a tensor or a tuple of"):
+        gsa(models[0], scope="classifier").step(lambda: ["z"], head=lambda z: z)
+    assert all(torch.equal(p, q) for p, q in zip(before, bits(models[0]), strict=True))
+
+
 @pytest.mark.parametrize("objective", ["shared", "per_group"])
 def test_only_the_classifier_moves_up(objective: str) -> None:
     model = support.make()
