@@ -149,6 +149,12 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             f"balanced-softmax+{gsa},scout=0.0": Cell(f"balanced-softmax+{gsa}", {"scout": 0.0})
             for gsa in ("gsa-paper", "gsa-exact")
         },
+        **{  # at ASAM's radius; direction none: each group's whole gradient, so that small groups count as much as large ones
+            f"balanced-softmax+{gsa},scout=0.0,direction={direction},rho=0.5": Cell(
+                f"balanced-softmax+{gsa}", {"scout": 0.0, "direction": direction, "rho": 0.5}
+            )
+            for gsa, direction in (("gsa-full", "none"), ("gsa-full", "orthogonal"), ("gsa-exact", "none"))
+        },
         # What plain descent does with the time that SAM takes, and what the learning rate does to both.
         "balanced-softmax,twice the epochs": Cell("balanced-softmax", {"epochs": 80}),
         **settings_of("balanced-softmax", "lr", (0.01, 0.05)),
