@@ -155,6 +155,9 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             )
             for gsa, direction in (("gsa-full", "none"), ("gsa-full", "orthogonal"), ("gsa-exact", "none"))
         },
+        "balanced-softmax+gsa-exact,scout=0.0,objective=per_group": Cell(
+            "balanced-softmax+gsa-exact", {"scout": 0.0, "objective": "per_group"}
+        ),
         # What plain descent does with the time that SAM takes, and what the learning rate does to both.
         "balanced-softmax,twice the epochs": Cell("balanced-softmax", {"epochs": 80}),
         **settings_of("balanced-softmax", "lr", (0.01, 0.05)),
