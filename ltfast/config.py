@@ -194,7 +194,7 @@ class Preserve:
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
     gkp_lambda: float | None = _opt(
         None,
-        "strength lambda of GKP; default 10, of fewer than 1,000 classes a hundredth of their number",
+        "strength lambda of GKP; default 10, of fewer than 1,000 classes a hundredth of their number (samples: 10)",
         paper="10",
         least=0,
     )

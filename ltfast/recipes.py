@@ -55,9 +55,9 @@ def cifar10_speedrun() -> Values:
 
     Not tuned on a GPU, and the released code's accuracy is not known yet. One view and logit adjustment (most of the gain on
     digits-lt came from it, and a third of BCL's pictures); the mean over both sides of a picture, which gains on pictures of
-    half size, batches of 128, since larger ones lose there, AutoAugment and cutout, worth about four points at two seeds
-    (docs/findings.md). Guesses: a network four times as wide and half as deep as ResNet-32 (large products, few launches);
-    Nesterov, a short warm-up, cosine to 0.
+    half size; AutoAugment and cutout, worth about four points at two seeds (docs/findings.md). Guesses: batches of 128, a
+    network four times as wide and half as deep as ResNet-32 (large products, few launches); Nesterov, a short warm-up, cosine
+    to 0.
     The rules are cifar10-airbench's: only the training split is used, and the clock starts after an untimed warm-up.
     """
     return {
