@@ -242,8 +242,8 @@ def _check_gram(gram: Tensor, theta_sq: Tensor | None, direction: str) -> tuple[
     if direction == "friendly" and rows % 2:
         raise ValueError(f"gram has {rows} rows; direction 'friendly' needs u_1..u_G, m_1..m_G")
     groups = rows // 2 if direction == "friendly" else rows
-    if not 1 <= groups <= MAX_ROWS or not programs:
-        raise ValueError(f"gram has shape {tuple(gram.shape)}; 1 to {MAX_ROWS} groups are supported")
+    if not 1 <= rows <= MAX_ROWS or not programs:
+        raise ValueError(f"gram has shape {tuple(gram.shape)}; 1 to {MAX_ROWS} rows are supported")
     if partials.dtype != torch.float64:
         raise ValueError(f"gram is {partials.dtype}; it must be float64, as gram and gram_partials give it")
     if theta_sq is not None:

@@ -272,17 +272,19 @@ def build_membership(config: Config, rule: Rule | None, counts: Tensor, group_of
     compiled loss is not compiled once more when groups appear.
 
     Raises:
-        UserError: cc-sam with too many classes.
+        UserError: more groups than the rule can take, or cc-sam with too many classes.
     """
     if rule is None:
         return membership_for("single", counts)
-    if rule.groups == "bank" and group_of_class is None:
-        return F.one_hot(torch.zeros(counts.numel(), dtype=torch.long), config.preserve.groups).float()
-    most = CLASS_GROUPS_MAX if rule.independent and rule.scope == "classifier" else MAX_ROWS
+    most = CLASS_GROUPS_MAX if rule.independent and rule.scope == "classifier" else MAX_ROWS // rule.rows(1)
     if rule.groups == "class" and counts.numel() > most:
         raise UserError(
             f"cc-sam: {counts.numel()} classes, one group each, is more than {most}; use gsa-paper, its grouped form"
         )
+    if rule.groups == "bank" and config.preserve.groups > most:
+        raise UserError(f"--groups {config.preserve.groups}: {config.method} takes at most {most} groups of classes")
+    if rule.groups == "bank" and group_of_class is None:
+        return F.one_hot(torch.zeros(counts.numel(), dtype=torch.long), config.preserve.groups).float()
     sharp = config.sharpness
     return membership_for(
         MEMBERSHIP_KIND[rule.groups], counts, group_of_class,

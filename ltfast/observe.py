@@ -78,8 +78,8 @@ class AscentMeter:
         self.every = max(1, steps // ASCENTS)
         self.sums: Tensor | None = None
 
-    def add(self, step: int, stats: Mapping[str, Tensor]) -> None:
-        """`stats`: `AscentStats` of step number `step` as a dict ({} where there was no ascent)."""
+    def add(self, step: int, stats: Mapping[str, Tensor], good: Tensor | None = None) -> None:
+        """`stats`: `AscentStats` of step number `step` as a dict ({} where there was no ascent); good: 0-dim, 0 if it was skipped."""
         if not stats or step % self.every:
             return
         radius, clipped = stats["radius"], stats["clipped"]
@@ -87,6 +87,8 @@ class AscentMeter:
             radius > 0, radius, clipped > 0, clipped < 0, stats["fallback"], stats["norm_sq"].sqrt(),
             stats["length_sq"].sqrt() * (radius > 0),
         ])  # fmt: skip
+        if good is not None:
+            rows = torch.where(good != 0, rows, 0.0)
         self.sums = rows if self.sums is None or self.sums.shape != rows.shape else self.sums + rows
 
     def result(self) -> dict[str, Any]:

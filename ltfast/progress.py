@@ -73,6 +73,9 @@ class Progress:
     def epoch(self, epoch: int, epochs: int, phase: str, summary: dict[str, float], val: dict[str, float]) -> None:
         """An epoch ended."""
 
+    def grouped(self, seconds: float) -> None:
+        """Classes were grouped, and GKP's anchors made, in so many seconds, which belong to no epoch."""
+
     def note(self, text: str) -> None:
         """Something worth a line happened."""
 

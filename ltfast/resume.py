@@ -43,9 +43,16 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     tensors |= {f"bank.{k}": v for k, v in trainer.bank.state_dict().items()}
     if trainer.step.engine is not None:
         tensors |= {f"engine.{k}": v for k, v in trainer.step.engine.state().items()}
-        for name in ("engine.averages", "engine.eps"):
-            if name in tensors:
-                tensors[name] = ranks.mean_(tensors[name].clone())
+        if "engine.eps" in tensors:
+            tensors["engine.eps"] = ranks.mean_(tensors["engine.eps"].clone())
+        if (
+            "engine.averages" in tensors and ranks.world > 1
+        ):  # the mean over the ranks on which a group's average has begun
+            begun = ranks.sum_(tensors["engine.seen"].clone())
+            seen = tensors["engine.seen"][:, None]
+            total = ranks.sum_(torch.where(seen > 0, tensors["engine.averages"], 0.0))
+            tensors["engine.averages"] = total / begun.clamp_min(1)[:, None]
+            tensors["engine.seen"] = (begun > 0).float()
     if trainer.groups is not None:
         tensors["groups"] = trainer.groups
     if trainer.update.anchor is not None:

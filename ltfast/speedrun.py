@@ -65,6 +65,9 @@ class TableProgress(Progress):
         if "last" in result:
             self.row("eval", None, None, result["last"]["top1"])
 
+    def grouped(self, seconds: float) -> None:
+        self.seconds += seconds
+
     def row(self, epoch: Any, loss: float | None, val: float | None, test: float | None) -> None:
         """Print one row; None leaves a cell empty."""
         cells = [self.run, epoch, loss, val, test, self.seconds]

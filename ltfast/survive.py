@@ -194,7 +194,8 @@ class BadSteps:
         """
         self.recent.append((epoch, batch, index))
         self._steps += 1
-        if self._steps % self.limit == 0 and self._read() >= self.limit:
+        # Those of one interval ago may have been followed by good ones, so the counter itself decides: a wait, on the way out.
+        if self._steps % self.limit == 0 and self._read() >= self.limit and int(self.counter) >= self.limit:
             self._stop()
 
     def after_epoch(self, epoch: int, weights: Tensor, steps: int) -> None:

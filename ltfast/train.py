@@ -129,6 +129,10 @@ class Trainer(Durable):
                 self.remember(epoch)
                 summary = self.summary()
                 self.epoch, self.batch = epoch + 1, 0
+                self.ranks.check_same(self.flat.data, "parameters")
+                self.ranks.mean_(
+                    self.buffers.data
+                )  # BatchNorm statistics: each rank has seen its own part of the batches
                 observe_epoch(self, epoch)
                 self.finish_epoch(epoch, summary)
                 if self.watch.between_epochs() is Action.STOP:
@@ -167,7 +171,9 @@ class Trainer(Durable):
             )  # fmt: skip
             self.update.anchor = self.stable(anchor.expanded(self.flat.size, self.encoder.start))
         self.make_step()
-        self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.log("group", epoch=self.epoch, groups=self.groups.tolist(), seconds=seconds)
+        self.progress.grouped(seconds)
 
     def stable(self, anchor: Anchor) -> Anchor:
         """Cap A where the descent would overshoot the anchor, see `critical_weight`.
@@ -192,7 +198,8 @@ class Trainer(Durable):
 
     def make_step(self) -> None:
         """The step for the groups there are: plain descent while scouting for them."""
-        rule = None if self.rule is not None and self.rule.groups == "bank" and self.groups is None else self.rule
+        waiting = self.groups is None and self.rule is not None and self.rule.groups == "bank"
+        rule = None if waiting else self.rule
         membership = build.build_membership(self.config, self.rule, self.source.train_counts, self.groups)
         # The stratified sampler needs to know them, too.
         self.source.set_groups(membership.argmax(1) if self.groups is None else self.groups)
@@ -212,7 +219,7 @@ class Trainer(Durable):
                 result = self.step(batch)
             assert self.step.features is not None
             self.quality.update(self.step.features, batch.labels, result["good"])
-            self.meter.add(self.batch, self.step.ascent_stats)
+            self.meter.add(self.batch, self.step.ascent_stats, result["good"])
             if sums:
                 torch._foreach_add_(list(sums.values()), [result[name] for name in sums])
             else:
@@ -270,8 +277,6 @@ class Trainer(Durable):
     def finish_epoch(self, epoch: int, summary: dict[str, Any]) -> None:
         """Validate, log, keep the best, checkpoint."""
         cfg = self.config
-        self.ranks.check_same(self.flat.data, "parameters")
-        self.ranks.mean_(self.buffers.data)  # BatchNorm statistics: each rank has seen its own part of the batches
         val: dict[str, Any] = {}
         if self.source.sizes.get("val", 0):
             val = self.evaluate("val")
@@ -344,7 +349,7 @@ def train(
         resume = ranks.share(resume)  # after a restart rank 0 alone may see that the folder holds a run
         if resume:
             folder = ranks.on_main(lambda: RunFolder.open(resume, lock=True))
-            values = ranks.share(folder.config.to_dict() if folder is not None else {})
+            values = ranks.share(ranks.on_main(lambda: folder.config.to_dict() if folder is not None else {})) or {}
             config = on_cpu(moved(Config.from_dict(values, resume), changes or {}), resumed=True)
             if ranks.share(folder is not None and folder.last.exists()):  # what the weights have become is in there
                 config = config.with_(weights=None)

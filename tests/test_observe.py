@@ -92,6 +92,17 @@ def test_meter_means_over_the_steps_that_hold_the_group():
     assert meter.result() == {}
 
 
+def test_meter_leaves_out_a_skipped_step():
+    """Whose Gram matrix was not finite, and with it its lengths."""
+    meter = AscentMeter(steps=4)
+    meter.add(0, {**stats([0.5], [0.0], 1.0), "length_sq": torch.tensor(torch.nan)}, torch.tensor(0.0))
+    meter.add(1, stats([0.1], [0.0], 4.0), torch.tensor(1.0))
+    row = meter.result()
+    assert row["steps"] == [1.0]
+    assert row["radius"] == pytest.approx([0.1])
+    assert row["length"] == [2.0]
+
+
 def test_meter_samples_long_epochs():
     meter = AscentMeter(steps=1600)
     for step in range(1600):

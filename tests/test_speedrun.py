@@ -15,9 +15,9 @@ from ltfast.observe import refresh_row
 from ltfast.progress import Progress
 from ltfast.recipes import NAMED, build_config, named_recipe
 from ltfast.runs import RunFolder
-from ltfast.speedrun import COLUMNS, warm_up
+from ltfast.speedrun import COLUMNS, TableProgress, warm_up
 from ltfast.survive import Signals
-from ltfast.train import Trainer
+from ltfast.train import Trainer, train
 from tests.data.small_sets import write_cifar10
 
 
@@ -43,6 +43,17 @@ def test_recipe_runs_at_smoke_size_and_prints_the_table(tmp_path: Path, capsys: 
     assert run.config.loss.loss == "balanced-softmax"
     assert run.config.run.table
     assert seconds[1] == pytest.approx(sum(row["seconds"] for row in run.metrics("epoch")), abs=1e-3)
+
+
+def test_grouping_is_on_the_clock(tmp_path: Path) -> None:
+    """Its seconds are those of no epoch."""
+    values = {"epochs": 2, "device": "cpu", "limit_train": 160, "fisher_budget": 16, "out": str(tmp_path / "run")}
+    progress = TableProgress()
+    train(build_config("digits-lt", "gkp-gsa", {}, values), progress=progress)
+    run = RunFolder.open(tmp_path / "run")
+    epochs, (group,) = run.metrics("epoch"), run.metrics("group")
+    assert group["seconds"] > 0
+    assert progress.seconds == pytest.approx(sum(row["seconds"] for row in (*epochs, group)), rel=1e-9)
 
 
 @pytest.mark.parametrize(

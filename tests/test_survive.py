@@ -391,6 +391,23 @@ def test_bad_steps_in_between_do_not_add_up() -> None:
         BadSteps(0, counter, Ranks(), None)
 
 
+def test_good_steps_after_what_was_read_an_interval_ago_let_a_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the number that is read is an interval old."""
+    counter = torch.zeros(())
+    read = [0.0]
+    monkeypatch.setattr(BadSteps, "_read", lambda self: (read.append(float(counter)), read[-2])[1])
+    watch = BadSteps(4, counter, Ranks(), None)
+    for batch in range(12):
+        counter.copy_((counter + 1) * (batch < 4))  # four bad ones, then good ones
+        watch.after_step(0, batch, torch.arange(2))
+    for batch in range(12, 19):
+        counter += 1
+        watch.after_step(0, batch, torch.arange(2))
+    counter += 1
+    with pytest.raises(UserError, match="8 steps in a row"):
+        watch.after_step(0, 19, torch.arange(2))
+
+
 def test_bad_steps_before_a_resume_are_not_told_as_steps_after_it(tmp_path: Path) -> None:
     counter = torch.tensor(2.0)  # of the training state
     watch = BadSteps(3, counter, Ranks(), tmp_path)

@@ -23,7 +23,7 @@ from ltfast.preserve import Anchor, QualityStats, group_sizes
 from ltfast.preserve.anchor import critical_weight
 from ltfast.preserve.knowledge import collapse_knowledge
 from ltfast.progress import Progress
-from ltfast.recipes import build_config
+from ltfast.recipes import build_config, rule_of
 from ltfast.schedule import alpha_at, lr_at
 from ltfast.survive import Signals
 from ltfast.train import Trainer, train
@@ -284,3 +284,22 @@ def test_cc_sam_has_a_limit_of_classes() -> None:
         assert build_membership(config, allowed, torch.full((most,), 5), None).shape == (most, most)
         with pytest.raises(UserError, match=f"{most + 1} classes, one group each, is more than {most}"):
             build_membership(config, allowed, torch.full((most + 1,), 5), None)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "most"),
+    [("gsa-paper", {}, 64), ("gsa-full", {}, 64), ("gsa-release", {}, 32), ("gsa-paper", {"direction": "none"}, 128)],
+)
+def test_groups_that_no_gram_matrix_holds_are_refused_before_scouting(
+    method: str, values: dict[str, Any], most: int
+) -> None:
+    counts = torch.full((200,), 5)
+    for groups in (most, most + 1):
+        config = build_config("digits-lt", method, {}, {"groups": groups, **values})
+        if groups == most:
+            assert build_membership(config, rule_of(config), counts, None).shape == (200, most)
+        else:
+            with pytest.raises(UserError, match=f"--groups {groups}: {method} takes at most {most} groups"):
+                build_membership(config, rule_of(config), counts, None)
+    config = build_config("digits-lt", "bcl+gkp", {}, {"groups": 150})  # GKP alone has no rows
+    assert build_membership(config, rule_of(config), counts, None).shape == (200, 1)

@@ -80,19 +80,19 @@ class Ascent:
         if rule.direction == "friendly":  # 0: leave the average alone
             present = (shares > 0).float() * self.stats["ok"]
             self.pending = present * torch.where(self.seen > 0, 1 - rule.lmbda, 1.0)
-            torch.maximum(self.seen, present, out=self.seen)
         return coef
 
     @torch.no_grad()
     def settle(self, *rows: Tensor) -> None:
-        """Move the averages in `rows` (u_1..u_G, m_1..m_G) by the last ascent's gradients, once it has combined the old ones."""
+        """Move the averages in `rows` (g_1..g_G, m_1..m_G) by the last ascent's gradients, once it has combined the old ones."""
         if self.pending is None:
             return
         g, weights, self.pending = self.n_groups, self.pending, None
         for r in rows:
-            for k in range(g):  # m + weight (u - m); perturb leaves m alone where the weight is 0, whatever u holds
+            for k in range(g):  # m + weight (g - m); perturb leaves m alone where the weight is 0, whatever g holds
                 pair = torch.stack((weights[k], -weights[k]))
                 perturb(r[g + k], r[k : g + k + 1 : g], pair, out=r[g + k])
+        torch.maximum(self.seen, (weights > 0).float(), out=self.seen)
 
     # -- mode R ----------------------------------------------------------------------------------------------------------
 

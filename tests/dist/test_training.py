@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ltfast.train as train_module
 from ltfast import checkpoint
 from ltfast.compiled import Compiler
 from ltfast.dist import Ranks
@@ -17,6 +18,7 @@ from ltfast.objective import Forward
 from ltfast.preserve import group_by_frequency
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
+from ltfast.resume import capture
 from ltfast.runs import RunFolder
 from ltfast.train import Trainer, train
 from tests.procs import run_ranks
@@ -287,6 +289,54 @@ def test_stop_and_resume_with_two_ranks(tmp_path: Path) -> None:
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     again = run_folder(Ranks(), str(parts), 0, True)  # one process goes on where two have been
     assert again["last"]["n"] == 400
+
+
+def observed(ranks: Ranks) -> list[bool]:
+    """Whether statistics are the same on all ranks where an epoch's network is looked at, and were not after its steps."""
+    found: list[bool] = []
+    trainer = make(ranks, "ce", epochs=1)
+    own, look = trainer.remember, train_module.observe_epoch
+
+    def agree() -> bool:
+        everyone = ranks.gather(trainer.buffers.data)
+        return bool((everyone == everyone[0]).all())
+
+    def remember(epoch: int) -> None:
+        found.append(agree())
+        own(epoch)
+
+    def observe(trainer: Trainer, epoch: int) -> None:
+        found.append(agree())
+        look(trainer, epoch)
+
+    trainer.remember = remember  # type: ignore[method-assign]
+    train_module.observe_epoch = observe
+    trainer.fit()
+    return found
+
+
+def test_an_epoch_is_looked_at_with_one_set_of_statistics(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, observed) == [[False, True]] * 2
+
+
+def averages_written(ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Moving averages of a training state, where each rank has begun others."""
+    trainer = make(ranks, "gsa-release", groups=3)
+    trainer.groups = group_by_frequency(trainer.source.train_counts, 3)
+    trainer.make_step()
+    engine = trainer.step.engine
+    assert engine is not None
+    engine.seen.copy_(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]][ranks.rank]))
+    engine.rows[3:6] = 1.0 + ranks.rank
+    engine.rows[3:6][engine.seen == 0] = torch.nan
+    tensors, _, _ = capture(trainer)
+    return tensors["engine.averages"][:, 0].clone(), tensors["engine.seen"].clone()
+
+
+def test_averages_are_written_of_the_ranks_on_which_they_have_begun(tmp_path: Path) -> None:
+    for averages, seen in run_ranks(2, tmp_path, averages_written):
+        assert averages.tolist() == [1.5, 2.0, 0.0]
+        assert seen.tolist() == [1.0, 1.0, 0.0]
 
 
 def reloaded(ranks: Ranks, out: str) -> bool:

@@ -396,6 +396,31 @@ def test_bad_arguments_are_named() -> None:
             make()
 
 
+def test_averages_begin_with_the_first_step_that_is_taken() -> None:
+    """A closure that fails at a perturbed point has moved no average, so the next step's gradient begins it, whole."""
+    made = []
+    for fails in (False, True):
+        model = support.make()
+        optimizer = gsa(model, direction="friendly", objective="per_group")
+        closure, calls = support.group_closure(model, 0), []
+
+        def broken(closure=closure, calls=calls) -> tuple[Tensor, Tensor]:
+            calls.append(1)
+            if len(calls) > 1:
+                raise RuntimeError("no")
+            return closure()
+
+        if fails:
+            with pytest.raises(RuntimeError, match="no"):
+                optimizer.step(broken)
+            assert not optimizer.ascent.seen.any()
+        optimizer.step(closure)
+        optimizer.step(support.group_closure(model, 1))
+        assert optimizer.ascent.seen.all()
+        made.append(bits(model))
+    assert all(torch.equal(p, q) for p, q in zip(*made, strict=True))
+
+
 @pytest.mark.parametrize(
     "result", [torch.zeros(3), (torch.zeros(2), torch.zeros(2)), (torch.zeros(3), torch.ones(3)), (1.0, 2.0)]
 )
