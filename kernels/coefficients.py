@@ -80,7 +80,7 @@ def _directions(gram: Tensor, w: Tensor, direction: str, sigma: float | Tensor) 
         D = own - p[:, None] * w
     elif direction == "projected":
         D = p[:, None] * w
-    else:  # friendly: rows are u_1..u_G, m_1..m_G
+    else:  # friendly: u of rows g_1..g_G, m_1..m_G
         sigma_K1 = torch.as_tensor(sigma, dtype=torch.float64, device=gram.device).expand(groups)[:, None]
         D = own - sigma_K1 * own.roll(groups, 1)
     norm_sq = ((D @ gram) * D).sum(1)

@@ -24,6 +24,7 @@ from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.models.conv import use_own_kernels
 from ltfast.models.registry import is_cifar_encoder
+from ltfast.modes import evaluating
 from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import Rule
 from ltfast.recipes import reads_groups
@@ -232,9 +233,8 @@ def build_model(
 
 def check_size(name: str, encoder: torch.nn.Module, input_shape: tuple[int, int, int]) -> None:
     """UserError where nothing is left of a picture before the encoder's last layer; found by trying one."""
-    encoder.eval()  # nothing is drawn or counted
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(encoder):  # nothing is drawn or counted
             encoder(torch.zeros(1, *input_shape))
     except RuntimeError as error:
         side, reason = input_shape[-1], str(error).partition("\n")[0]
@@ -242,7 +242,6 @@ def check_size(name: str, encoder: torch.nn.Module, input_shape: tuple[int, int,
             f"--model {name}: it cannot take pictures of {side} x {side} pixels ({reason}); use larger pictures or a "
             "model such as resnet32"
         ) from None
-    encoder.train()
 
 
 def build_objective(config: Config, counts: Tensor, agreement: Agreement | None = None) -> Objective:

@@ -54,8 +54,8 @@ class Durable:
     def guard(self, signals: Signals) -> None:
         """What keeps the run alive: the checkpoint store, the watch over time and signals, the counter of bad steps."""
         run = self.config.run
-        if self.store is None and self.folder is not None:
-            self.store = Store(self.folder.checkpoints, keep=run.keep_checkpoints, note=self.progress.note)
+        if self.store is None:
+            self.store = self._open_store()
         self.watch = Watch(
             self.ranks, signals, checkpoint_minutes=run.checkpoint_minutes, max_hours=run.max_hours, began=began(),
             busy=lambda: self.store is not None and self.store.busy,
@@ -64,6 +64,12 @@ class Durable:
         self.bad_steps = BadSteps(run.max_bad_steps, self.update.in_a_row, self.ranks, path)
         if self.resumed or restart_note():
             self.progress.note(restart_note() + self._where())
+
+    def _open_store(self) -> Store | None:
+        """Where checkpoints go; None on ranks other than 0, which have no folder."""
+        if self.folder is None:
+            return None
+        return Store(self.folder.checkpoints, keep=self.config.run.keep_checkpoints, note=self.progress.note)
 
     def describe(self) -> None:
         """What rank 0 writes down, once in a run, before its first step."""
@@ -160,7 +166,7 @@ class Durable:
 
     def log(self, kind: str, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
-        if self.folder is not None and self.ranks.main:
+        if self.folder is not None:
             try:
                 self.folder.log(kind, **values)
                 self._logging = True
@@ -221,9 +227,8 @@ class Durable:
         tensors, meta, shared = resume.capture(cast("Trainer", self))
         self.watch.saved()
         self.saved = self.steps, self.batch
-        if self.store is not None:
-            log = self.folder.sync_log if self.folder is not None else None
-            self.store.save_state(self.steps, tensors, meta, shared, before=log)
+        if self.store is not None and self.folder is not None:
+            self.store.save_state(self.steps, tensors, meta, shared, before=self.folder.sync_log)
             for problem in self.store.problems():
                 self.progress.note(f"{problem}; training goes on, older checkpoints are intact")
 
@@ -233,13 +238,10 @@ class Durable:
         Raises:
             UserError: there has been one, or weights, and none is left.
         """
-        store = None
-        if self.folder is not None:
+        store = self.store = self._open_store()
+        if self.folder is not None and store is not None:
             with contextlib.suppress(OSError):  # the first write will tell
                 self.folder.prepare()
-            store = self.store = Store(
-                self.folder.checkpoints, keep=self.config.run.keep_checkpoints, note=self.progress.note
-            )
             store.clean()
         tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
         meta = self.ranks.share(meta)

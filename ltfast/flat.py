@@ -187,9 +187,9 @@ class FlatParameters:
             for p, stride, offset in zip(self.params, self._strides, self.offsets[:-1], strict=True)
         ]
 
-    def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
-        """Copy one tensor for each parameter (None: zeros) into a [N] buffer."""
-        flat = torch.zeros_like(self.data) if out is None else out
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """A new [N] buffer with a copy of one tensor for each parameter (None: zeros)."""
+        flat = torch.zeros_like(self.data)
         for view, tensor in zip(self.views(flat), tensors, strict=True):
             view.zero_() if tensor is None else view.copy_(tensor)
         return flat

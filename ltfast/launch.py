@@ -232,10 +232,10 @@ def _failure(error: ChildFailedError, max_restarts: int, out: str) -> str:
     rank, failure = error.get_first_failure()
     code = failure.exitcode
     what = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
-    restarts = f"after {max_restarts} restarts" if max_restarts else "and --max-restarts is 0"
+    tried = f"after {max_restarts} restarts" if max_restarts else "and --max-restarts is 0"
     if (Path(out) / "config.toml").exists():
-        return f"process {rank} ended with {what} {restarts}; continue with: ltfast train --resume {out}"
-    return f"process {rank} ended with {what} {restarts}, before the run had begun"
+        return f"process {rank} ended with {what} {tried}; continue with: ltfast train --resume {out}"
+    return f"process {rank} ended with {what} {tried}, before the run had begun"
 
 
 def message_left() -> bool:

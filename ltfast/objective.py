@@ -26,7 +26,7 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class Objective:
-    """The base loss (docs/method.md): a_ce * CE(view 1) + a_scl * BalSCL(views 2, 3).
+    """The base loss (docs/method.md). bcl: a_ce * CE(view 1) + a_scl * BalSCL(views 2, 3); the others: CE(view 1) alone.
 
     Attributes:
         kind: "ce", "balanced-softmax" or "bcl".

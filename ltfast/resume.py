@@ -132,10 +132,10 @@ def check_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
 def _restore_shared(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     """What all ranks have in common."""
     trainer.flat.data.copy_(tensors["theta"])
-    scaler = trainer.update.scaler
+    # --precision auto may have meant no fp16 where the run began: then there is no scale yet.
+    scale = {} if trainer.update.scaler is None else trainer.update.scaler.state()
     for name, value in trainer.update.state().items():
-        # --precision auto may have meant no fp16 where the run began: then there is no scale yet.
-        if scaler is None or name not in scaler.state() or f"update.{name}" in tensors:
+        if f"update.{name}" in tensors or name not in scale:
             value.copy_(tensors[f"update.{name}"])
     trainer.bank.load_state_dict(part(tensors, "bank."))
     if "groups" in tensors:

@@ -28,8 +28,8 @@ from ltfast.optim.rules import Rule
 from ltfast.reduce import Agreement, GradientReducer
 from ltfast.update import Update
 
-# Mode R makes the classifier's group gradients afresh up to this many classes. With bcl they take G passes of the class
-# centres' MLP, whose share of a step grows with the number of classes.
+# With bcl mode R makes the classifier's group gradients afresh up to this many classes only: they take G passes of the class
+# centres' MLP, whose share of a step grows with the number of classes (counted, see docs/methods.md; not timed).
 CENTRES_MAX = 1000
 
 
@@ -62,6 +62,8 @@ class TrainStep:
         rule: sharpness-aware rule, or None.
         membership: [C, G] group weights of every class (rows sum to 1).
         forward: the objective's functions, compiled or not; made here if None.
+        reducer: adds the final gradient up over the ranks; None: one rank.
+        agreement: what else of a step is taken over all ranks.
         capture: wraps the step's function in a recorder of CUDA graphs.
 
     Attributes:
@@ -96,12 +98,14 @@ class TrainStep:
         self.engine: Engine | None = None
         if rule is not None and rule.scope == "all":
             hard = bool((self.membership.max(1).values == 1).all())
-            weight = cast(nn.Parameter, model.classifier.weight)
             cheap = objective.kind != "bcl" or c <= CENTRES_MAX
-            marked = [weight] if hard and cheap and not rule.partial and not rule.split else []
+            known = hard and cheap and not rule.partial and not rule.split
+            marked = cast(nn.Parameter, model.classifier.weight) if known else None
             self.engine = Engine(flat, rule, self.group_counts, self.agreement, self.backward, marked)
         else:
             flat.resize_rows(1)
+        per_group = self.engine is not None and self.engine.rule.objective == "per_group"
+        self._final_row = self.engine.n_rows if self.engine is not None and per_group else 0
         self.features: Tensor | None = None
         self.ascent_stats: dict[str, Tensor] = {}
         # Not the bound method: in a reference cycle a step that others have replaced would keep its rows and CUDA graphs.
@@ -127,7 +131,8 @@ class TrainStep:
         return EXACT if self.engine is None else self.engine.next_branch()
 
     def take(self, branch: str, labels: Tensor, *views: Tensor) -> Taken:
-        """One step along `branch`: losses and gradient by the rule's kind of step, then the update."""
+        """One step along `branch` on labels [B] int64 and views, each [B, channels, H, W]: losses and gradient by the rule's kind
+        of step, then the update."""
         x = torch.cat(views)
         if x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -187,10 +192,6 @@ class TrainStep:
             self._some = (torch.arange(max(1, round(b * share))) / share).long().clamp_max(b - 1).to(labels.device)
         return self._some
 
-    @property
-    def _final_row(self) -> int:
-        return self.engine.n_rows if self.engine is not None and self.engine.rule.objective == "per_group" else 0
-
     @contextmanager
     def _statistics_kept(self, keep: bool = True) -> Iterator[None]:
         """BatchNorm statistics come out as they went in: of a step's passes over the whole batch only one moves them."""
@@ -244,7 +245,7 @@ class TrainStep:
         assert first.features is not None
         return (first.losses.detach() * after.shares).sum(), first.features, engine.stats
 
-    def _known_rows(self, branch: str, found: Evaluated, labels: Tensor) -> list[Tensor] | None:
+    def _known_rows(self, branch: str, found: Evaluated, labels: Tensor) -> Tensor | None:
         """Group gradients [G, C, D] of the classifier for mode R's remembered steps, or None where they are not wanted.
 
         The encoder's features are there: one pass of the head gives them, where one backward pass per group of a compiled
@@ -255,7 +256,7 @@ class TrainStep:
         assert found.features is not None
         with self._statistics_kept():
             rows, _, _ = self._classifier_rows(found.features, found.z, labels)
-        return [rows]
+        return rows
 
     def _per_group(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """sum_k w_k L_k(theta + eps_k) exactly: G forward and backward passes at G perturbed points (for ablation)."""

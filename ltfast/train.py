@@ -78,8 +78,7 @@ class Trainer(Durable):
         optim = config.optim
         self.update = Update(
             self.flat, kind=optim.optimizer, momentum=optim.momentum, weight_decay=optim.weight_decay,
-            nesterov=optim.nesterov, clip=optim.clip, betas=(optim.momentum, 0.999),
-            scaler=build.build_scaler(config, self.device),
+            nesterov=optim.nesterov, clip=optim.clip, scaler=build.build_scaler(config, self.device),
         )  # fmt: skip
         self.quality = QualityStats(self.source.num_classes, self.model.feature_dim, self.device)
         theta = self.flat.data[self.encoder]
@@ -100,7 +99,7 @@ class Trainer(Durable):
         self.make_step()
 
     def take_bank(self) -> None:
-        """Start from the memory bank of an earlier run, if --bank names one."""
+        """Start from the memory bank of an earlier run, if --bank names one. UserError if it is none, or of other classes."""
         if run := self.config.preserve.bank:
             state = self.ranks.on_main(
                 lambda: load_bank(Path(run), self.source.class_names, self.config.preserve.center)

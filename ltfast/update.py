@@ -1,4 +1,4 @@
-"""The descent of a step: restore, weight decay, momentum or Adam, and the GKP anchor in one pass over the flat buffer."""
+"""The descent of a training step, with the loss scale, what is skipped, and GKP's pull."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from ltfast.scaler import LossScale
 
 
 class Update:
-    """The descent: momentum SGD or AdamW on the flat buffer, with restore, weight decay and the GKP anchor in one pass.
+    """Momentum SGD or AdamW on the flat buffer of N elements, with restore, weight decay and the GKP anchor in one pass.
+
+    Args:
+        flat: the parameters.
+        kind: "sgd" or "adamw" (beta1 is `momentum`, beta2 .999).
+        momentum, weight_decay, nesterov: as in torch.optim.
+        clip: largest norm of the loss gradient, before alpha and without GKP; 0: none.
+        scaler: loss scale of fp16, told of every skipped step, or None.
 
     Attributes:
         lr: learning rate, 0-dim device tensor (changing it recompiles and synchronises nothing).
-        anchor: GKP's, of the whole buffer, or None; `strength` is (1 - alpha) * lambda, `alpha` scales the gradient.
-        scaler: loss scale of fp16, told of every skipped step, or None.
+        anchor: GKP's, of the whole buffer, or None.
+        alpha, strength: factor of the loss gradient, and (1 - alpha) * lambda of the anchor; 0-dim device tensors.
+        slots: [N] each: the momentum buffer, or both moments of AdamW.
+        step, skipped, in_a_row: 0-dim device tensors: steps taken, steps skipped, and those since the last one taken.
     """
 
     def __init__(
@@ -28,13 +37,13 @@ class Update:
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        betas: tuple[float, float] = (0.9, 0.999),
         clip: float = 0.0,
         scaler: LossScale | None = None,
     ) -> None:
         device = flat.device
         self.flat, self.kind, self.clip, self.scaler = flat, kind, clip, scaler
-        self.momentum, self.weight_decay, self.nesterov, self.betas = momentum, weight_decay, nesterov, betas
+        self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
+        self.betas = momentum, 0.999
         self.lr = torch.zeros((), device=device)
         self.alpha = torch.ones((), device=device)
         self.strength = torch.zeros((), device=device)
@@ -43,7 +52,7 @@ class Update:
         self.slots = [torch.zeros_like(flat.data) for _ in range(n_slots)]
         self.step = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
-        self.in_a_row = torch.zeros((), device=device)  # steps skipped since the last good one
+        self.in_a_row = torch.zeros((), device=device)
 
     def __call__(self, grad: Tensor, kept: Tensor | None, bad: Tensor) -> Tensor:
         """Apply the gradient [N]; `kept` is theta before the ascent, if there was one. Returns |gradient|, 0-dim.

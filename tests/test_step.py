@@ -329,8 +329,8 @@ def test_mode_r_refresh_is_exact_and_reuse_keeps_the_intended_norm() -> None:
     assert step._known_rows(EXACT, found, batch.labels) is None
     for k, loss in enumerate(found.losses):  # one pass of the head knows what a backward pass a group would find
         (exact,) = torch.autograd.grad(loss, net.classifier.weight, retain_graph=True)
-        torch.testing.assert_close(rows[0][k], exact, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(rows[0][k - 1], exact, rtol=0.1)
+        torch.testing.assert_close(rows[k], exact, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(rows[k - 1], exact, rtol=0.1)
     assert engine.last is not None
     fresh = engine.last.gram(engine.last.put_rows(rows), adaptive=True)
     coef, intended, _ = engine.stale_coefficients(found.shares, fresh)

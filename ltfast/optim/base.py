@@ -95,7 +95,11 @@ class FlatOptimizer(StoredOptimizer):
         return Block([(k, self.param_groups[k]["params"]) for k in groups], self.ascent_rows)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, at construction or later; a later one gets a flat buffer of its own."""
+        """Add a group, at construction or later; a later one gets a flat buffer of its own.
+
+        Raises:
+            ValueError: an option that no update could use, by name, or what torch refuses; then no group was added.
+        """
         if isinstance(param_group, dict):
             check_options(param_group)
         super().add_param_group(param_group)
@@ -256,6 +260,9 @@ class FlatOptimizer(StoredOptimizer):
             weights, targets: A and T for each parameter in the order of the param groups; None: that one is free.
             strength: (1 - alpha) * lambda; a 0-dim device tensor may be changed in place.
             alpha: factor of the loss gradient; None is 1.
+
+        Raises:
+            ValueError: targets is None, or number or shapes of the tensors do not fit; then nothing has changed.
         """
         if weights is None:
             for block in self.blocks:

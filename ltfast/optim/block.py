@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ltfast.flat import FlatParameters
+from ltfast.kernels.step import Anchor
 
-Anchor = tuple[Tensor, Tensor, float | Tensor]
 Present = tuple[int, ...]  # one truth value (or other small number) for each parameter of a block
 
 
@@ -35,7 +35,9 @@ class Block:
 
     Attributes:
         flat: the parameters.
+        climbed: the parameters hold theta + eps.
         kept: [N] theta as it was before the ascent, bit for bit; meaningful while `climbed`.
+        expected: of each parameter whether it had a gradient in the last pass (before any: whether it wants one).
         versions: of the parameters when they had climbed: whoever writes to one in place raises its own.
         group_of: index of each parameter's group.
         slots: flat optimizer state by torch's name; views: of each parameter; addresses: theirs, since somebody may put other

@@ -12,8 +12,6 @@ coefficients come from a Gram matrix refreshed every few steps; the result is re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +36,7 @@ class Engine(Ascent):
         counts: [G] training images of each group (Eq. 13).
         agreement: what of the ascent is taken over all ranks.
         backward: gathers gradients into the rows of `flat`.
-        classifier: parameters, neighbours in `flat`, whose group gradients mode R computes in every step (ltfast.optim.fresh).
+        classifier: a parameter of `flat` whose group gradients mode R is given in every step (ltfast.optim.fresh).
 
     Attributes:
         kept: [N] theta as it was before the climb, bit-exact.
@@ -52,21 +50,18 @@ class Engine(Ascent):
         counts: Tensor,
         agreement: Agreement | None = None,
         backward: Backward | None = None,
-        classifier: Sequence[nn.Parameter] = (),
+        classifier: nn.Parameter | None = None,
     ) -> None:
+        super().__init__(rule, counts, flat.numel, flat.device)
         self.flat, self.agreement = flat, agreement or Agreement()
         self.backward = backward or Backward(flat)
         self.kept = torch.empty_like(flat.data)
         self.eps = torch.zeros_like(flat.data) if rule.ascent_every > 1 else None
         self.held: dict[str, Tensor] = {}
-        self.classifier = classifier if rule.gram_every > 1 and rule.scope == "all" else ()
-        super().__init__(rule, counts, flat.numel, flat.device)
-
-    def start(self, counts: Tensor) -> None:
-        """Begin afresh with groups of `counts` [G] images: rows, Gram matrix and moving averages are reset."""
-        super().start(counts)
-        self.flat.resize_rows(self.n_rows + (self.rule.objective == "per_group"))
-        self.last = FreshGradients(self.flat, self.classifier, self.n_groups) if self.classifier else None
+        flat.resize_rows(self.n_rows + (rule.objective == "per_group"))
+        self.last: FreshGradients | None = None
+        if classifier is not None and rule.gram_every > 1:
+            self.last = FreshGradients(flat, [classifier], self.n_groups)
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -85,12 +80,11 @@ class Engine(Ascent):
             self.remembers, self.holds_rest = True, self.last is not None
 
     def ascend(
-        self, losses: Tensor, shares: Tensor, branch: str = EXACT, classifier_rows: Sequence[Tensor] | None = None
+        self, losses: Tensor, shares: Tensor, branch: str = EXACT, classifier_rows: Tensor | None = None
     ) -> Tensor:
         """First pass: from group losses [G] and batch shares [G] at theta to coefficients; leaves theta + eps in place.
 
-        classifier_rows: group gradients [G, *shape] of the marked classifier, where the caller has a cheaper way to them
-        than one backward pass per group from `losses`.
+        classifier_rows: group gradients [G, C, D] of the marked classifier; STALE needs them where there is one.
 
         Returns the coefficients: [R] for a shared perturbation (already applied), [G, R] per group (see `move_to`).
         """
@@ -154,15 +148,11 @@ class Engine(Ascent):
 
     # -- mode R: one backward with coefficients from a remembered Gram matrix ------------------------------------------
 
-    def _stale(self, losses: Tensor, shares: Tensor, classifier_rows: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _stale(self, losses: Tensor, shares: Tensor, classifier_rows: Tensor | None) -> tuple[Tensor, Tensor]:
         last, known = self.last, []
         if last is not None:
-            if classifier_rows is not None:
-                rows = last.put_rows(classifier_rows)
-            else:
-                scaler = self.backward.scaler
-                rows = last.put(losses, None if scaler is None else scaler.scale)
-            known = [last.gram(self.agreement.rows(rows), self.rule.adaptive)]
+            assert classifier_rows is not None
+            known = [last.gram(self.agreement.rows(last.put_rows(classifier_rows)), self.rule.adaptive)]
         shares, *known = self.agreement.remembered(shares, *known)
         stale = self.stale_coefficients(shares, known[0] if known else None)
         row = self.backward((stale.coef * losses).sum(), 0)

@@ -53,11 +53,10 @@ class FreshGradients:
             self.rows.div_(scale)
         return self.rows
 
-    def put_rows(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Fill the rows with given gradients, [G, *shape] of each parameter."""
-        for i, gradient in enumerate(gradients):
-            for k, views in enumerate(self._views):
-                views[i].copy_(gradient[k])
+    def put_rows(self, gradients: Tensor) -> Tensor:
+        """Fill the rows with given gradients, [G, *shape] of the only parameter."""
+        for (view,), gradient in zip(self._views, gradients, strict=True):
+            view.copy_(gradient)
         return self.rows
 
     def gram(self, rows: Tensor, adaptive: bool) -> Tensor:

@@ -24,6 +24,7 @@ from ltfast.optim.across import AcrossProcesses
 from ltfast.optim.ascent import Ascent, Stale
 from ltfast.optim.block import Block
 from ltfast.optim.fresh import FreshGradients
+from ltfast.optim.passes import loss_scale
 from ltfast.optim.rules import Rule
 from ltfast.optim.state import averages_by_index, check_averages, load_averages
 from ltfast.rows import GradientRows
@@ -125,7 +126,11 @@ class GroupAscent(AcrossProcesses):
         return self._last
 
     def set_groups(self, counts: Any) -> None:
-        """Start afresh with groups of `counts` [G] training images (after regrouping)."""
+        """Start afresh with groups of `counts` [G] training images (after regrouping).
+
+        Raises:
+            ValueError: counts are no such numbers, or of more groups than an ascent takes; then nothing has changed.
+        """
         self._counts, self._last = self._checked(counts), []
         self.restore()
         for block in self.blocks:
@@ -256,7 +261,7 @@ class GroupAscent(AcrossProcesses):
         for last in self._last_layers():
             if last is None:
                 continue
-            scale = None if scaler is None else scaler.scale(torch.ones((), device=self.ascent.device))
+            scale = None if scaler is None else loss_scale(scaler, self.ascent.device)
             rows = last.put(losses if world == 1 else losses * (shares / world), scale)
             if world > 1:
                 self._add_up(rows)
@@ -346,7 +351,7 @@ class GroupAscent(AcrossProcesses):
     def _unscale(self, rows: list[Tensor], scaler: GradScaler, *, tell: bool = True) -> None:
         """Unscale the first pass's rows; tell the scaler (once a step) of an overflow there, too, if all processes see it."""
         if not tell or not self._verdict_is_shared():
-            scale = scaler.scale(torch.ones((), device=self.ascent.device))
+            scale = loss_scale(scaler, self.ascent.device)
             for r in rows:
                 r /= scale
             return

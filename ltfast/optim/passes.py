@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from ltfast.optim.processes import reduces, several
 from ltfast.optim.statistics import frozen_statistics
 
 ASCENTS = ("local", "global")
+
+
+def loss_scale(scaler: GradScaler, device: torch.device) -> Tensor:
+    """The scale by which `scaler` multiplies a loss, 0-dim on the device."""
+    return cast(Tensor, scaler.scale(torch.ones((), device=device)))
 
 
 class TwoPasses(Optimizer):

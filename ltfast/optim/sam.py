@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from ltfast.kernels import ascent_coefficients, gram_partials, perturb
 from ltfast.optim.base import FlatOptimizer, uncompiled
 from ltfast.optim.block import Block, Present, split_shared
+from ltfast.optim.passes import loss_scale
 from ltfast.optim.state import averages_by_index, check_averages, indices, load_averages
 
 Closure = Callable[[], Any]
@@ -46,6 +47,7 @@ class SAM(FlatOptimizer):
     """
 
     direction = "joint"
+    sigma = 1.0  # what "friendly" takes of the moving average
 
     def __init__(
         self,
@@ -56,11 +58,6 @@ class SAM(FlatOptimizer):
         **base_kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho, "adaptive": bool(adaptive)}, base_kwargs)
-
-    def _setup(self) -> None:
-        super()._setup()
-        device = self.blocks[0].flat.device
-        self._one = torch.ones(1, device=device, dtype=torch.float32)
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
@@ -161,7 +158,7 @@ class SAM(FlatOptimizer):
             if not self._several():
                 scaler._per_optimizer_states[id(self._first_pass)] = unscaled
         elif self._several():
-            self._divide(scaler.scale(self._one.reshape(())))
+            self._divide(loss_scale(scaler, self.blocks[0].flat.device))
         else:
             scaler.unscale_(self._first_pass)  # type: ignore[arg-type]
 
@@ -205,7 +202,7 @@ class SAM(FlatOptimizer):
             1,
             direction=self.direction,
             rho=1.0 if rho is None else rho,
-            sigma=self._sigma(),
+            sigma=self.sigma,
         )
         for block in self.blocks:
             own = [part for part in parts if part[0] is block]
@@ -221,9 +218,6 @@ class SAM(FlatOptimizer):
         self._moved()
         self.stats = stats._asdict()
         self._first_bad = stats.bad
-
-    def _sigma(self) -> float | Tensor:
-        return 1.0
 
 
 class FriendlySAM(SAM):
@@ -269,9 +263,6 @@ class FriendlySAM(SAM):
             flag = torch.zeros((), device=block.flat.device, dtype=torch.float32)
             self._begun[block] = [flag] * len(block.flat.params)
         return self._begun[block]
-
-    def _sigma(self) -> float | Tensor:
-        return self.sigma
 
     def _collect(self, row: int = 0) -> list[Present]:
         self._present = super()._collect(row)

@@ -25,7 +25,8 @@ class Anchor(NamedTuple):
     target: Tensor
 
     def expanded(self, n_elements: int, start: int = 0) -> "Anchor":
-        """The anchor of a flat model of N elements whose encoder begins at `start`; no force on the rest."""
+        """The anchor of a flat model of N elements whose encoder begins at `start`; no force on the rest. ValueError unless it
+        fits in."""
         if start < 0 or start + len(self.weight) > n_elements:
             raise ValueError(f"{len(self.weight)} anchored elements from {start} do not fit into {n_elements}")
         whole = self.weight.new_zeros(2, n_elements)
@@ -69,7 +70,7 @@ def critical_weight(lr: float, momentum: float, strength: float) -> float:
 
 @torch.no_grad()
 def stream_anchor(pairs: Iterable[tuple[Tensor, Tensor]], sizes_G: Tensor) -> Anchor:
-    """Collapse anchors that come one at a time, as (theta*_j, F_j) in group order; two float64 [D] are held, not G.
+    """Collapse anchors that come one at a time, as (theta*_j [D], F_j [D]) in group order; two float64 [D] are held, not G.
 
     T is a running weighted mean, T += (w / A)(theta* - T), in float64: nothing cancels however close the anchors are.
     """

@@ -51,7 +51,7 @@ def fisher_sums(
     chunk: int | None = None,
     flatten: Flatten = concatenate,
 ) -> tuple[Tensor, int]:
-    """Sum of squared gradients, float64 in `flatten`'s order [D], and the number of samples behind it (0 is allowed).
+    """Sum of squared gradients [D] in `flatten`'s order and dtype, and the number of samples behind it (0 is allowed).
 
     Ranks add both up and divide: exact for shares of any size. names: parameters to differentiate, as in
     `model.named_parameters()`. loss_fn: per-sample -log p(y|x). chunk: samples differentiated together, by default what

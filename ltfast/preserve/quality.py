@@ -57,10 +57,11 @@ class QualityStats:
         self._sums.zero_()
 
     @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor, counts: Tensor | None = None) -> None:
+    def update(self, features: Tensor, labels: Tensor, good: Tensor | None = None) -> None:
         """Add a batch: features [B, D] of any float dtype, labels int64 [B], both on the statistics' device.
 
-        counts: 0-dim, zero where the batch is not to count, whatever its features hold (a step that was skipped).
+        good: 0-dim, zero where the batch is not to count, whatever its features hold (a step that was skipped).
+        Raises ValueError for other shapes.
         """
         if features.ndim != 2 or features.shape[1] != self.feature_dim or labels.shape != features.shape[:1]:
             raise ValueError(
@@ -69,8 +70,8 @@ class QualityStats:
             )
         f = features.detach().double()
         rows = torch.cat([f, f.square().sum(1, keepdim=True), torch.ones_like(f[:, :1])], dim=1)
-        if counts is not None:
-            rows = torch.where(counts != 0, rows, 0.0)
+        if good is not None:
+            rows = torch.where(good != 0, rows, 0.0)
         self._sums.index_add_(0, labels, rows)
 
     @torch.no_grad()
