@@ -46,7 +46,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
     A reader sees the old file or the new one, never a part, also after a power cut.
 
     Raises:
-        OSError: disk full, no permission, the folder is gone; `path` is then what it was before.
+        OSError: disk full, no permission, the folder is gone; `path` is then what it was before, or the new file where only
+            the folder could not be flushed.
     """
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(meta)
@@ -89,7 +90,8 @@ def file_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write beside `path`, flush to the disk, rename over it, flush the folder. OSError leaves `path` untouched."""
+    """Write beside `path`, flush to the disk, rename over it, flush the folder. OSError leaves `path` untouched, but
+    for that of the last flush."""
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with open(part, "wb") as file:

@@ -148,7 +148,11 @@ def resumed_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:
             f"--resume: continues the run with its own settings; only these may be given anew: {options}; to train on with others: "
             "--weights RUN/checkpoints/last.safetensors"
         )
-    return Config() if launch.launched() else RunFolder.open(args.resume).config.with_(**flags)
+    if launch.launched():
+        return Config()
+    folder = RunFolder.open(args.resume)
+    config = folder.config.with_(**flags)
+    return config.with_(weights=None) if folder.begun else config
 
 
 def new_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:

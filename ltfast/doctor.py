@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -163,7 +164,8 @@ def disk(folder: Path) -> Finding:
             "disk", f"{folder.resolve()}: {error.strerror}", "fail", "runs cannot be written here; use --out"
         )
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # read-only: even a file that is not there cannot be removed
+            path.unlink()
     text = f"{folder.resolve()}: writes {speed:.0f} MiB/s, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free"
     if speed < SLOW_DISK:
         return Finding(
@@ -174,18 +176,24 @@ def disk(folder: Path) -> Finding:
 
 def pictures(folder: Path) -> Finding:
     """Reading speed of the first files found, or of a pack, without decoding."""
-    started, size, count = time.perf_counter(), 0, 0
+    started, size, count, failed = time.perf_counter(), 0, 0, 0
     places = [(str(folder.parent), [], [folder.name])] if folder.is_file() else os.walk(folder)
     for root, _, names in places:
         for name in names:
             if count < TEST_FILES and time.perf_counter() - started < TEST_SECONDS:
-                with open(Path(root) / name, "rb") as file:
-                    size += len(file.read(READ_BYTES))
-                count += 1
+                try:
+                    with open(Path(root) / name, "rb") as file:
+                        size += len(file.read(READ_BYTES))
+                    count += 1
+                except OSError:
+                    failed += 1
     seconds = time.perf_counter() - started
     if not count:
-        return Finding("pictures", f"{folder}: no files", "fail", "give the folder that holds the pictures")
+        found = f"none of {failed} files can be read" if failed else "no files"
+        return Finding("pictures", f"{folder}: {found}", "fail", "give the folder that holds the pictures")
     text = f"{folder}: {count / seconds:.0f} files/s, {size / MIB / seconds:.0f} MiB/s"
+    if failed:
+        return Finding("pictures", f"{text}; {failed} files cannot be read", "note", "ltfast data check names them")
     slow = size / MIB / seconds < SLOW_READ
     return Finding("pictures", text, "note" if slow else "ok", "copy the data to a local disk" if slow else "")
 

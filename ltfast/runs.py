@@ -117,6 +117,11 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}".encode())
 
+    @property
+    def begun(self) -> bool:
+        """Whether it holds weights of its own: the first ones, and a given bank, are then not read again."""
+        return self.last.exists() or any(self.checkpoints.glob("state-*.safetensors"))
+
     def trained_on(self) -> tuple[tuple[str, ...] | None, int | None]:
         """Classes and side of the pictures that its network was trained on; None, None where it is not noted how those were
         prepared."""

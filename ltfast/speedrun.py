@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ltfast.data.large_source import LargeSource
 from ltfast.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def warm_up(trainer: Trainer, steps: int) -> None:
     What was compiled, tuned and recorded stays. Only before the first step of a run.
     """
     tensors = [trainer.flat.data, trainer.buffers.data, *trainer.buffers.counters, *trainer.update.state().values()]
+    if isinstance(trainer.source, LargeSource):
+        tensors.append(trainer.source.replaced)
     kept = [t.clone() for t in tensors]
     engine = trainer.step.engine
     ascent = {} if engine is None else {k: v.clone() for k, v in engine.state().items()}
@@ -53,6 +56,8 @@ class TableProgress(Progress):
 
     def begin(self, trainer: Trainer) -> None:
         self.run = trainer.config.run.seed
+        before = [] if trainer.folder is None else trainer.folder.metrics()  # of a run that goes on
+        self.seconds = sum(row["seconds"] for row in before if row["kind"] in ("epoch", "group"))
         line = "|".join(f"{name:^14}" for name in COLUMNS)
         print(f"{'-' * (len(line) + 2)}\n|{line}|\n{'-' * (len(line) + 2)}")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ltfast import build
 from ltfast.config import Config
+from ltfast.data.rng import fold
 from ltfast.dist import Ranks, Traffic
 from ltfast.durable import Durable
 from ltfast.errors import UserError, explained
@@ -62,6 +63,8 @@ class Trainer(Durable):
         self.config = config = build.fitting(config, self.source.num_classes)
         self.counts = self.source.train_counts.to(self.device)
         model = build.build_model(config, self.source.input_shape, self.source.num_classes)
+        if ranks.rank:  # its own dropout and dropped layers; the weights are drawn
+            torch.manual_seed(fold(config.run.seed, ranks.rank))
         if config.run.sync_bn:
             synchronise(model, ranks)
         self.model = model.to(self.device)
@@ -350,7 +353,7 @@ def train(
             folder = ranks.on_main(lambda: RunFolder.open(resume, lock=True))
             values = ranks.share(ranks.on_main(lambda: folder.config.to_dict() if folder is not None else {})) or {}
             config = on_cpu(moved(Config.from_dict(values, resume), changes or {}), resumed=True)
-            if ranks.share(folder is not None and folder.last.exists()):  # what the weights have become is in there
+            if ranks.share(folder is not None and folder.begun):
                 config = config.with_(weights=None)
         trainer = Trainer(config, folder, ranks, progress)  # bad input fails here, before a new run's folder exists
         check_main_memory(trainer)

@@ -70,8 +70,12 @@ def test_slow_disk_small_shared_memory_and_missing_packages(tmp_path: Path, monk
 def test_pictures(tmp_path: Path) -> None:
     assert doctor.pictures(tmp_path).level == "fail"
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "y.jpg").symlink_to(tmp_path / "gone")
+    assert doctor.pictures(tmp_path).value.endswith("none of 1 files can be read")
     (tmp_path / "a" / "x.jpg").write_bytes(b"x" * 100)
-    assert "files/s" in doctor.pictures(tmp_path).value
+    found = doctor.pictures(tmp_path)
+    assert "files/s" in found.value
+    assert (found.level, found.value.endswith("1 files cannot be read")) == ("note", True)
 
 
 def test_a_pack_is_read_as_a_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,17 @@ def test_meter_leaves_out_a_skipped_step():
     assert row["length"] == [2.0]
 
 
+def test_meter_of_a_group_that_few_ranks_have_seen():
+    """Sums come as means over the ranks: of eight, one has had it."""
+    meter = AscentMeter(steps=4)
+    meter.add(0, stats([0.2], [0.0], 9.0))
+    assert meter.sums is not None
+    meter.sums /= 8
+    row = meter.result()
+    assert row["steps"] == [0.125]
+    assert (row["radius"], row["length"]) == (pytest.approx([0.2]), [3.0])
+
+
 def test_meter_samples_long_epochs():
     meter = AscentMeter(steps=1600)
     for step in range(1600):
@@ -148,7 +159,11 @@ def test_refreshes_are_reported_once_as_their_mean():
 def test_probes_and_marked_weights_come_when_they_should(monkeypatch):
     monkeypatch.setattr(observe, "probe_row", lambda trainer: {})
     monkeypatch.setattr(observe, "forces_row", lambda trainer: {})
-    for epochs, probed, marked in ((40, [0, *range(2, 40, 3)], [13, 26]), (5, list(range(5)), [1, 3])):
+    for epochs, probed, marked in (
+        (40, [0, *range(3, 40, 4)], [13, 26]),
+        (23, [0, *range(1, 23, 2)], [7, 15]),
+        (5, list(range(5)), [1, 3]),
+    ):
         rows, saved = [], []
         trainer = trainer_of(
             config=SimpleNamespace(optim=SimpleNamespace(epochs=epochs)), meter=AscentMeter(1),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +83,20 @@ def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match=re.escape("did you mean cifar10-lt-speedrun?")):
         named_recipe("cifar10-speedrun")
     assert all(build_config(dataset, method, values(), {}) for dataset, method, values in NAMED.values())
+
+
+def test_the_clock_goes_on_where_a_run_was_stopped(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    values = {"epochs": 3, "device": "cpu", "limit_train": 160, "out": str(run)}
+
+    class Once(TableProgress):
+        def epoch(self, *args: Any) -> None:
+            super().epoch(*args)
+            signal.raise_signal(signal.SIGTERM)
+
+    first, second = Once(), TableProgress()
+    assert "stopped" in train(build_config("digits-lt", "ce", {}, values), progress=first)
+    train(build_config("digits-lt", "ce", {}, values), resume=str(run), progress=second)
+    assert first.seconds > 0
+    whole = sum(row["seconds"] for row in RunFolder.open(run).metrics("epoch"))
+    assert second.seconds == pytest.approx(whole, rel=1e-9)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ltfast.errors import UserError
 from ltfast.report import geometry
 from ltfast.report.budget import Budget, Progress
@@ -69,5 +71,7 @@ def compute_run(name: str, live: Live, result: Computed, budget: Budget, progres
         with progress.part(f"{name}: {part}", ticks) as tick:
             try:
                 setattr(result, part, work(tick))
+            except torch.OutOfMemoryError:
+                result.missing[part] = "the GPU's memory does not suffice"
             except (Missing, UserError) as reason:  # UserError: a picture that cannot be read
                 result.missing[part] = str(reason)

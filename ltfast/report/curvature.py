@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltfast.modes import evaluating
 
@@ -41,7 +42,7 @@ def hessian_product(
         parts = unflatten(vector, params)
         total = torch.zeros_like(vector)
         count = 0
-        with evaluating(model):
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             for images, labels in batches:
                 value = loss(model(images), labels).sum()
                 grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
@@ -200,9 +201,12 @@ def spectrum(
         return (torch.randint(2, (like.numel(),), generator=generator) * 2 - 1).to(like)
 
     quadratures = [lanczos(counted, signs(), steps, stop)]
-    while len(quadratures) < probes and not stop():
-        quadratures.append(lanczos(counted, signs(), steps, stop))
-    forms = [q.first for q in quadratures]
+    forms = [quadratures[0].first]
+    while len(forms) < probes and not stop():
+        found = lanczos(counted, signs(), steps, stop)
+        forms.append(found.first)
+        if len(found.nodes) >= len(quadratures[0].nodes) or not stop():  # else broken off: good for the trace alone
+            quadratures.append(found)
     for _ in range(trace_probes):
         if stop():
             break

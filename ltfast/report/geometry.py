@@ -21,7 +21,7 @@ from ltfast.flat import FlatParameters
 from ltfast.preserve import reestimate_batchnorm, sample_indices
 from ltfast.report.curvature import Spectrum, flatten, hessian_product, residual, spectrum, unflatten
 from ltfast.report.landscape import LossAt, Plane, Surface, around, moved, surface
-from ltfast.report.runs import CHUNK, OUT_OF_TIME, Live, Missing, epoch_of_last
+from ltfast.report.runs import CHUNK, OUT_OF_TIME, Live, Missing
 from ltfast.resume import load_bank
 
 SIDES = ("head", "tail")
@@ -158,7 +158,7 @@ def three_points(live: Live) -> tuple[list[Tensor], list[str], str]:
     the memory bank (encoder only, with the final classifier); or else initial and best weights.
     """
     last = flatten(live.params)
-    final = f"t2: {'end' if live.folder.metrics('test') else 'last weights'}, epoch {epoch_of_last(live.folder)}"
+    final = f"t2: {'end' if live.folder.metrics('test') else 'last weights'}, epoch {live.folder.epoch_of('last') or 0}"
     kept = sorted(live.folder.checkpoints.glob("epoch-*.safetensors"), key=epoch_of)
     if len(kept) >= 2:
         chosen = (kept[0], kept[-1])
@@ -208,7 +208,10 @@ def initial_weights(live: Live) -> Sequence[Tensor]:
 
 
 def bank_snapshots(live: Live) -> list[tuple[int, Tensor]]:
-    """(epoch, encoder as a vector like `live.params`) of the oldest and the newest live snapshot; [] without a bank."""
+    """(epoch, encoder as a vector like `live.params`) of the oldest and the newest live snapshot; [] without a bank, or where
+    it began as another run's, whose epochs are not this one's."""
+    if live.config.preserve.bank:
+        return []
     try:
         bank = load_bank(live.folder.path)
     except UserError:  # no training state, or a method without a bank

@@ -18,7 +18,7 @@ from ltfast.report.curvature import TRACE_LEAST
 from ltfast.report.draw_geometry import WIDTHS
 from ltfast.report.geometry import SIDES
 from ltfast.report.page import Entry, Item, Table, render_item, render_page, render_table
-from ltfast.report.runs import Missing, RunView, epoch_of_last, open_runs
+from ltfast.report.runs import Missing, RunView, open_runs
 from ltfast.report.seeds import over_seeds
 from ltfast.report.style import look, save
 from ltfast.runs import cannot_write
@@ -127,14 +127,13 @@ def part(views: Sequence[RunView], computed: Sequence[Computed], name: str) -> t
     for place, (view, result) in enumerate(zip(views, computed, strict=True)):
         value = getattr(result, name)
         if value is None:
-            missing.append(f"{view.name}: {result.missing.get(name, 'not computed')}.")
+            missing.append(f"{view.name}: {result.missing[name]}.")
         else:
             found.append(Entry(place, view.name, value))
             if not view.ended or view.folder.progress("last"):  # a full disk lets a run end without its final weights
                 behind = "its final weights are not in the folder" if view.ended else "it has not ended"
-                missing.append(
-                    f"{view.name}: {behind}; this is of its last weights, epoch {epoch_of_last(view.folder)}."
-                )
+                epoch = view.folder.epoch_of("last") or 0
+                missing.append(f"{view.name}: {behind}; this is of its last weights, epoch {epoch}.")
     return found, missing
 
 

@@ -241,7 +241,10 @@ def forces(view: RunView) -> dict[str, Any]:
 
 
 def bank_epochs(view: RunView) -> list[int] | None:
-    """Epoch, counted from 1, of each class's entry in the memory bank [C]; None if the state or an entry is missing."""
+    """Epoch, counted from 1, of each class's entry in the memory bank [C]; None if the state or an entry is missing, or the bank
+    began as another run's, whose epochs are not this one's."""
+    if view.config.preserve.bank:
+        return None
     try:
         bank = load_bank(view.folder.path)
     except UserError:

@@ -62,7 +62,7 @@ def profile_steps(
     else:
         parts = {**shares, "waiting for the host": max(0.0, measured - sum(shares.values()))}
     predicted = None
-    if trainer.rule is not None:
+    if trainer.step.rule is not None:
         ratio = predicted_flops(trainer.config, trainer.source.num_classes)
         trainer.rule = None
         trainer.make_step()
@@ -118,7 +118,7 @@ def seconds_a_step(
 ) -> float:
     """Mean seconds of a step with its data: of each kind the median of TIMED steps after WARM others."""
     mean = 0.0
-    for kind, share in kinds(trainer.rule).items():
+    for kind, share in kinds(trainer.step.rule).items():
         seconds = []
         for _ in range(WARM + TIMED):
             if stop():
@@ -148,7 +148,7 @@ def parts_of(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, float]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints errors where there is no GPU
     devices = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     sums = dict.fromkeys(PARTS, 0.0)
-    for kind, share in kinds(trainer.rule).items():
+    for kind, share in kinds(trainer.step.rule).items():
         with profiler(activities=devices, acc_events=True) as found:  # False makes torch 2.11 warn
             for _ in range(PROFILED):
                 with record_function(DATA):

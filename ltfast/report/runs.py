@@ -84,13 +84,6 @@ class RunView:
             raise Missing("it has not ended, so there is no test result yet") from None
 
 
-def epoch_of_last(folder: RunFolder) -> int:
-    """The epoch, counted from 1, that the last weights are of; one that was broken off counts."""
-    whole = folder.epoch_of("last") or 0
-    states = [checkpoint.load_meta(p).get("run", {}) for p in folder.checkpoints.glob("state-*.safetensors")]
-    return whole + any(state.get("epoch") == whole and state.get("batch", 0) > 0 for state in states)
-
-
 def open_runs(paths: Sequence[str]) -> list[RunView]:
     """The runs, named by the shortest ends of their paths that tell them apart.
 

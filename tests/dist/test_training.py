@@ -319,6 +319,17 @@ def test_an_epoch_is_looked_at_with_one_set_of_statistics(tmp_path: Path) -> Non
     assert run_ranks(2, tmp_path, observed) == [[False, True]] * 2
 
 
+def random_numbers(ranks: Ranks) -> tuple[Tensor, Tensor]:
+    trainer = make(ranks, "ce")
+    return trainer.flat.data.clone(), torch.rand(4)
+
+
+def test_ranks_have_one_network_and_dropout_of_their_own(tmp_path: Path) -> None:
+    (theta, drawn), (other, others) = run_ranks(2, tmp_path, random_numbers)
+    assert torch.equal(theta, other)
+    assert not torch.equal(drawn, others)
+
+
 def averages_written(ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Moving averages of a training state, where each rank has begun others."""
     trainer = make(ranks, "gsa-release", groups=3)

@@ -155,6 +155,41 @@ def test_reorthogonalisation_keeps_single_eigenvalues_single():
     torch.testing.assert_close(got.weights[-2:], torch.full((2,), 1 / 62, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
+def test_a_second_probe_that_is_broken_off_counts_for_the_trace_alone():
+    """Its few nodes would stand as a peak of the density."""
+    diagonal, calls = torch.linspace(0.0, 1.0, 40, dtype=torch.float64), []
+    found = spectrum(
+        lambda v: diagonal * v, diagonal, probes=2, steps=12,
+        stop=lambda: len(calls) >= 13, tick=lambda: calls.append(0),
+    )  # fmt: skip
+    assert [len(q.nodes) for q in found.quadratures] == [12]
+    assert len(found.quadratic_forms) == 2
+
+
+def test_fused_attention_has_a_hessian():
+    """torch's kernels for it have no second derivative."""
+    torch.manual_seed(0)
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            y = (x @ self.weight)[:, None]
+            return torch.nn.functional.scaled_dot_product_attention(y, y, y)[:, 0].mean(1)
+
+    model = Attention()
+    x, y = torch.randn(3, 5, 4), torch.tensor([0, 1, 2])
+    product = hessian_product(
+        model, [model.weight], lambda z, y: torch.nn.functional.cross_entropy(z, y, reduction="none"), [(x, y)]
+    )
+    vectors = torch.randn(2, 16)
+    a, b = product(vectors[0]), product(vectors[1])
+    assert a.norm() > 0
+    assert float(vectors[1] @ a) == pytest.approx(float(vectors[0] @ b), rel=1e-3)
+
+
 def test_stop_ends_early_with_what_there_is():
     matrix = torch.diag(torch.arange(1.0, 31.0, dtype=torch.float64))
     calls = []

@@ -11,6 +11,7 @@ from ltfast import checkpoint
 from ltfast.report import geometry
 from ltfast.report.budget import Budget
 from ltfast.report.compute import Computed, compute_all
+from ltfast.report.numbers import bank_epochs
 from ltfast.report.runs import Missing, open_live, open_runs
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -110,10 +111,11 @@ def stopped_copy(run, target, epoch, batch):
     return str(target)
 
 
-@pytest.mark.parametrize(("batch", "label"), [(3, "epoch 3"), (0, "epoch 2")])
-def test_weights_of_a_stopped_run_are_not_its_end(runs, tmp_path, batch, label):
+@pytest.mark.parametrize("batch", [3, 0])
+def test_weights_of_a_stopped_run_are_not_its_end(runs, tmp_path, batch):
+    """They are written at the end of an epoch only."""
     run = stopped_copy(runs[0], tmp_path / "run", 2, batch)
-    assert geometry.three_points(live_of(run))[1][2] == f"t2: last weights, {label}"
+    assert geometry.three_points(live_of(run))[1][2] == "t2: last weights, epoch 2"
     view = open_runs([run])[0]
     assert (view.ended, view.epochs) == (False, "2 of 3")
     assert open_runs([runs[0]])[0].epochs == 3
@@ -127,6 +129,16 @@ def test_three_points_fall_back_to_the_bank(runs, tmp_path):
     size = sum(p.numel() for p in live.params)
     assert [p.numel() for p in points] == [size] * 3
     assert torch.equal(points[2], torch.cat([p.detach().reshape(-1) for p in live.params]))
+
+
+def test_epochs_of_a_bank_that_began_in_another_run_are_not_told(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    assert geometry.bank_snapshots(live_of(run)) or bank_epochs(open_runs([run])[0])
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("[preserve]", f'[preserve]\nbank = "{runs[0]}"'))
+    assert geometry.bank_snapshots(live_of(run)) == []
+    assert bank_epochs(open_runs([run])[0]) is None
 
 
 def test_bank_snapshots_are_the_encoders_of_their_epochs(runs):

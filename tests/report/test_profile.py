@@ -1,5 +1,7 @@
 """The step profile of a short run."""
 
+import shutil
+
 import pytest
 import torch
 from torch.autograd import DeviceType
@@ -99,3 +101,14 @@ def test_revived_step_is_the_one_of_the_last_phase(lives):
 def test_time_that_runs_out_is_said(lives):
     with pytest.raises(Missing, match="max-minutes"):
         profile(lives[1], lambda: True, lambda: None)
+
+
+def test_a_run_that_was_stopped_while_scouting_takes_plain_steps(runs, tmp_path):
+    """Nothing is predicted of a step that it does not take."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"group"' not in line[:20]]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    found = profile(open_live(open_runs([str(run)])[0], device="cpu"), lambda: False, lambda: None)
+    assert found["predicted"] is None
+    assert "perturb" not in found["parts"]
