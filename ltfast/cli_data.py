@@ -118,7 +118,7 @@ def command_stats(args: argparse.Namespace) -> int:
 
 
 def command_contact(args: argparse.Namespace) -> int:
-    from ltfast.data import load
+    from ltfast.data import DATASETS, load
     from ltfast.data.contact import contact_sheet
     from ltfast.data.registry import LARGE
     from ltfast.recipes import refuse_unread
@@ -131,7 +131,8 @@ def command_contact(args: argparse.Namespace) -> int:
         guessed = "folder-small" if pack else _guessed(args.data_dir or "", args.train_list)
     dataset = args.dataset or guessed
     given = {name: getattr(args, name) for name in ("data_dir", "train_list", "image_size")}
-    refuse_unread(dataset, given)
+    if dataset in DATASETS:
+        refuse_unread(dataset, given)
     if dataset not in LARGE:
         del given["train_list"]
     source = load(

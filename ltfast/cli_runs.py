@@ -28,9 +28,11 @@ def add_run_commands(commands: Any) -> None:
     evaluate.add_argument("folder", metavar="RUN", help="run folder")
     evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights [last]")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which split [test]")
-    evaluate.add_argument("--data-dir", default=None, help="where the data lies now, if it moved")
+    evaluate.add_argument(
+        "--data-dir", default=None, help="where the data lies now, if it moved, or other pictures to judge by"
+    )
     for name in LISTS:
-        evaluate.add_argument(flag(name), default=None, metavar="FILE", help="where this list lies now, if it moved")
+        evaluate.add_argument(flag(name), default=None, metavar="FILE", help="where this list lies now, or another one")
     evaluate.add_argument("--on-bad-image", choices=("skip", "fail"), default="fail", help="unreadable images [fail]")
     evaluate.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N [as in the run]")
     evaluate.add_argument(
@@ -117,10 +119,6 @@ def command_eval(args: argparse.Namespace) -> int:
         each=note if args.predictions else None,
     )
     run = RunFolder.open(args.folder)
-    if args.csv:
-        write_classes(args.csv, result, source)
-    if args.predictions:
-        write_predictions(args.predictions, answers, source, args.split)
     if args.json:
         about = {
             "split": args.split,
@@ -135,6 +133,10 @@ def command_eval(args: argparse.Namespace) -> int:
         prior = f", for {args.prior} class frequencies" if args.prior else ""
         print(f"{args.folder}: {which} on {args.split}, {counted(result['n'], 'image')}{prior}")
         print(format_table(result, source.class_names, source.train_counts))
+    if args.csv:
+        write_classes(args.csv, result, source)
+    if args.predictions:
+        write_predictions(args.predictions, answers, source, args.split)
     return 0
 
 

@@ -23,7 +23,7 @@ from ltfast.config import (
     load_toml,
 )
 from ltfast.errors import UserError
-from ltfast.recipes import NAMED, build_config, method_values, named_recipe
+from ltfast.recipes import NAMED, RECIPES, build_config, method_values, named_recipe
 
 if TYPE_CHECKING:
     from ltfast.dist import Ranks
@@ -169,7 +169,8 @@ def new_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:
     if args.method:  # a flag goes before the file: what the file's own method was made of must not come back in
         fields = {name: fields[name] for name in fields.keys() - method_values(method).keys()}
     config = build_config(dataset, method, {**named[2], **fields}, flags)
-    usual = build_config(dataset, method, named[2], flags).to_dict()  # a run's config.toml holds every setting
+    # A run's config.toml holds every setting: those that only say what would be so without it are not chosen.
+    usual = Config().with_(**{**RECIPES[dataset](), **method_values(method), **named[2], **flags}).to_dict()
     chosen = [name for name, value in fields.items() if usual[FIELDS[name][0]].get(name) != value]
     idle = unread(config, [*chosen, *flags])
     if idle and not launch.launched():

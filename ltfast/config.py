@@ -78,9 +78,11 @@ class Data:
         "unreadable images; skip = replace in training, leave out elsewhere; fail = end the run; auto = replace in training, else fail",
         choices=("auto", "skip", "fail"),
     )
-    train_list: str | None = _opt(None, "list file of training images (one '<relative path> <label>' per line)")
-    val_list: str | None = _opt(None, "list file of validation images")
-    test_list: str | None = _opt(None, "list file of test images")
+    train_list: str | None = _opt(
+        None, "list of training images: '<relative path> <label>' lines, CSV, TSV or COCO's JSON"
+    )
+    val_list: str | None = _opt(None, "list of validation images, or a pattern of shards")
+    test_list: str | None = _opt(None, "list of test images, or a pattern of shards")
     exclude_list: str | None = _opt(None, "bad files to leave out, as written by `ltfast data check --bad-list`")
     download: bool = _opt(False, "allow torchvision to download CIFAR when it is missing")
 
@@ -382,6 +384,8 @@ def check(name: str, value: Any) -> Any:
 def _check_range(name: str, value: Any, choices: tuple[str, ...], limits: Mapping[str, float], **_: Any) -> None:
     if choices and value not in choices:
         raise UserError(f"{name}={value!r}: choose from {', '.join(choices)}{nearest(str(value), choices)}")
+    if value == "" and name != "weights":  # which is none then
+        raise UserError(f"{flag(name)}: is empty; give it a value or leave it out")
     if name == "device" and not re.fullmatch(DEVICES, value):
         raise UserError(f"device={value!r}: use auto, cpu, cuda or cuda:N")
     if isinstance(value, float) and not math.isfinite(value):

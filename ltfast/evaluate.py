@@ -122,7 +122,7 @@ def evaluate_run(
     classes, side = run.trained_on()
     if config.data.dataset == "folder-small" and os.path.isdir(config.data.data_dir or ""):
         config = config.with_(image_size=config.data.image_size or side)
-    source = build.build_data(config, place, ranks, classes)
+    source = build.build_data(config.with_(batch=1), place, ranks, classes)  # train may be small there
     run.as_trained(source, split, str(folder))
     if not source.sizes.get(split, 0):
         raise UserError(f"--split {split}: this run held out no such images; use --split test")

@@ -44,6 +44,8 @@ def export(run: str | Path, format: str = "safetensors", *, which: str = "last",
         raise UserError(
             f"--out {out}: a .json is the description of a model; use {Path(out).with_suffix(SUFFIX[format])}"
         )
+    if out is not None and Path(out).is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file in it")
     if format == "onnx":
         missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:

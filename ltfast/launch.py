@@ -267,7 +267,7 @@ def report(error: UserError) -> int:
                 Path(summary).write_text(json.dumps({"message": {"message": str(error), "extraInfo": about}}))
         return 2
     try:
-        with open(path, "x") as file:
+        with open(path, "x", errors="backslashreplace") as file:  # a file's name may be no text
             file.write(str(error))
     except OSError:
         pass

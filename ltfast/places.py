@@ -11,21 +11,26 @@ from ltfast.config import Config
 from ltfast.errors import UserError
 
 LISTS = ("train_list", "val_list", "test_list", "exclude_list")
+SHARDS = ("data_dir", "val_list", "test_list")  # patterns of them, of a WebDataset
 
 
 def absolute(config: Config) -> Config:
     """The config with absolute paths, so that the run may be evaluated and continued from any folder.
 
-    What is not there from here stays as it is: the name of a list below data_dir, say. Shard patterns are paths.
+    Lists may be named from data_dir. What is nowhere stays as it is: the name of published weights. Shard patterns are paths.
     """
-    shards, values = config.data.dataset == "webdataset", {}
-    if config.run.out:
-        values["out"] = os.path.abspath(config.run.out)
+    values = {"out": os.path.abspath(config.run.out)} if config.run.out else {}
     for name in ("data_dir", *LISTS, "weights", "bank"):
         value = getattr(config.model if name == "weights" else config.preserve if name == "bank" else config.data, name)
-        if value and (shards or os.path.exists(value)):
+        if not value:
+            continue
+        shards = config.data.dataset == "webdataset" and name in SHARDS
+        below = os.path.join(config.data.data_dir or "", value)
+        if shards or os.path.exists(value):
             parts = value.split("::") if shards else [value]
             values[name] = "::".join(os.path.abspath(part) for part in parts)
+        elif name in LISTS and os.path.exists(below):
+            values[name] = os.path.abspath(below)
     return config.with_(**values)
 
 

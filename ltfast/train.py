@@ -322,9 +322,12 @@ class Trainer(Durable):
     def evaluate(self, split: str) -> dict[str, Any]:
         """Accuracy and calibration of the current weights on a split, over all ranks."""
         try:
-            return evaluate(
+            result = evaluate(
                 self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits, tta=self.config.run.tta
             )  # fmt: skip
+            if not result["n"]:
+                raise UserError(f"no {split} picture could be read; see `ltfast data check`")
+            return result
         except UserError as error:  # an image of the split cannot be read
             if self.store is not None:
                 self.store.flush()

@@ -52,6 +52,8 @@ def load(
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(DATASETS)}"
         raise UserError(f"--dataset {dataset!r} is unknown; {hint}")
+    if data_dir is not None and not str(data_dir):
+        raise UserError("--data-dir: is empty; give it a value or leave it out")
     common: dict[str, Any] = {
         "data_dir": None if data_dir is None else Path(data_dir),
         "imbalance": imbalance,

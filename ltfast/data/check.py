@@ -22,13 +22,13 @@ import numpy as np
 from ltfast.data.copies import HEAD, UNKNOWN, Copies, find_copies, signature
 from ltfast.data.dali_pipeline import dali_available
 from ltfast.data.decode import (
-    BITS_PER_SAMPLE,
     NEXT_PAGE,
     BadImage,
     JpegHeader,
     Reader,
     dali_distortion,
     dali_fault,
+    dali_tiff_fault,
     decode,
     file_format,
     jpeg_header,
@@ -163,7 +163,7 @@ def _settled(head: bytes, read: Reader, size: int) -> bool:
     kind, tail = file_format(head[:16]), read(size - TAIL, TAIL)
     if kind == "TIFF":
         tags = tiff_tags(read)
-        return not tiff_fault(tags) and 1 <= tags.get(BITS_PER_SAMPLE, 0) <= 16
+        return not tiff_fault(tags) and not dali_tiff_fault(tags)
     if kind == "PNG":
         return b"IEND" in tail
     if kind == "WEBP":
@@ -240,7 +240,9 @@ def _check_split(split: str, images: ImageList, full: bool, workers: int) -> tup
                 deep[i] = finding.dim
         if not full:
             sample = list(deep)[:: math.ceil(len(deep) / SAMPLE) or 1]
-            deep = dict(zip(sample, pool.map(lambda i: examine(images, i, True).dim, sample), strict=True))
+            decoded = list(pool.map(lambda i: examine(images, i, True), sample))
+            bad += [(images.paths[i], finding.bad) for i, finding in zip(sample, decoded, strict=True) if finding.bad]
+            deep = {i: finding.dim for i, finding in zip(sample, decoded, strict=True) if not finding.bad}
     again = duplicate_indices(images.paths) if images.loose else []  # names in shards are no paths
     duplicates = sorted({images.paths[index] for _, index in again})
     names = images.names
@@ -333,4 +335,6 @@ def read_bad_list(path: str | Path) -> set[bytes]:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"bad-file list {path} cannot be read: {error.strerror}; see `ltfast data check`") from error
-    return {line.partition(b"\t")[0] for line in lines if line.strip()}
+    return {
+        line.rpartition(b"\t")[0] or line for line in lines if line.strip()
+    }  # a path may hold a tab, a reason does not

@@ -94,7 +94,7 @@ def _read(files: _Files, root: Path) -> Pool | None:
     if len(packs) == 1:
         return read_pack(packs[0])
     folders = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-    if (root / "train").is_dir() or len(folders) >= files.num_classes:
+    if {"train", "training"} & {entry.name.lower() for entry in folders} or len(folders) >= files.num_classes:
         return read_tree(root, share=TEST_SHARE)
     return None
 

@@ -1,7 +1,8 @@
 """One picture file to pixels with PIL, and the quick look at its bytes that finds most broken files.
 
 No path rotates by EXIF orientation: neither here nor in the DALI pipeline (its default would), as in BCL's code.
-Formats are those that both decoders read; a GIF or an HTML page named .jpg is refused by both.
+Formats are those that both decoders read, but for odd TIFFs and PNMs (`dali_fault`); a GIF or an HTML page named .jpg is
+refused by both.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
 ORIENTATION = 0x0112  # EXIF
 BITS_PER_SAMPLE = 258  # TIFF; one bit where it is absent
 NEXT_PAGE = 0  # no tag: stands for a further directory
-SAMPLE_FORMAT = 339  # TIFF; 3: floating point
+PHOTOMETRIC = 262  # TIFF; 0 and 1: gray
+SAMPLES_PER_PIXEL = 277  # TIFF
+EXTRA_SAMPLES = 338  # TIFF; 1: colours are multiplied by alpha
+SAMPLE_FORMAT = 339  # TIFF; 2: signed, 3: floating point
 FLOATS = "floating-point pixels, whose range nobody knows"
 _PNG_DEPTH = 24  # place of the bits a sample in a PNG
 _PNM_MAXIMUM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+(?:\d+(?:\s|#[^\n]*\n)+){2}(\d{1,5})")  # behind width and height
@@ -179,11 +183,26 @@ def _pnm_maximum(data: bytes) -> int:
 
 
 def dali_fault(data: bytes) -> str:
-    """Why DALI alone cannot read a picture, or ''."""
-    bits = tiff_tags(reader(data)).get(BITS_PER_SAMPLE) if file_format(data[:16]) == "TIFF" else 8
+    """Why DALI alone cannot read a picture, or reads it wrongly without a word, or ''."""
+    return dali_tiff_fault(tiff_tags(reader(data))) if file_format(data[:16]) == "TIFF" else ""
+
+
+def dali_tiff_fault(tags: dict[int, int]) -> str:
+    """`dali_fault` of a TIFF with these tags. Gray with alpha comes out as colours that are not there."""
+    bits, gray = tags.get(BITS_PER_SAMPLE), tags.get(PHOTOMETRIC) in (0, 1)
     if bits is None:
-        return "no BitsPerSample, which DALI does not read; --loader torch does"
-    return f"{bits} bits a sample, which DALI does not read; --loader torch does" if bits > 16 else ""
+        what = "no BitsPerSample"
+    elif bits > 16 or (gray and bits not in (1, 8, 16)):
+        what = f"{bits} bits a sample"
+    elif tags.get(SAMPLE_FORMAT) == 2:
+        what = "signed samples"
+    elif tags.get(SAMPLES_PER_PIXEL) == 2:
+        what = "gray with alpha"
+    elif tags.get(EXTRA_SAMPLES) == 1:
+        what = "colours multiplied by alpha"
+    else:
+        return ""
+    return f"{what}, which DALI does not read as it is; --loader torch does"
 
 
 def dali_distortion(data: bytes) -> str:

@@ -121,7 +121,7 @@ def load_large(
         dataset, data_dir, train_list=train_list, val_list=val_list, test_list=test_list, val_per_class=val_per_class,
         trained=trained,
     )  # fmt: skip
-    lists = _shape(dataset, lists, imbalance, imbalance_type, limit_train, exclude_list)
+    lists = _shape(dataset, lists, imbalance, imbalance_type, limit_train, exclude_list, trained is None)
     choice = choose_loader(loader, device, len(recipes))
     exist = choice.name != "synthetic" and lists["train"].loose
     validate_lists(lists, exist, trained=trained is not None)
@@ -135,13 +135,14 @@ def _shape(
     imbalance_type: str,
     limit_train: int | None,
     exclude_list: str | Path | None,
+    own: bool,
 ) -> dict[str, ImageList]:
-    """Excluded files off, thinned, limited: in this order."""
+    """Excluded files off, thinned, limited: in this order. own: the exclude list must be of these pictures."""
     lists = dict(lists)
     if exclude_list is not None:
         bad = read_bad_list(exclude_list)
         whole, lists = lists, {split: images.without(bad) for split, images in lists.items()}
-        if bad and len(whole["train"]) and all(len(lists[split]) == len(whole[split]) for split in lists):
+        if own and bad and len(whole["train"]) and all(len(lists[split]) == len(whole[split]) for split in lists):
             raise UserError(
                 f"--exclude-list {exclude_list}: none of its {len(bad):,} paths is in the data set; it has "
                 f"{min(bad).decode(errors='replace')!r}, the train split {whole['train'].paths[0]!r}; write the list with "

@@ -1,4 +1,4 @@
-"""What both loaders of large pictures share: order, shards, bad files, resumable state.
+"""What both loaders of large pictures share: order, shards, bad files.
 
 An epoch is sampler.epoch_order, a pure function of (seed, epoch); step s of rank r trains on row s of its
 rank_slice. A picture that cannot be decoded is replaced by the next image of its own class in list order, so shapes,

@@ -118,7 +118,7 @@ def read_list(path: str | Path, root: str | Path, named: bool = True) -> ImageLi
     if kind == ".gz":
         try:
             data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"list file {path} is not a complete gzip file ({error}); obtain it again") from error
         kind = Path(path.stem).suffix.lower()
     parsers: dict[str, Callable[[bytes, str], Parsed]] = {
@@ -143,13 +143,27 @@ def read_lists(
 
     UserError for a class that train lacks or calls otherwise, and where one file has only numbers and the other only names.
     """
-    lists = {} if train is None else {"train": train}
+    of_run, lists = train, {} if train is None else {"train": train}
     for split, file in files:
         train = lists.get("train")
         images = read_list(file, root, named=train is None or train.class_names is not None)
         check(split, images)
+        if of_run is not None and of_run.class_names is None:
+            images = _called_by_number(of_run, file, images)
         lists[split] = images if train is None else _numbered_as(train, images)
     return lists
+
+
+def _called_by_number(train: ImageList, file: Path, images: ImageList) -> ImageList:
+    """Of a run whose classes are called 0, 1, ...: a file's own names go before its numbers, if they are the run's classes."""
+    try:
+        named = read_list(file, images.root)
+    except UserError:  # names that are read by no number
+        return images
+    if named.class_names is None or not set(named.class_names) <= set(train.names):
+        return images
+    label_of = np.array([train.names.index(name) for name in named.class_names], dtype=np.int32)
+    return replace(named, labels=label_of[named.labels], class_names=None, class_ids=None)
 
 
 def write_lists(lists: dict[str, ImageList], folder: str | Path) -> list[Path]:

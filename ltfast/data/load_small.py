@@ -42,6 +42,8 @@ def load_small(
     """See `ltfast.data.load`."""
     info = DATASETS[dataset]
     pool, where = _read(dataset, data_dir, download, image_size, trained)
+    if trained is not None and pool.val is not None:  # other pictures than the run's, from whose train it was held out
+        val_per_class = 0
     splits = (
         held_out_splits(pool)
         if trained is not None and not len(pool.labels)

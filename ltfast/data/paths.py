@@ -166,10 +166,10 @@ def contained(names: PathTable, root: Path, source: str) -> PathTable:
     absolute = any(name.startswith(b"/") for name in names.iter_raw()) if b"/" in text else False
     if not absolute and b".." not in text and b"\0" not in text and bool(np.all(np.diff(names.offsets) > 0)):
         return names
-    prefix = os.fsencode(root.resolve()) + b"/"
+    linked, real = (os.fsencode(place) + b"/" for place in (os.path.abspath(root), root.resolve()))
     kept = []
     for i, name in enumerate(names.iter_raw()):
-        relative = name.removeprefix(prefix)
+        relative = name.removeprefix(linked if name.startswith(linked) else real)
         if not relative or b"\0" in relative or relative.startswith(b"/") or b".." in relative.split(b"/"):
             shown = os.fsdecode(name).replace("\0", "\\0")
             raise UserError(f"{source}: entry {i + 1}: path {shown!r} leaves {root} (or is empty); use paths inside it")

@@ -124,6 +124,10 @@ def find_lists(
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(LARGE)}")
+    if (
+        trained is not None and {"val", "test"} <= lists.keys()
+    ):  # other pictures than the run's, from whose train it was held out
+        val_per_class = None
     return assign_splits(lists, val_per_class)
 
 

@@ -201,8 +201,13 @@ def read_shards(pattern: str) -> TarList:
 
 
 def read_splits(patterns: Mapping[str, str]) -> dict[str, TarList]:
-    """`read_shards` of each split's pattern; no two pictures of all splits have one name."""
+    """`read_shards` of each split's pattern; no two pictures of all splits have one name. UserError for a shard in two splits."""
     shards = {split: expand_shards(pattern) for split, pattern in patterns.items()}
+    seen: dict[Path, str] = {}
+    for split, shard in ((split, shard) for split, part in shards.items() for shard in part):
+        first = seen.setdefault(shard.resolve(), split)
+        if first != split:
+            raise UserError(f"shard {shard} is in {first} and in {split}; take it off one of the two")
     named = shard_names(chain.from_iterable(shards.values()))
     return {split: _read_all(pattern, shards[split], named) for split, pattern in patterns.items()}
 

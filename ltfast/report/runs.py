@@ -57,7 +57,8 @@ class RunView:
 
     @property
     def class_names(self) -> list[str]:
-        return [str(n) for n in self.kind("data")[-1]["class_names"]]
+        names = [str(n) for n in self.kind("data")[-1]["class_names"]]
+        return [name.encode(errors="backslashreplace").decode() for name in names]  # a folder's name may be no text
 
     @property
     def counts(self) -> Tensor:

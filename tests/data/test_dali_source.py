@@ -373,7 +373,7 @@ def test_a_tiff_that_dali_does_not_read_is_named_before_training_and_in_it(tmp_p
     """Whatever the path; PIL reads it."""
     (tmp_path / "odd.tif").write_bytes(bad_files.tiff(mode))
     picture(1).save(tmp_path / "good.jpg")
-    reason = f"{what}, which DALI does not read; --loader torch does"
+    reason = f"{what}, which DALI does not read as it is; --loader torch does"
     lists = folder_lists(tmp_path, ["odd.tif", "good.jpg"])
     dali, torch_path = both(lists, 1, size=48)
     with pytest.raises(UserError, match=reason):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -213,8 +214,9 @@ def test_a_bad_picture_in_a_shard_is_replaced_and_named(loader, loose, tmp_path,
             assert data is not None
             add(tar, f"{i}.jpg", data)
             add(tar, f"{i}.cls", b"0" if i < 5 else b"1")
+    shutil.copy(tmp_path / "t.tar", tmp_path / "v.tar")
     source = load_large(
-        "webdataset", data_dir=f"{tmp_path}/t.tar", val_list=f"{tmp_path}/t.tar", batch=4, image_size=16, loader=loader
+        "webdataset", data_dir=f"{tmp_path}/t.tar", val_list=f"{tmp_path}/v.tar", batch=4, image_size=16, loader=loader
     )
     seen = [i for b in source.train(0) for i in b.index.tolist()]
     assert Counter(seen) == {**dict.fromkeys(range(8), 1), 3: 0, 4: 2} or Counter(seen)[4] == 2
@@ -259,9 +261,9 @@ def test_user_errors(tmp_path, loose):
     for pattern, text in cases:
         with pytest.raises(UserError, match=text):
             read_shards(pattern)
-    gap = shard("f.tar", {"x.jpg": picture, "x.cls": b"1"})
+    gap, other = (shard(name, {"x.jpg": picture, "x.cls": b"1"}) for name in ("f.tar", "k.tar"))
     with pytest.raises(UserError, match="classes have no image"):
-        load_large("webdataset", data_dir=gap, val_list=gap, batch=1)
+        load_large("webdataset", data_dir=gap, val_list=other, batch=1)
 
 
 def reader_order(shards: list[Path], n: int, epochs: int, **options) -> list[list[int]]:
