@@ -58,7 +58,6 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 _kept: dict[tuple[Any, ...], tuple[float, State]] = {}  # the newest end of scouting and its share of the epochs
-LEVEL = 0.95
 
 
 class Scouted(Exception):
@@ -234,11 +233,11 @@ def rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return seeded.newest(read(path))
 
 
-def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
+def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of its Student-t confidence interval; half-width infinite for one value."""
     from ltfast.report.seeds import half_interval
 
-    return statistics.fmean(values), half_interval(values, level)
+    return statistics.fmean(values), half_interval(values)
 
 
 def table(sweep: str, path: Path) -> str:

@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import append_row, facts
@@ -40,8 +41,11 @@ METHODS = (
 )
 
 
-def collect(folder: Path) -> bool:
-    """Append the rows of one run: test figures of its last checkpoint and its training time. False: it is not finished."""
+def collect(folder: Path, flags: Sequence[str] = ()) -> bool:
+    """Append the rows of one run: test figures of its last checkpoint and its training time. False: it is not finished.
+
+    flags: further ones that it was trained with; tables leave such runs out.
+    """
     from ltfast.recipes import reads_groups
     from ltfast.runs import RunFolder
 
@@ -53,8 +57,9 @@ def collect(folder: Path) -> bool:
         return False
     method = config.method + (ONE_GROUP if config.preserve.groups == 1 and reads_groups(config) else "")
     case = f"{method}/{config.model.model}/seed={config.run.seed}"
+    words = [*flags_of(method), "--seed", str(config.run.seed), *flags]
     settings = {
-        "command": f"ltfast train --dataset {config.data.dataset} {' '.join(flags_of(method))} --seed {config.run.seed}",
+        "command": f"ltfast train --dataset {config.data.dataset} {' '.join(words)}", **({"flags": list(flags)} if flags else {}),
         "imbalance": config.data.imbalance, "limit_train": config.data.limit_train, "epochs": config.optim.epochs,
         "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "scout": config.preserve.scout,
         "draws": DRAWS,
@@ -130,14 +135,15 @@ def main() -> None:
     started = time.monotonic()
     for seed in args.seeds:
         for method in args.methods:
-            folder = args.work / f"{args.dataset}-{method}-s{seed}"
+            further = "".join(f"-{word.strip('-')}" for word in args.flags).replace("/", "_")
+            folder = args.work / f"{args.dataset}-{method}{further}-s{seed}"
             if (folder / COLLECTED).exists():
                 continue
             if not finished(folder):
                 if time.monotonic() - started > args.budget:
                     return
                 train(folder, method, seed, args)
-            if not collect(folder):
+            if not collect(folder, args.flags):
                 raise SystemExit("stopped; the same command goes on from there")
             (folder / COLLECTED).touch()
 

@@ -104,7 +104,7 @@ class Trajectory:
 
 def recorded(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Records]]:
     """(sampler, records), from files if they are there, else made and saved every SAVE_EVERY steps."""
-    run, start = None, time.process_time()
+    start = time.process_time()
     for sampler, steps in zip(SAMPLERS, (args.steps, args.random_steps), strict=True):
         if steps < 2:
             continue
@@ -113,10 +113,9 @@ def recorded(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Reco
         if len(held["matrix"]) >= steps:
             yield sampler, held
             continue
-        if run is None:
-            warm = pictures(args.data, "instance", args.batch, args.seed)
-            run = Trajectory(warm, args.model, args.seed)
-            run.train(warm, args.warm)
+        warm = pictures(args.data, "instance", args.batch, args.seed)
+        run = Trajectory(warm, args.model, args.seed)
+        run.train(warm, args.warm)
         kept = []
         for step in run.record(pictures(args.data, sampler, args.batch, args.seed), steps):
             kept.append(step)

@@ -23,7 +23,7 @@ STYLES = {"ce": ("#D55E00", "s", "--"), DEFAULT_METHOD: ("#0072B2", "o", "-")}
 
 
 def read(bench: str) -> seeded.Runs:
-    """All runs of methods, as long as the longest.
+    """All runs of methods as they are, as long as the longest.
 
     A method that a short name stands for (gsa-full+gkp) counts as rows of the short name (gkp-gsa).
     """
@@ -33,7 +33,8 @@ def read(bench: str) -> seeded.Runs:
         method, _, seed = case.split("/")
         return short.get(method, method), int(seed.removeprefix("seed="))
 
-    return seeded.read(seeded.rows(RESULTS / f"{bench}.jsonl", longest=True), method_and_seed)
+    rows = seeded.rows(RESULTS / f"{bench}.jsonl", longest=True)
+    return seeded.read([row for row in rows if not row["config"].get("flags")], method_and_seed)
 
 
 def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:

@@ -35,6 +35,7 @@ class Timing(NamedTuple):
     n: int
 
 
+ON_CPU: dict[str, Any] = {"device": "cpu", "driver": None, "cuda": None}
 Timings = dict[str, list[float]]  # contender -> one figure a round
 
 
@@ -66,9 +67,12 @@ def driver() -> str | None:
 
 
 def append_row(bench: str, case: str, metric: str, value: Any, *, n: int = 1, **fields: Any) -> dict[str, Any]:
-    """Append one row to results/<bench>.jsonl and return it; `fields` add to or replace the facts of this process."""
+    """Append one row to results/<bench>.jsonl and return it; `fields` add to or replace the facts of this process, of which a
+    config with device cpu leaves a GPU out."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    row = {"bench": bench, "case": case, "metric": metric, "value": value, "n": n, **facts(), "date": date, **fields}
+    place = ON_CPU if (fields.get("config") or {}).get("device") == "cpu" else {}
+    what = {"bench": bench, "case": case, "metric": metric, "value": value, "n": n}
+    row = {**what, **facts(), **place, "date": date, **fields}
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{bench}.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -6,11 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import figures
+import peer_tables
 import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ROOT / "benchmarks" / "results" / "optimizers.jsonl"
-KERNEL_ROWS = ROWS.with_name("kernels.jsonl")
+KERNEL_ROWS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
 OTHERS = ("eager", "foreach", "fused")  # implementations beside ours
 COUNTED = (
     "kernels",
@@ -31,25 +31,15 @@ HEADS = (
     "memory",
 )
 COSINES = ("cosine_mean", "cosine_p10", "cosine_worst")
-Cases = dict[str, dict[str, float]]
-
-
-def newest(path: Path = ROWS) -> tuple[Cases, dict[str, int]]:
-    """Case -> metric -> value, and case -> n."""
-    cases: Cases = defaultdict(dict)
-    counts: dict[str, int] = {}
-    for row in seeded.rows(path):
-        cases[row["case"]][row["metric"]] = row["value"]
-        counts[row["case"]] = row["n"]
-    return cases, counts
 
 
 def counted(model: str = "resnet50") -> str:
     """Markdown: what the optimizer part of a step costs, ours first."""
     lines = ["| optimizer | " + " | ".join(HEADS) + " |", "|---" * (len(HEADS) + 1) + "|"]
-    for case, found in newest()[0].items():
-        if case.endswith(f"/{model}") and set(COUNTED) <= set(found):
-            cells = (f"{found[m]:,.0f}" if float(found[m]).is_integer() else f"{found[m]:.4g}" for m in COUNTED)
+    for case, rows in peer_tables.cases("cpu", "optimizers").items():
+        if case.endswith(f"/{model}") and set(COUNTED) <= set(rows):
+            found = {m: rows[m]["value"] for m in COUNTED}
+            cells = (f"{v:,.0f}" if float(v).is_integer() else f"{v:.4g}" for v in found.values())
             lines.append(f"| `{case.removesuffix('/' + model)}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -78,17 +68,16 @@ def on_cpu() -> str:
 
 def direction(emas: tuple[str, ...] = ("0.5", "0.8")) -> str:
     """Markdown: cosine of mode R's direction, one line a network, sampler, kind of memory and EMA, one column an interval."""
-    cases, counts = newest()
     table: dict[tuple[str, ...], dict[int, str]] = defaultdict(dict)
     steps: dict[tuple[str, ...], int] = {}
-    for case, found in cases.items():
+    for case, found in peer_tables.cases("cpu", "optimizers").items():
         if "cosine_mean" not in found:
             continue
         _, model, _, kind, every, ema, sampler = case.split("/")
         key = (model, sampler, kind, ema.removeprefix("ema="))
         if key[-1] in emas:
-            table[key][int(every.removeprefix("gram_every="))] = " / ".join(f"{found[m]:.2f}" for m in COSINES)
-            steps[key] = counts[case]
+            table[key][int(every.removeprefix("gram_every="))] = " / ".join(f"{found[m]['value']:.2f}" for m in COSINES)
+            steps[key] = found["cosine_mean"]["n"]
     intervals = sorted({every for cells in table.values() for every in cells})
     heads = ["network", "batches", "steps", "Gram matrix", "EMA", *(f"every {every}" for every in intervals)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]

@@ -40,7 +40,10 @@ def evaluations(study: str, method: str, seed: int, flags: dict[str, Any]) -> di
         counts, found = trainer.source.train_counts, {}
         for prior in PRIORS:
             shift = prior_shift(config, counts, prior)
-            figures = evaluate(trainer.model, trainer.source, "test", trainer.device, prior=shift)
+            figures = evaluate(
+                trainer.model, trainer.source, "test", trainer.device, logits=trainer.forward.logits, tta=config.run.tta,
+                prior=shift,
+            )  # fmt: skip
             often = torch.tensor(figures["per_class"], dtype=torch.float64) @ (counts / counts.sum()).double()
             found[prior] = {"top1_train": float(often), **ablation.tested(figures)}
         return found

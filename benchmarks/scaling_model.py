@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import seeded  # noqa: E402
 from harness import RESULTS, append_row  # noqa: E402
 
 from ltfast.optim.rules import RULES  # noqa: E402
@@ -77,11 +77,9 @@ def parameters(net: Network, classes: int) -> int:
 
 def measured_rate() -> tuple[float, str] | None:
     """(images/s, device) of plain BCL on one GPU from the newest row, if there is one."""
-    path = RESULTS / "throughput.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = [
         r
-        for r in rows
+        for r in seeded.rows(RESULTS / "throughput.jsonl")
         if r["device"] != "cpu" and r["metric"] == "images_per_s" and r["case"].startswith("bcl/resnet50/224px")
     ]
     return (found[-1]["value"], found[-1]["device"]) if found else None

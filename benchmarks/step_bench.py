@@ -70,7 +70,8 @@ class Bench:
         self.config = build_config("digits-lt" if case.shape[1] < 32 else "cifar10-lt", preset, {}, flags)
         self.method, self.case, self.device, self.mode = method, case, device, mode
         self.rule = rule_of(self.config)
-        self.shortcut = self.rule is not None and (self.rule.partial or self.rule.ascent_every > 1)
+        shortcut = self.rule is not None and (self.rule.partial or self.rule.ascent_every > 1)
+        self.has_twin = not shortcut and not self.config.preserve.gkp
         self.counts = torch.linspace(500, 10, case.classes).long()
         self.make, self.batch = pictures(case, device)
         groups = torch.arange(case.classes) * GROUPS // case.classes

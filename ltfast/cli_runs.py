@@ -212,7 +212,7 @@ def print_result(result: dict[str, Any]) -> None:
 
     folder = RunFolder.open(result["folder"])
     config = folder.config
-    info = folder.metrics("data")[-1]
+    info = folder.data_row
     baseline = baseline_for(config)
     print(
         f"\ntest split, last checkpoint, {config.method}"

@@ -79,7 +79,7 @@ class Durable:
             self.progress.note(
                 f"{self.folder}: cannot be locked ({self.folder.unlocked}); let no other process train in it"
             )
-        if not self.folder.metrics("data"):
+        if not self.folder.data_row:
             if self.needs_groups and self.scouts >= self.config.optim.epochs:
                 self.progress.note(
                     f"all epochs ({self.scouts}) are for scouting: no groups, and nothing of {self.config.method} that needs them; "

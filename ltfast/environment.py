@@ -14,8 +14,8 @@ import torch
 import ltfast
 
 
-def environment() -> dict[str, Any]:
-    """All of it, for env.json and result rows."""
+def environment(*, cpu: bool = False) -> dict[str, Any]:
+    """All of it, for env.json and result rows. cpu: what ran leaves a GPU that may be there alone."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(name: str) -> str | None:
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not cpu
     return {
         "ltfast": ltfast.__version__,
         "commit": commit(),

@@ -125,13 +125,10 @@ def load_trained(where: str | Path, which: str = "last") -> Trained:
         trained.model.load_state_dict(tensors)
         return trained
     run = RunFolder.open(where)
-    rows = run.metrics("data")
-    config = run.config
-    if rows and "preprocess" in rows[-1]:
-        classes, preprocess, counts = rows[-1]["class_names"], rows[-1]["preprocess"], rows[-1].get("counts")
-    else:
+    config, row = run.config, run.data_row
+    if "preprocess" not in row:
         raise UserError(f"{where}: its metrics.jsonl does not say how pictures were prepared; was it cut or edited?")
-    trained = _build(config, classes, preprocess, counts)
+    trained = _build(config, row["class_names"], row["preprocess"], row.get("counts"))
     checkpoint.load_into(trained.model, run.weights(which))
     return trained
 

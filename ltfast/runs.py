@@ -125,17 +125,14 @@ class RunFolder:
     def trained_on(self) -> tuple[tuple[str, ...] | None, int | None]:
         """Classes and side of the pictures that its network was trained on; None, None where it is not noted how those were
         prepared."""
-        for row in self.metrics("data")[-1:]:
-            if "preprocess" in row:
-                return tuple(row["class_names"]), int(row["preprocess"]["size"])
-        return None, None
+        row = self.data_row
+        return (tuple(row["class_names"]), int(row["preprocess"]["size"])) if "preprocess" in row else (None, None)
 
     def check_classes(self, class_names: Sequence[str], what: str, remedy: str) -> None:
         """UserError, begun by `what` and ended by `remedy`, if the run's classes are not `class_names` in this order."""
-        for row in self.metrics("data")[-1:]:
-            for c, (there, here) in enumerate(zip_longest(row["class_names"], class_names)):
-                if there is None or here is None or composed(there) != composed(here):
-                    raise UserError(f"{what}: class {c} is {there!r} there and {here!r} here; {remedy}")
+        for c, (there, here) in enumerate(zip_longest(self.data_row.get("class_names", class_names), class_names)):
+            if there is None or here is None or composed(there) != composed(here):
+                raise UserError(f"{what}: class {c} is {there!r} there and {here!r} here; {remedy}")
 
     def check_held_out(self, source: Source, split: str, what: str) -> None:
         """UserError, begun by `what`, if `split` is drawn from the training pictures and these are not the run's own: a draw
@@ -143,14 +140,14 @@ class RunFolder:
         drawn = (
             source.test_from == "train" if split == "test" else split == "val" and self.config.data.val_per_class > 0
         )
-        for row in self.metrics("data")[-1:] if drawn else []:
-            if row.get("fingerprint", source.fingerprint) != source.fingerprint:
-                before, now = row["sizes"]["train"], source.sizes["train"]
-                raise UserError(
-                    f"{what}: its {split} images are drawn from the training pictures, and those have changed ({before:,} images "
-                    f"to train on then, {now:,} now): it has been trained on some of them; bring the pictures back, or give a "
-                    "data set with a test split of its own"
-                )
+        row = self.data_row
+        if drawn and row.get("fingerprint", source.fingerprint) != source.fingerprint:
+            before, now = row["sizes"]["train"], source.sizes["train"]
+            raise UserError(
+                f"{what}: its {split} images are drawn from the training pictures, and those have changed ({before:,} images "
+                f"to train on then, {now:,} now): it has been trained on some of them; bring the pictures back, or give a "
+                "data set with a test split of its own"
+            )
 
     def as_trained(self, source: Source, split: str, what: str) -> None:
         """Give a source, of which `split` is to be evaluated, what the run had of its training pictures, whatever lies there
@@ -161,16 +158,17 @@ class RunFolder:
         """
         self.check_classes(source.class_names, what, "give the data that the run was trained on")
         self.check_held_out(source, split, what)
-        for row in self.metrics("data")[-1:]:
+        row = self.data_row
+        if row:
             source.train_counts = torch.tensor(row["counts"], dtype=torch.int64)
-            if used := row.get("preprocess"):
-                channels, height, width = source.input_shape
-                if (used["channels"], used["size"], used["size"]) != (channels, height, width):
-                    raise UserError(
-                        f"{what}: trained on pictures of {used['size']} x {used['size']} pixels and {used['channels']} channels, these "
-                        f"have {width} x {height} and {channels}; give the data that the run was trained on"
-                    )
-                source.normalise(tuple(used["mean"]), tuple(used["std"]))
+        if used := row.get("preprocess"):
+            channels, height, width = source.input_shape
+            if (used["channels"], used["size"], used["size"]) != (channels, height, width):
+                raise UserError(
+                    f"{what}: trained on pictures of {used['size']} x {used['size']} pixels and {used['channels']} channels, these "
+                    f"have {width} x {height} and {channels}; give the data that the run was trained on"
+                )
+            source.normalise(tuple(used["mean"]), tuple(used["std"]))
 
     @staticmethod
     def open(path: str | Path, *, lock: bool = False) -> RunFolder:
@@ -196,7 +194,8 @@ class RunFolder:
         """Make what a process that was killed while it created the folder did not come to. OSError if it cannot."""
         self.checkpoints.mkdir(exist_ok=True)
         if not (self.path / "env.json").exists():
-            write_atomically(self.path / "env.json", [json.dumps(environment(), indent=1).encode() + b"\n"])
+            env = environment(cpu=self.config.run.device == "cpu")
+            write_atomically(self.path / "env.json", [json.dumps(env, indent=1).encode() + b"\n"])
 
     @property
     def config(self) -> Config:
@@ -265,10 +264,15 @@ class RunFolder:
                 rows.append(row)
         return rows
 
+    @property
+    def data_row(self) -> dict[str, Any]:
+        """What the run has noted of its data; empty before it did."""
+        return next(reversed(self.metrics("data")), {})
+
     def weights(self, which: str) -> Path:
         """The file of `which` weights: last or best. UserError for the best of a run that had nothing to choose it by."""
         path = self.checkpoints / f"{which}.safetensors"
-        if which == "best" and not path.exists() and any(not row["sizes"]["val"] for row in self.metrics("data")[-1:]):
+        if which == "best" and not path.exists() and not self.data_row.get("sizes", {"val": 1})["val"]:
             raise UserError(
                 f"{path}: no such checkpoint; this run had no validation split, so none was chosen best; use --checkpoint last"
             )

@@ -268,7 +268,7 @@ def test_one_view_cells_are_compared_with_balanced_softmax():
 def test_a_stopped_run_ends_the_table_and_goes_on_next_time(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "train", lambda folder, *_: folder.mkdir(parents=True))
     monkeypatch.setattr(accuracy, "finished", lambda folder: False)
-    monkeypatch.setattr(accuracy, "collect", lambda folder: False)
+    monkeypatch.setattr(accuracy, "collect", lambda folder, flags: False)
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "--work", str(tmp_path), "--methods", "ce", "bcl"])
     with pytest.raises(SystemExit, match="stopped"):
         accuracy.main()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ltfast.data.pool import Pool, hold_out_test
+from ltfast.data.longtail import select_subset
+from ltfast.data.pool import Pool
 
 TEST_PER_CLASS = 40
 MIN_PER_CLASS = 2
@@ -22,5 +23,7 @@ def read_digits() -> Pool:
 
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    names = tuple(str(digit) for digit in range(10))
-    return hold_out_test(images, bunch.target.astype(np.int64), names, TEST_PER_CLASS, "digits")
+    labels, names = bunch.target.astype(np.int64), tuple(str(digit) for digit in range(10))
+    drawn = select_subset(labels, np.bincount(labels), TEST_PER_CLASS)
+    rest = np.sort(drawn.train)
+    return Pool(images[rest], labels[rest], images[drawn.val], labels[drawn.val], names)

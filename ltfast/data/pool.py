@@ -143,20 +143,3 @@ def _splits(pool: Pool, train: IntArray, val: IntArray) -> Splits:
         pool.identity,
         paths,
     )
-
-
-def hold_out_test(
-    images: ImageArray, labels: IntArray, class_names: tuple[str, ...], per_class: int, where: str = "data"
-) -> Pool:
-    """Split off a balanced test set, `per_class` images of every class, drawn once with the subset's fixed seed."""
-    num_classes = len(class_names)
-    check_labels(labels, num_classes, where)
-    everything = np.bincount(labels, minlength=num_classes)
-    if everything.min() <= per_class:
-        raise UserError(
-            f"{where}: class {everything.argmin()} has {everything.min()} images, too few to hold out {per_class} "
-            "for the test split"
-        )
-    drawn = select_subset(labels, everything, per_class)
-    rest = np.sort(drawn.train)
-    return Pool(images[rest], labels[rest], images[drawn.val], labels[drawn.val], class_names)

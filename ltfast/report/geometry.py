@@ -112,7 +112,7 @@ def side_losses(live: Live) -> tuple[Callable[[], Tensor], dict[str, int]]:
 def solution_landscape(live: Live, stop: Stop, tick: Tick) -> Landscape:
     """The surroundings of the last weights in two filter-normalised directions, from -1 to 1 filter norms."""
     losses, images = side_losses(live)
-    loss_at, _ = around(live.params, losses)
+    loss_at = around(live.params, losses)
     return Landscape(timed_surface(loss_at, stop=stop, tick=tick), images)
 
 

@@ -115,10 +115,8 @@ def moved(params: Sequence[nn.Parameter]) -> Iterator[Callable[[Sequence[Tensor]
         put(kept)
 
 
-def around(
-    params: Sequence[nn.Parameter], losses: Callable[[], Tensor], seed: int = 0
-) -> tuple[LossAt, list[list[Tensor]]]:
-    """(x, y) -> losses() at theta + x * d1 + y * d2 with two filter-normalised directions, and these directions.
+def around(params: Sequence[nn.Parameter], losses: Callable[[], Tensor], seed: int = 0) -> LossAt:
+    """(x, y) -> losses() at theta + x * d1 + y * d2 with two filter-normalised directions.
 
     `losses` evaluates the model as it stands, under no_grad; each call leaves theta as it was.
     """
@@ -132,7 +130,7 @@ def around(
             put([o + x * a + y * b for o, a, b in zip(origin, *directions, strict=True)])
             return losses()
 
-    return loss_at, directions
+    return loss_at
 
 
 @dataclass(frozen=True)

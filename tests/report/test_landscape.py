@@ -28,7 +28,7 @@ def test_origin_equals_the_loss_and_weights_come_back():
     params = list(model.parameters())
     losses = losses_of(model)
     before = [p.detach().clone() for p in params]
-    loss_at, _ = around(params, losses, seed=1)
+    loss_at = around(params, losses, seed=1)
     found = surface(loss_at, levels=2)
     assert found.values.shape == (2, side(1), side(1))
     assert torch.equal(found.center, losses().double())  # theta + 0 * d: the same to the bit
