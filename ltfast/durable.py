@@ -241,7 +241,7 @@ class Durable:
         store = self.store = self._open_store()
         if self.folder is not None and store is not None:
             with contextlib.suppress(OSError):  # the first write will tell
-                self.folder.prepare()
+                self.folder.prepare(self.config)
             store.clean()
         tensors, meta = self.ranks.on_main(lambda: store and store.load()) or (None, None)
         meta = self.ranks.share(meta)

@@ -73,7 +73,7 @@ class RunFolder:
             folder.check_free()  # again: another process may have been between the first time and the lock
             # Whole and first: who finds it, however this process ends, may --resume.
             write_atomically(folder.path / "config.toml", [content])
-            folder.prepare()
+            folder.prepare(config)
         except OSError as error:
             folder.close()
             raise cannot_write(folder.path, error) from None
@@ -190,11 +190,11 @@ class RunFolder:
             ) from None
         return folder
 
-    def prepare(self) -> None:
+    def prepare(self, config: Config) -> None:
         """Make what a process that was killed while it created the folder did not come to. OSError if it cannot."""
         self.checkpoints.mkdir(exist_ok=True)
         if not (self.path / "env.json").exists():
-            env = environment(cpu=self.config.run.device == "cpu")
+            env = environment(cpu=config.run.device == "cpu")
             write_atomically(self.path / "env.json", [json.dumps(env, indent=1).encode() + b"\n"])
 
     @property

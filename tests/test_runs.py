@@ -36,11 +36,11 @@ def test_a_lock_and_parts_that_a_killed_process_left_are_no_run(tmp_path: Path) 
         (tmp_path / name).touch()
     folder = RunFolder(tmp_path)
     folder.check_free()
-    folder.prepare()
+    folder.prepare(Config())
     with pytest.raises(UserError, match="already exists"):
         folder.check_free()
     (tmp_path / "env.json").write_text("of the first process")
-    folder.prepare()
+    folder.prepare(Config())
     assert (tmp_path / "env.json").read_text() == "of the first process"
 
 
