@@ -61,7 +61,7 @@ def collect(folder: Path, flags: Sequence[str] = ()) -> bool:
     settings = {
         "command": f"ltfast train --dataset {config.data.dataset} {' '.join(words)}", **({"flags": list(flags)} if flags else {}),
         "imbalance": config.data.imbalance, "limit_train": config.data.limit_train, "epochs": config.optim.epochs,
-        "batch": config.data.batch, "images": run.metrics("data")[-1]["sizes"]["train"], "scout": config.preserve.scout,
+        "batch": config.data.batch, "images": run.data_row["sizes"]["train"], "scout": config.preserve.scout,
         "draws": DRAWS,
     }  # fmt: skip
     where = {name: env[name] for name in ("device", "cuda", "torch", "triton", "commit")}
@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.collect:
         for folder in args.collect:
-            collect(folder)
+            collect(folder, args.flags)
         return
     started = time.monotonic()
     for seed in args.seeds:

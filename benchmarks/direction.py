@@ -172,7 +172,7 @@ def sweep(args: argparse.Namespace) -> None:
     for sampler, records in recorded(args, Path(args.records)):
         absent = float((records["shares"] == 0).any(1).float().mean())
         print(f"{args.model}, {sampler}: {len(records['matrix'])} steps, {absent:.1%} of the batches lack a group")
-        config = {"imbalance": IMBALANCE, "batch": args.batch, "lr": RATE, "warm_steps": args.warm, "seed": args.seed,
+        config = {"device": "cpu", "imbalance": IMBALANCE, "batch": args.batch, "lr": RATE, "warm_steps": args.warm, "seed": args.seed,
                   "data": Path(args.data).name, "batches_without_a_group": round(absent, 4)}  # fmt: skip
         for kind, every, ema in itertools.product(KINDS, INTERVALS, MEMORIES):
             found = cosines(records, every, ema, KINDS[kind])

@@ -33,8 +33,7 @@ def read(bench: str) -> seeded.Runs:
         method, _, seed = case.split("/")
         return short.get(method, method), int(seed.removeprefix("seed="))
 
-    rows = seeded.rows(RESULTS / f"{bench}.jsonl", longest=True)
-    return seeded.read([row for row in rows if not row["config"].get("flags")], method_and_seed)
+    return seeded.read(seeded.rows(RESULTS / f"{bench}.jsonl", longest=True), method_and_seed)
 
 
 def newest(bench: str) -> dict[str, dict[int, dict[str, Any]]]:

@@ -118,7 +118,9 @@ def counted(args: argparse.Namespace) -> None:
         figures = count(make, args.model, PERIOD if f"gram_every={PERIOD}" in name else 2)
         print(LINE.format(name, *(str(v) for v in figures.values())), flush=True)
         for metric, value in figures.items() if args.write else ():
-            harness.append_row("optimizers", f"{name}/{args.model}", metric, value, config={"groups": peers.GROUPS})
+            harness.append_row(
+                "optimizers", f"{name}/{args.model}", metric, value, config={"device": "cpu", "groups": peers.GROUPS}
+            )
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ def rows(path: Path, *, longest: bool = False) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if not longest:
         return found
+    found = [row for row in found if not row["config"].get("flags")]
     sizes = [row["config"]["images"] * row["config"]["epochs"] for row in found]
     return [row for row, size in zip(found, sizes, strict=True) if size == max(sizes)]
 

@@ -80,7 +80,7 @@ def _directions(gram: Tensor, w: Tensor, direction: str, sigma: float | Tensor) 
         D = own - p[:, None] * w
     elif direction == "projected":
         D = p[:, None] * w
-    else:  # friendly: u of rows g_1..g_G, m_1..m_G
+    else:  # friendly: the rows are gradients g_1..g_G, then their averages m_1..m_G
         sigma_K1 = torch.as_tensor(sigma, dtype=torch.float64, device=gram.device).expand(groups)[:, None]
         D = own - sigma_K1 * own.roll(groups, 1)
     norm_sq = ((D @ gram) * D).sum(1)
@@ -240,7 +240,7 @@ def _check_gram(gram: Tensor, theta_sq: Tensor | None, direction: str) -> tuple[
     partials = (gram if gram.dim() == 3 else gram[None]).contiguous()
     programs, rows, _ = partials.shape
     if direction == "friendly" and rows % 2:
-        raise ValueError(f"gram has {rows} rows; direction 'friendly' needs u_1..u_G, m_1..m_G")
+        raise ValueError(f"gram has {rows} rows; direction 'friendly' needs g_1..g_G, m_1..m_G")
     groups = rows // 2 if direction == "friendly" else rows
     if not 1 <= rows <= MAX_ROWS or not programs:
         raise ValueError(f"gram has shape {tuple(gram.shape)}; 1 to {MAX_ROWS} rows are supported")

@@ -101,6 +101,8 @@ def parsed(name: str, text: Any) -> Any:
     """A flag's text as the field's type."""
     if not isinstance(text, str):
         return text
+    if not text and name != "weights":  # which is none then
+        raise UserError(f"{flag(name)}: is empty; give it a value or leave it out")
     kind = base_type(name)
     try:
         return check(name, kind(text))

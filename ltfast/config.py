@@ -196,7 +196,8 @@ class Preserve:
     lambda_q: float = _opt(1.0, "weight of log V in feature quality", paper="1")
     gkp_lambda: float | None = _opt(
         None,
-        "strength lambda of GKP; default 10, of fewer than 1,000 classes a hundredth of their number (samples: 10)",
+        "strength lambda of GKP; default 10, of fewer than 1,000 classes a hundredth of their number (not with --gkp-normalise "
+        "samples)",
         paper="10",
         least=0,
     )
@@ -384,8 +385,6 @@ def check(name: str, value: Any) -> Any:
 def _check_range(name: str, value: Any, choices: tuple[str, ...], limits: Mapping[str, float], **_: Any) -> None:
     if choices and value not in choices:
         raise UserError(f"{name}={value!r}: choose from {', '.join(choices)}{nearest(str(value), choices)}")
-    if value == "" and name != "weights":  # which is none then
-        raise UserError(f"{flag(name)}: is empty; give it a value or leave it out")
     if name == "device" and not re.fullmatch(DEVICES, value):
         raise UserError(f"device={value!r}: use auto, cpu, cuda or cuda:N")
     if isinstance(value, float) and not math.isfinite(value):

@@ -130,4 +130,7 @@ def evaluate_run(
     checkpoint.load_into(model, weights)
     forward = build.build_forward(config.with_(compile="off"), model.to(place), None, place)
     shift = None if prior is None else prior_shift(config, source.train_counts, prior)
-    return evaluate(model, source, split, place, ranks, forward.logits, config.run.tta, shift, each), source
+    result = evaluate(model, source, split, place, ranks, forward.logits, config.run.tta, shift, each)
+    if not result["n"]:
+        raise UserError(f"no {split} picture could be read; `ltfast data check` says why")
+    return result, source

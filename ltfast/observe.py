@@ -4,7 +4,7 @@ Shapes: C classes, G groups, N flat parameters. Kinds of rows in metrics.jsonl:
     quality  feature quality of every class, each epoch (MBG)
     ascent   radii and clips of each group's ascent, each epoch, from some of its steps (GSA)
     forces   norms of what moves the weights: loss gradient, weight decay of the encoder, GKP, each epoch
-    probe    Gram matrix of group gradients on fixed training images, about PROBES times a run
+    probe    Gram matrix of group gradients on fixed training images, up to PROBES + 2 times a run
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ltfast.preserve import Quality, sample_indices
 if TYPE_CHECKING:
     from ltfast.train import Trainer
 
-PROBES = 12  # gradient probes per run, at most two more
+PROBES = 12  # gradient probes per run, beside those of the first and the last epoch
 PROBE_IMAGES = 32  # training images per group in one probe: together about one step of the default method
 ASCENTS = 16  # steps per epoch whose ascent is recorded: the statistics cost launches, and 16 are plenty for a mean
 QUALITY_CLASSES = 1000  # above this many classes only the means over many, medium and few are written
@@ -102,9 +102,8 @@ class AscentMeter:
         steps, *sums = self.sums.cpu().double()
         self.sums = None
         names = ("radius", "above", "below", "fallback", "norm", "length")
-        means = [
-            finite(value / torch.where(steps > 0, steps, 1.0)) for value in sums
-        ]  # a mean over ranks may be below 1
+        # Of several ranks `steps` is a mean, which may be below 1.
+        means = [finite(value / torch.where(steps > 0, steps, 1.0)) for value in sums]
         return {"steps": finite(steps), **dict(zip(names, means, strict=True))}
 
 

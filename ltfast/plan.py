@@ -104,10 +104,10 @@ def scouting_flops(config: Config, classes: int) -> float:
     return 1.0 if rule is None or rule.groups == "bank" else predicted_flops(config, classes)
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, resumed: bool = False) -> Plan:
     """The plan of a config; reads the data set's lists, builds the model on the CPU, trains nothing, downloads no weights.
 
-    Pictures of a large set need not be there yet.
+    Pictures of a large set need not be there yet. resumed: a bank that the run began with is not read again.
     """
     rule = rule_of(config)
     large = config.data.dataset in LARGE
@@ -127,7 +127,7 @@ def make_plan(config: Config) -> Plan:
     scouts = scouting_epochs(config.preserve, config.optim.epochs) if banked else 0
     span = flat.span(model.encoder.parameters())
     snapshots = scouts if not config.preserve.regroup else config.optim.epochs
-    if config.preserve.bank:
+    if config.preserve.bank and not resumed:
         bank = load_bank(Path(config.preserve.bank), source.class_names, config.preserve.center)
         check_state(bank, source.num_classes, span.stop - span.start)
         snapshots += len(bank["epochs"])
@@ -183,7 +183,7 @@ def print_plan(config: Config, resumed: bool = False) -> None:
     """
     if config.run.out and not resumed:
         RunFolder(Path(config.run.out)).check_free()
-    plan, optim = make_plan(config), config.optim
+    plan, optim = make_plan(config, resumed), config.optim
     epochs, steps = counted(config.optim.epochs, "epoch"), counted(plan.steps_per_epoch, "step")
     scouts = plan.scouting_epochs
     groups = f"{plan.bank_groups or plan.groups}"

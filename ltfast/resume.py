@@ -45,9 +45,8 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
         tensors |= {f"engine.{k}": v for k, v in trainer.step.engine.state().items()}
         if "engine.eps" in tensors:
             tensors["engine.eps"] = ranks.mean_(tensors["engine.eps"].clone())
-        if (
-            "engine.averages" in tensors and ranks.world > 1
-        ):  # the mean over the ranks on which a group's average has begun
+        # Averages are meaned over the ranks on which a group's has begun.
+        if "engine.averages" in tensors and ranks.world > 1:
             begun = ranks.sum_(tensors["engine.seen"].clone())
             seen = tensors["engine.seen"][:, None]
             total = ranks.sum_(torch.where(seen > 0, tensors["engine.averages"], 0.0))

@@ -119,7 +119,7 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether it holds weights of its own: the first ones, and a given bank, are then not read again."""
+        """Whether it holds weights of its own: the first ones are then not read again."""
         return self.last.exists() or any(self.checkpoints.glob("state-*.safetensors"))
 
     def trained_on(self) -> tuple[tuple[str, ...] | None, int | None]:
@@ -137,16 +137,14 @@ class RunFolder:
     def check_held_out(self, source: Source, split: str, what: str) -> None:
         """UserError, begun by `what`, if `split` is drawn from the training pictures and these are not the run's own: a draw
         from one picture more or less holds out others, and most of those have been trained on."""
-        drawn = (
-            source.test_from == "train" if split == "test" else split == "val" and self.config.data.val_per_class > 0
-        )
+        drawn = {"test": source.test_from, "val": source.val_from}.get(split) == "train"
         row = self.data_row
         if drawn and row.get("fingerprint", source.fingerprint) != source.fingerprint:
             before, now = row["sizes"]["train"], source.sizes["train"]
             raise UserError(
                 f"{what}: its {split} images are drawn from the training pictures, and those have changed ({before:,} images "
                 f"to train on then, {now:,} now): it has been trained on some of them; bring the pictures back, or give a "
-                "data set with a test split of its own"
+                f"data set with a {split} split of its own"
             )
 
     def as_trained(self, source: Source, split: str, what: str) -> None:

@@ -132,9 +132,8 @@ class Trainer(Durable):
                 summary = self.summary()
                 self.epoch, self.batch = epoch + 1, 0
                 self.ranks.check_same(self.flat.data, "parameters")
-                self.ranks.mean_(
-                    self.buffers.data
-                )  # BatchNorm statistics: each rank has seen its own part of the batches
+                # BatchNorm statistics: each rank has seen its own part of the batches.
+                self.ranks.mean_(self.buffers.data)
                 observe_epoch(self, epoch)
                 self.finish_epoch(epoch, summary)
                 if self.watch.between_epochs() is Action.STOP:
@@ -325,9 +324,6 @@ class Trainer(Durable):
             result = evaluate(
                 self.model, self.source, split, self.device, self.ranks, logits=self.forward.logits, tta=self.config.run.tta
             )  # fmt: skip
-            if not result["n"]:
-                raise UserError(f"no {split} picture could be read; see `ltfast data check`")
-            return result
         except UserError as error:  # an image of the split cannot be read
             if self.store is not None:
                 self.store.flush()
@@ -336,6 +332,11 @@ class Trainer(Durable):
             raise UserError(
                 f"{error}; {safe}`ltfast train --resume {run} --on-bad-image skip` goes on without it"
             ) from error
+        if not result["n"]:
+            raise UserError(
+                f"no {split} picture could be read; `ltfast data check` says why; bring them back, then --resume"
+            )
+        return result
 
 
 def train(

@@ -28,6 +28,7 @@ import precision  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import seeded  # noqa: E402
+import step_bench  # noqa: E402
 from ablation_cells import OWN, resolved  # noqa: E402
 
 from ltfast import train  # noqa: E402
@@ -572,3 +573,32 @@ def test_intended_perturbation_against_its_equation() -> None:
     eps = precision.intended(setting, {"direction": "joint", "rho": 0.5})
     want = torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close(eps, 0.5 * want / want.norm(), rtol=1e-6, atol=1e-7)
+
+
+def test_rows_of_a_study_on_the_cpu_name_no_gpu(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {**harness.facts(), "device": "NVIDIA X", "cuda": "13.0", "driver": "1"}
+    monkeypatch.setattr(harness, "facts", lambda: there)
+    rows = [
+        harness.append_row("x", "case", "m", 1, config=config) for config in ({"device": "cpu"}, {"device": "cuda"}, {})
+    ]
+    assert [(row["device"], row["cuda"], row["driver"]) for row in rows] == [
+        ("cpu", None, None), ("NVIDIA X", "13.0", "1"), ("NVIDIA X", "13.0", "1")]  # fmt: skip
+
+
+def test_runs_with_further_flags_stay_out_of_the_tables(results: Path) -> None:
+    """Even one that is longer than all others."""
+    plain = {"images": 10, "epochs": 2}
+    for case, config in (
+        ("ce/resnet8/seed=0", plain),
+        ("ce/resnet8/seed=1", {**plain, "epochs": 9, "flags": ["--epochs"]}),
+    ):
+        harness.append_row("digits-lt", case, "top1", 50.0, config=config)
+    assert [row["case"] for row in seeded.rows(results / "digits-lt.jsonl", longest=True)] == ["ce/resnet8/seed=0"]
+    assert len(seeded.rows(results / "digits-lt.jsonl")) == 2
+
+
+def test_only_a_method_that_has_one_is_compared_with_a_twin() -> None:
+    case = step_bench.Case("resnet8", (1, 8, 8), 8)
+    found = {m: step_bench.Bench(m, case, torch.device("cpu"), "eager").has_twin for m in (
+        "bcl", "gsa-full", "gsa-full+gkp", "gsa-full,ascent_every=2")}  # fmt: skip
+    assert list(found.values()) == [True, True, False, False]

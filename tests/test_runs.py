@@ -16,7 +16,7 @@ from ltfast.config import Config
 from ltfast.errors import UserError
 from ltfast.recipes import build_config
 from ltfast.runs import RunFolder
-from ltfast.text import to_json, toml_of
+from ltfast.text import to_json
 
 
 def test_default_names_hold_data_method_and_seed_and_are_counted_from_two(
@@ -135,19 +135,18 @@ def test_the_commit_is_that_of_the_tree_ltfast_runs_from(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("split", "test_from", "val_per_class", "refused"),
+    ("split", "test_from", "val_from", "refused"),
     [
-        ("test", "train", 0, True), ("test", "test", 2, False), ("test", "val", 0, False),
-        ("val", "test", 2, True), ("val", "test", 0, False), ("val", "train", 0, False), ("train", "train", 2, False),
+        ("test", "train", "val", True), ("test", "test", "train", False), ("test", "val", "train", False),
+        ("val", "test", "train", True), ("val", "train", "val", False), ("train", "train", "train", False),
     ],
 )  # fmt: skip
 def test_only_a_split_that_is_drawn_depends_on_the_training_pictures(
-    split: str, test_from: str, val_per_class: int, refused: bool, tmp_path: Path
+    split: str, test_from: str, val_from: str, refused: bool, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.toml").write_text(toml_of(Config().with_(val_per_class=val_per_class).to_dict()))
     folder = RunFolder(tmp_path)
     folder.log("data", fingerprint="a", sizes={"train": 1234})
-    source: Any = SimpleNamespace(test_from=test_from, fingerprint="a", sizes={"train": 1233})
+    source: Any = SimpleNamespace(test_from=test_from, val_from=val_from, fingerprint="a", sizes={"train": 1233})
     folder.check_held_out(source, split, "the run")
     source.fingerprint = "b"
     if not refused:
@@ -157,3 +156,10 @@ def test_only_a_split_that_is_drawn_depends_on_the_training_pictures(
         UserError, match=rf"the run: its {split} images .* \(1,234 images to train on then, 1,233 now\)"
     ):
         folder.check_held_out(source, split, "the run")
+
+
+def test_a_run_on_the_processor_names_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA X")
+    assert environment.environment()["device"] == "NVIDIA X"
+    assert [environment.environment(cpu=True)[name] for name in ("device", "cuda")] == ["cpu", None]

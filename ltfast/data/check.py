@@ -335,6 +335,5 @@ def read_bad_list(path: str | Path) -> set[bytes]:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"bad-file list {path} cannot be read: {error.strerror}; see `ltfast data check`") from error
-    return {
-        line.rpartition(b"\t")[0] or line for line in lines if line.strip()
-    }  # a path may hold a tab, a reason does not
+    # A path may hold a tab, a reason does not.
+    return {line.rpartition(b"\t")[0] or line for line in lines if line.strip()}

@@ -89,7 +89,7 @@ class LargeSource(Ordered):
         self.input_shape = (3, image_size, image_size)
         self.sizes = {split: len(lists[split]) for split in SPLITS}
         self.paths: Mapping[str, Sequence[str]] = {split: lists[split].paths for split in SPLITS}
-        self.test_from = lists["test"].split or "test"
+        self.test_from, self.val_from = lists["test"].split or "test", lists["val"].split or "val"
         self.lacking = lacking_classes({split: lists[split].labels for split in SPLITS}, self.num_classes)
         self.fingerprint = f"{train.fingerprint():08x}"
         self.steps_per_epoch = steps_per_epoch(len(train), batch) if len(train) else 0

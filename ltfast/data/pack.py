@@ -85,8 +85,10 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}  # each access unpacks the whole array again
+    except MemoryError:
+        raise
     except Exception as error:  # of damaged bytes zipfile, zlib, numpy and tokenize raise nearly everything there is
-        raise UserError(f"{path}: cannot be read as an .npz pack; check --data-dir") from error
+        raise UserError(f"{path}: cannot be read as an .npz pack ({error}); check --data-dir") from error
 
 
 def _split(path: Path, arrays: dict[str, Any], split: str, num_classes: int) -> tuple[JpegPictures, IntArray]:

@@ -59,6 +59,8 @@ class Splits:
     class_names: tuple[str, ...]
     test_from: str = "test"
     """See base.Source."""
+    val_from: str = "train"
+    """See base.Source."""
     identity: int = 0
     """That of the pool."""
     paths: Mapping[str, PathTable] = field(default_factory=dict)
@@ -140,6 +142,7 @@ def _splits(pool: Pool, train: IntArray, val: IntArray) -> Splits:
         {split: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for split, array in labels_of.items()},
         pool.class_names,
         pool.test_from,
+        "train" if pool.val is None else "val",
         pool.identity,
         paths,
     )

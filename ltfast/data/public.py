@@ -111,7 +111,7 @@ def find_lists(
 
         patterns = {split: str(p) for split, p in {**given, "train": data_dir}.items() if p is not None}
         lists: dict[str, ImageList] = {**read_splits(patterns)}
-        return assign_splits(lists, val_per_class)
+        return assign_splits(lists, val_per_class, evaluated=trained is not None)
     check_folder(root)
     if dataset == "folder":
         lists = scan_folder(root, trained)
@@ -124,21 +124,22 @@ def find_lists(
         lists = _public_lists(PUBLIC[dataset], root, given)
     else:
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(LARGE)}")
-    if (
-        trained is not None and {"val", "test"} <= lists.keys()
-    ):  # other pictures than the run's, from whose train it was held out
-        val_per_class = None
-    return assign_splits(lists, val_per_class)
+    return assign_splits(lists, val_per_class, evaluated=trained is not None)
 
 
 def assign_splits(
-    lists: dict[str, ImageList], val_per_class: int | None = None, share: float = HELD_OUT_SHARE
+    lists: dict[str, ImageList],
+    val_per_class: int | None = None,
+    share: float = HELD_OUT_SHARE,
+    *,
+    evaluated: bool = False,
 ) -> dict[str, ImageList]:
     """'train', 'val' and 'test' of what a set has; val may be empty, and never holds test images: it chooses.
 
     Without a test split, the one named val is test; without both, `share` of each class of train is (a fixed draw,
     never a class's last image). val_per_class: so many images of each class of the rest, if it has any, become val.
-    UserError where the set has val and test of its own and val_per_class is given.
+    UserError where the set has val and test of its own and val_per_class is given; evaluated: it keeps its own then (a model is
+    evaluated, which may have been trained on other pictures).
     """
     lists = {split: replace(images, split=split) for split, images in lists.items()}
     if "test" not in lists and "val" in lists:
@@ -146,12 +147,13 @@ def assign_splits(
     elif "test" not in lists:
         lists["train"], lists["test"] = hold_out(lists["train"], share, SUBSET_SEED)
     if val_per_class and len(lists["train"]):
-        if len(lists.get("val", ())):
+        if len(lists.get("val", ())) and not evaluated:
             raise UserError(
                 f"--val-per-class {val_per_class}: {lists['val'].source} is a validation split of the set's own; "
                 "leave the option out"
             )
-        lists["train"], lists["val"] = hold_out_each(lists["train"], val_per_class)
+        if not len(lists.get("val", ())):
+            lists["train"], lists["val"] = hold_out_each(lists["train"], val_per_class)
     lists.setdefault("val", lists["test"].select(np.arange(0)))
     return {split: lists[split] for split in SPLITS}
 

@@ -52,7 +52,7 @@ class SmallSource(Ordered):
         self.train_counts = splits.train_counts
         self.sizes = {split: len(splits.labels[split]) for split in SPLITS}
         self.paths: Mapping[str, Sequence[str]] = splits.paths
-        self.test_from = splits.test_from
+        self.test_from, self.val_from = splits.test_from, splits.val_from
         self.lacking = lacking_classes(splits.labels, self.num_classes)
         self.fingerprint = f"{zlib.crc32(self.train_labels.numpy().tobytes(), splits.identity):08x}"
         if self.sizes["train"]:  # else a model is evaluated

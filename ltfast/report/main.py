@@ -34,8 +34,8 @@ TERMS = (
     "a mean of those encoders weighted by Fisher information."
 )
 SEEDS = (
-    "Ended runs that differ in their seed alone: mean +- standard deviation on the test split; on the right, the mean difference "
-    "at the seeds of both, +- half of its 95 % interval (Student's t)."
+    "Ended runs of one setting on the same pictures, which differ in their seed: mean +- standard deviation on the test split; on "
+    "the right, the mean difference at the seeds of both, +- half of its 95 % interval (Student's t)."
 )
 RADIUS = 0.5  # distance from the solution, in filter norms, at which the table states the rise of the loss
 LATER = 0.6  # time that drawing the computed figures takes, over that of the log's: there are half as many

@@ -152,7 +152,7 @@ def test_other_pictures_are_judged_whatever_lies_in_their_train(tmp_path, capsys
     (tmp_path / "bad.txt").write_text("train/class000/0000.png\tempty\n")
     for dataset in ("folder", "folder-small"):
         own = ["--exclude-list", str(tmp_path / "bad.txt")] if dataset == "folder" else []
-        assert main(train(old, run, dataset, "--val-per-class", "1", *own)) == 0
+        assert main(train(old, run, dataset, "--val-per-class", "1", "--batch", "6", *own)) == 0
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(old / "test", new / "test")
         shutil.copytree(old / "test", new / "val")
@@ -162,6 +162,7 @@ def test_other_pictures_are_judged_whatever_lies_in_their_train(tmp_path, capsys
             shutil.copy(next((old / "train" / name).iterdir()), new / "train" / name / "x.png")
         found = evaluated(capsys, run, "--data-dir", str(new))
         assert found["n"] == evaluated(capsys, run)["n"]
+        assert evaluated(capsys, run, "--data-dir", str(new), "--split", "val")["n"] == found["n"]
         shutil.rmtree(run)
 
 

@@ -11,11 +11,12 @@ from ltfast.report.runs import RunView
 from ltfast.report.seeds import half_interval, over_seeds
 
 
-def view(method, seed, top1, *, ended=True, **flags):
+def view(method, seed, top1, *, ended=True, fingerprint="a", **flags):
     """A run that ended with this accuracy; no folder stands behind it."""
     config = build_config("cifar10-lt", method, {}, {"seed": seed, "out": f"runs/{method}-{seed}", **flags})
     last = {"top1": top1, "many": 100.0, "medium": top1 - 1, "few": None, "ece": 5.0}
-    return RunView(f"{method}-{seed}", None, config, {"test": [{"last": last}]} if ended else {})
+    data = {"class_names": ["a", "b"], "counts": [9, 2], "sizes": {"train": 11}, "fingerprint": fingerprint}
+    return RunView(f"{method}-{seed}", None, config, {"data": [data], **({"test": [{"last": last}]} if ended else {})})
 
 
 def test_runs_of_one_setting_are_one_row_and_compared_at_the_seeds_of_both():
@@ -39,6 +40,18 @@ def test_where_a_run_lies_and_on_which_gpu_is_no_setting_but_the_learning_rate_i
     (row,) = over_seeds(same).rows
     assert row[1] == 2
     assert over_seeds([view("ce", 0, 80.0), view("ce", 1, 80.0, lr=0.3)]) is None
+
+
+def test_other_pictures_are_another_setting_and_a_seed_may_come_twice():
+    """Which pictures they are says the run's data row, not the folder."""
+    runs = [view("ce", seed, top1, fingerprint=name, data_dir=f"/{name}") for name, seed, top1 in (
+        ("a", 0, 80.0), ("a", 1, 81.0), ("b", 0, 20.0), ("b", 1, 21.0))]  # fmt: skip
+    first, second = over_seeds(runs).rows
+    assert (first[1], second[1]) == (2, 2)
+    assert (first[2][:4], second[2][:4]) == ("80.5", "20.5")
+    (row,) = over_seeds([view("ce", 0, 80.0), view("ce", 0, 90.0)]).rows
+    assert (row[1], row[2][:4]) == (2, "85.0")
+    assert over_seeds([view("gkp", 0, 80.0), view("gkp", 1, 81.0, bank="runs/x")]) is None
 
 
 def test_runs_that_have_not_ended_and_settings_of_one_seed():
