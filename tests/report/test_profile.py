@@ -78,7 +78,7 @@ def test_the_mean_step_weighs_each_kind(lives, monkeypatch):
     monkeypatch.setattr(module, "take", take)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     trainer = revive(lives[0])
-    trainer.rule = Rule(gram_every=4, ascent_every=5)
+    trainer.step.rule = Rule(gram_every=4, ascent_every=5)
     found = module.seconds_a_step(trainer, iter([None] * 99), lambda: False, lambda: None)
     assert found == pytest.approx(0.05 * 9 + 0.15 * 3 + 0.8 * 1)
 
