@@ -11,7 +11,7 @@ from ltfast.report.runs import RunView
 
 FIGURES = ("top1", "many", "medium", "few", "ece")
 HEAD = ("top-1 %", "many", "medium", "few", "ECE %")
-PLUS_MINUS = "\N{NO-BREAK SPACE}+-\N{NO-BREAK SPACE}"
+PLUS_MINUS = "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}"  # a browser would break the line at "+-"
 # Beside the seed: where pictures lie (which they are says the run's data row), a seed's own bank and GPU, how a run is stopped
 # and written down.
 ASIDE = (

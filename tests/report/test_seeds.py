@@ -24,7 +24,12 @@ def test_runs_of_one_setting_are_one_row_and_compared_at_the_seeds_of_both():
     other = [view("bcl", seed, top1) for seed, top1 in ((1, 85.0), (2, 88.0), (5, 30.0))]
     table = over_seeds([*plain, *other])
     first, second = (
-        tuple(cell.replace("\N{NO-BREAK SPACE}", " ") if isinstance(cell, str) else cell for cell in row)
+        tuple(
+            cell.replace("\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}", " +- ")
+            if isinstance(cell, str)
+            else cell
+            for cell in row
+        )
         for row in table.rows
     )
     assert first[:2] == ("ce", 3)
