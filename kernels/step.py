@@ -45,6 +45,9 @@ from .register import op
 
 Anchor = tuple[Tensor, Tensor, Number]
 F32 = (torch.float32,)
+LEAST_EPS = torch.finfo(
+    torch.float32
+).tiny  # keeps 0 / 0 of what never had a gradient, padding among it, from being NaN
 
 
 @jit
@@ -408,6 +411,7 @@ def adamw_step(
 
     Args:
         theta_N, exp_avg_N, exp_avg_sq_N: [N] float32; both moments start at zero.
+        eps: less than float32's smallest normal number counts as that.
         step: number of this step, 1 for the first; number or one-element device tensor, like lr. A skipped step
             (found_inf) must not be counted, which is the caller's part.
         grad_N, lr, anchor, mirror, grad_scale, found_inf, source: as for `sgd_step`.
@@ -431,5 +435,5 @@ def adamw_step(
     _adamw_step(
         theta_N, source, grad_N, exp_avg_N, exp_avg_sq_N, weight, target, mirror, found_inf,
         *split_number("lr", lr, theta_N.device), strength, strength_t, *_scale(grad_scale, theta_N.device),
-        *count_pair, *map(float, betas), float(eps), float(weight_decay),
+        *count_pair, *map(float, betas), max(float(eps), LEAST_EPS), float(weight_decay),
     )  # fmt: skip

@@ -150,7 +150,11 @@ class FlatParameters:
         Raises:
             RuntimeError: a parameter has another device, dtype or shape than when the buffer was made.
         """
-        for i in self.replaced():
+        replaced = self.replaced()
+        values = [self.params[i].detach() for i in replaced]
+        if len(values) > 1:  # they may have come from one another, as of layers that changed places
+            values = [value.clone() for value in values]
+        for i, value in zip(replaced, values, strict=True):
             p, view, address = self.params[i], self._views[i], self._addresses[i]
             if p.device != view.device or p.dtype != view.dtype or p.shape != view.shape:
                 raise RuntimeError(
@@ -159,7 +163,7 @@ class FlatParameters:
                 )
             if view.data_ptr() != address:  # its storage went into shared memory (share_memory_, a queue)
                 view = self._views[i] = _of_its_own(self.views(self.data)[i])
-            view.copy_(p.detach())
+            view.copy_(value)
             p.data = view
 
     def point(self) -> None:

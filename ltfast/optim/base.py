@@ -179,11 +179,11 @@ class FlatOptimizer(StoredOptimizer):
     @torch.no_grad()
     def _descend(self, row: int = 0, *, check: bool = False) -> None:
         """Update theta (restoring it first) by gradient row `row`; a non-finite gradient skips the update."""
-        loss_scale, found_inf = self._of_scaler("grad_scale"), self._of_scaler("found_inf")
-        scale: float | Tensor | None = None if loss_scale is None else 1.0 / loss_scale
-        if self.alpha is not None:
-            scale = self.alpha if scale is None else scale * self.alpha
         try:
+            loss_scale, found_inf = self._of_scaler("grad_scale"), self._of_scaler("found_inf")
+            scale: float | Tensor | None = None if loss_scale is None else 1.0 / loss_scale
+            if self.alpha is not None:
+                scale = self.alpha if scale is None else scale * self.alpha
             for group in self.param_groups:
                 check_options(group)
             covered = fused(self.base_optimizer)
@@ -217,9 +217,11 @@ class FlatOptimizer(StoredOptimizer):
             block.flat.rows.consume()
 
     def _of_scaler(self, name: str) -> Tensor | None:
-        """What GradScaler.step has set here; it may lie on another GPU, where the loss or another optimizer's parameters do."""
+        """What GradScaler.step has set here; it may lie on another GPU, where the loss or another optimizer's parameters do. None
+        if it has not, or (it sets the number 0 then) has found no gradient.
+        """
         value = getattr(self, name, None)
-        return None if value is None else value.to(self.blocks[0].flat.device)
+        return None if value is None or isinstance(value, int) else value.to(self.blocks[0].flat.device)
 
     def _skip(self, row: int, found_inf: Tensor | None, check: bool) -> Tensor | None:
         """0-dim flag, nonzero if this update must not happen; None if nothing speaks for or against.

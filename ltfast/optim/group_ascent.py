@@ -35,6 +35,11 @@ Closure = Callable[[], Losses]
 MARK = "classifier"
 
 
+def batch_loss(losses: Tensor, shares: Tensor) -> Tensor:
+    """Mean loss of a batch, 0-dim, from group losses [G] and batch shares [G]; what an absent group's loss is does not matter."""
+    return torch.where(shares > 0, losses.detach() * shares, 0.0).sum()
+
+
 class GroupAscent(AcrossProcesses):
     """Climb by group losses; see GSA.
 
@@ -82,8 +87,8 @@ class GroupAscent(AcrossProcesses):
 
     def _make_blocks(self) -> list[Block]:
         indices = range(len(self.param_groups))
-        if self.rule.scope == "all":
-            return [self._block(indices)]
+        if self.rule.scope == "all":  # mode R wants the marked groups side by side
+            return [self._block(sorted(indices, key=lambda k: bool(self.param_groups[k].get(MARK))))]
         marked = [k for k in indices if self.param_groups[k].get(MARK)]
         if not marked:
             raise ValueError(
@@ -153,7 +158,10 @@ class GroupAscent(AcrossProcesses):
         coef, rows, loss = (self._exact if exact else self._stale)(closures, scaler)
         stats = ascent.stats
         self.stats = stats
-        self._first_bad = self._of_all(stats["bad"])
+        bad = stats["bad"]
+        if not any(p.requires_grad for block in self._climbing for p in block.flat.params):  # their rows say nothing
+            bad = bad.maximum((~torch.isfinite(loss)).float())
+        self._first_bad = self._of_all(bad)
         return coef, rows, loss
 
     def _evaluate(self, closure: Closure) -> Losses:
@@ -185,7 +193,7 @@ class GroupAscent(AcrossProcesses):
             with self._unreduced():
                 losses, shares = self._evaluate(closure)
             parts = shares / (len(closures) * world)
-            total, loss = total + parts, loss + (losses.detach() * shares).sum() / len(closures)
+            total, loss = total + parts, loss + batch_loss(losses, shares) / len(closures)
             for k in range(g):
                 # In a split rule row 0 is part of the final gradient, so it carries its share; directions ignore it.
                 factor = shares[0] / len(closures) if split and k == 0 else parts[k] if weighted else None
@@ -223,7 +231,7 @@ class GroupAscent(AcrossProcesses):
         for m, closure in enumerate(closures):
             with self._unreduced():
                 losses, shares = self._evaluate(closure)
-            found.append((losses.detach() * shares).sum())
+            found.append(batch_loss(losses, shares))
             total = shares / world if world > 1 else shares
             self._add_up(total)
             stale = self.ascent.stale_coefficients(total, self._fresh_of(losses, shares, total, scaler))

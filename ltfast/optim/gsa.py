@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ltfast.kernels import ascent_coefficients
-from ltfast.optim.group_ascent import Closure
+from ltfast.optim.group_ascent import Closure, batch_loss
 from ltfast.optim.grouped import GroupedOptimizer
 from ltfast.optim.rules import Rule
 
@@ -168,7 +168,8 @@ class CCSAM(GroupedOptimizer):
         if not present:
             raise ValueError(f"closure: no batch share is above 0: {shares.tolist()}")
         self._attach()
-        bad = [(~torch.isfinite((losses.detach() * shares).sum())).float()]
+        loss = batch_loss(losses, shares)
+        bad = [(~torch.isfinite(loss)).float()]
         holders = [block.flat.rows for block in self._climbing]
         self.ascent.n_elements = self._climbing_elements()
         for k in present:
@@ -186,7 +187,7 @@ class CCSAM(GroupedOptimizer):
                 perturbed, _ = self._evaluate(closures[0])
                 self._backward(perturbed[k] * shares[k], scaler)
         self._first_bad = self._of_all(torch.stack(bad).amax())
-        return (losses.detach() * shares).sum()
+        return loss
 
     def _class_coefficients(self, rows: list[Tensor], k: int) -> Tensor:
         matrix, theta_sq = self._gram(rows)

@@ -21,6 +21,7 @@ from ltfast.optim.block import Block, Present
 SLOTS = {SGD: ("momentum_buffer",), AdamW: ("exp_avg", "exp_avg_sq")}
 # Options that the kernels do not cover; torch's own step then runs on the flat views, with the same state.
 UNCOVERED = ("maximize", "differentiable", "amsgrad")
+LR_BELOW = 1e-12  # torch's LinearLR, which multiplies, ends its way to 0 at about -1e-18
 
 
 def check_options(group: dict[str, Any]) -> None:
@@ -31,7 +32,8 @@ def check_options(group: dict[str, Any]) -> None:
             continue  # as nearly always; what follows is slow
         if isinstance(value, Tensor) or (name != "rho" and not isinstance(value, Real)):
             continue  # a number on the device; what another optimizer understands by eps (a pair, None)
-        if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+        least = -LR_BELOW if name == "lr" else 0.0
+        if not (isinstance(value, Real) and least <= float(value) < math.inf):
             raise ValueError(f"{name} is {value}; it must be a finite number >= 0")
 
 
@@ -45,9 +47,8 @@ def check_fused(base: Optimizer) -> None:
         elif group["dampening"] or group["nesterov"]:
             if not math.isfinite(group["dampening"]):
                 raise ValueError(f"dampening is {group['dampening']}; it must be finite")
-            if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-                values = f"{group['momentum']} and {group['dampening']}"
-                raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {values}")
+            if group["nesterov"] and group["momentum"] and group["dampening"] != 0:
+                raise ValueError(f"nesterov needs dampening 0, not {group['dampening']}")
 
 
 def fused(base: Optimizer) -> bool:
@@ -95,7 +96,8 @@ def fused_step(base: Optimizer, block: Block, row: int, present: Present, scale:
             buffer = block.slot(names[0])[s] if group["momentum"] else None
             fresh = first.get(id(block.counters[run.first]), False)
             sgd_step(
-                theta[s], grad[s], buffer, lr, group["momentum"], group["dampening"], nesterov=group["nesterov"],
+                theta[s], grad[s], buffer, lr, group["momentum"], group["dampening"],
+                nesterov=group["nesterov"] and group["momentum"] > 0,  # as torch: of no effect without momentum
                 first_step=fresh, **common,
             )  # fmt: skip
         else:
@@ -128,7 +130,9 @@ def _count_buffers(base: Optimizer, block: Block, present: Present, skip: Tensor
 
 def _rate(lr: float | Tensor, theta: Tensor) -> float | Tensor:
     """A learning rate the kernels take: torch also allows a CPU tensor for CUDA parameters."""
-    return float(lr) if isinstance(lr, Tensor) and lr.device != theta.device else lr
+    if isinstance(lr, Tensor):
+        return lr if lr.device == theta.device else float(lr)
+    return max(lr, 0.0)
 
 
 def publish(base: Optimizer, block: Block, indices: Iterable[int]) -> None:

@@ -332,7 +332,6 @@ def test_a_refused_scaler_step_leaves_no_scale_behind(kind: Any) -> None:
     ("base", "bad", "named"),
     [
         (torch.optim.AdamW, {"betas": (0.9, 1.5)}, "betas"),
-        (SGD, {"nesterov": True, "momentum": 0.0}, "nesterov"),
         (SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov"),
         (SGD, {"dampening": float("nan")}, "dampening"),
     ],
