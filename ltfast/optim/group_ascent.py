@@ -37,7 +37,8 @@ MARK = "classifier"
 
 def batch_loss(losses: Tensor, shares: Tensor) -> Tensor:
     """Mean loss of a batch, 0-dim, from group losses [G] and batch shares [G]; what an absent group's loss is does not matter."""
-    return torch.where(shares > 0, losses.detach() * shares, 0.0).sum()
+    losses, shares = losses.detach(), shares.to(torch.promote_types(losses.dtype, shares.dtype))
+    return torch.dot(torch.where(shares > 0, losses, shares), shares)
 
 
 class GroupAscent(AcrossProcesses):
