@@ -45,9 +45,8 @@ from .register import op
 
 Anchor = tuple[Tensor, Tensor, Number]
 F32 = (torch.float32,)
-LEAST_EPS = torch.finfo(
-    torch.float32
-).tiny  # keeps 0 / 0 of what never had a gradient, padding among it, from being NaN
+# Keeps 0 / 0 of what never had a gradient, padding among it, from being NaN.
+LEAST_EPS = torch.finfo(torch.float32).tiny
 
 
 @jit

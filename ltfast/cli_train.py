@@ -150,11 +150,7 @@ def resumed_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:
             f"--resume: continues the run with its own settings; only these may be given anew: {options}; to train on with others: "
             "--weights RUN/checkpoints/last.safetensors"
         )
-    if launch.launched():
-        return Config()
-    folder = RunFolder.open(args.resume)
-    config = folder.config.with_(**flags)
-    return config.with_(weights=None) if folder.begun else config
+    return Config() if launch.launched() else RunFolder.open(args.resume).resumed_config.with_(**flags)
 
 
 def new_config(args: argparse.Namespace, flags: dict[str, Any]) -> Config:

@@ -118,9 +118,10 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}".encode())
 
     @property
-    def begun(self) -> bool:
-        """Whether it holds weights of its own: the first ones are then not read again."""
-        return self.last.exists() or any(self.checkpoints.glob("state-*.safetensors"))
+    def resumed_config(self) -> Config:
+        """The config to go on with: the first weights are not read again where it holds weights of its own."""
+        own = self.last.exists() or any(self.checkpoints.glob("state-*.safetensors"))
+        return self.config.with_(weights=None) if own else self.config
 
     def trained_on(self) -> tuple[tuple[str, ...] | None, int | None]:
         """Classes and side of the pictures that its network was trained on; None, None where it is not noted how those were

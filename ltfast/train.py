@@ -355,10 +355,10 @@ def train(
         resume = ranks.share(resume)  # after a restart rank 0 alone may see that the folder holds a run
         if resume:
             folder = ranks.on_main(lambda: RunFolder.open(resume, lock=True))
-            values = ranks.share(ranks.on_main(lambda: folder.config.to_dict() if folder is not None else {})) or {}
+            values = (
+                ranks.share(ranks.on_main(lambda: folder.resumed_config.to_dict() if folder is not None else {})) or {}
+            )
             config = on_cpu(moved(Config.from_dict(values, resume), changes or {}), resumed=True)
-            if ranks.share(folder is not None and folder.begun):
-                config = config.with_(weights=None)
         trainer = Trainer(config, folder, ranks, progress)  # bad input fails here, before a new run's folder exists
         check_main_memory(trainer)
         if resume:

@@ -38,9 +38,9 @@ class Source(Protocol):
 
     train_counts is LongTensor[C] and train_labels LongTensor[n], both on the CPU; sizes maps each split to its number
     of images (val may have none); test_from is the set's own split that the test images are of, 'val' where the set calls
-    it so, 'train' where they are held out of it, and val_from likewise; lacking maps each split to its number of classes without an image;
-    fingerprint tells other training images in hexadecimal, wherever they lie; eval_batch is how many images `evaluate`
-    gives at a time; paths maps each split to the names of its files, where they are files.
+    it so, 'train' where they are held out of it, and val_from likewise; lacking maps each split to its number of classes
+    without an image; fingerprint tells other training images in hexadecimal, wherever they lie; eval_batch is how many images
+    `evaluate` gives at a time; paths maps each split to the names of its files, where they are files.
     """
 
     num_classes: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -149,8 +149,9 @@ def judge(data: bytes, name: str, full: bool = False) -> Finding:
 
 def _whole(data: bytes, path: str, read: Reader, size: int) -> Finding:
     """What to say of a picture of `size` bytes that is not bad, from its first ones."""
-    bits = sample_bits(data, read)
-    return Finding("", tuple(_notes(data, path, read, bits)), signature(size, data), bits > 8)
+    tags = tiff_tags(read) if file_format(data[:16]) == "TIFF" else {}  # they may stand anywhere in it
+    bits = sample_bits(data, tags)
+    return Finding("", tuple(_notes(data, path, tags, bits)), signature(size, data), bits > 8)
 
 
 def _reader(file: int, size: int) -> Reader:
@@ -171,8 +172,8 @@ def _settled(head: bytes, read: Reader, size: int) -> bool:
     return b"\xff\xd9" in tail and isinstance(jpeg_header(head), JpegHeader)
 
 
-def _notes(data: bytes, path: str, read: Reader, bits: int) -> Iterator[str]:
-    """What is unusual about a picture with these first bytes, and so many bits a sample."""
+def _notes(data: bytes, path: str, tags: Mapping[int, int], bits: int) -> Iterator[str]:
+    """What is unusual about a picture with these first bytes, these tags of a TIFF and so many bits a sample."""
     kind = file_format(data[:16])
     suffix = os.path.splitext(path)[1].lower()
     if SUFFIX_FORMATS.get(suffix, kind) != kind:
@@ -187,7 +188,7 @@ def _notes(data: bytes, path: str, read: Reader, bits: int) -> Iterator[str]:
             yield "EXIF-rotated (not turned by the loaders)"
     if bits > 8:
         yield f"{bits} bits (read as 8)"
-    if kind == "TIFF" and NEXT_PAGE in tiff_tags(read):
+    if NEXT_PAGE in tags:
         yield "several pages (the first is read)"
 
 

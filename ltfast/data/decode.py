@@ -11,7 +11,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -166,11 +166,12 @@ def tiff_fault(tags: dict[int, int]) -> str:
     return FLOATS if tags.get(SAMPLE_FORMAT) == 3 else ""
 
 
-def sample_bits(data: bytes, read: Reader) -> int:
-    """Bits of a sample of a picture with these first bytes: those of a PNG, TIFF or PNM, 8 for every other."""
+def sample_bits(data: bytes, tags: Mapping[int, int]) -> int:
+    """Bits of a sample of a picture with these first bytes, of a TIFF with these tags: those of a PNG, TIFF or PNM, 8 for every
+    other."""
     kind = file_format(data[:16])
-    if kind == "TIFF":  # whose tags may stand anywhere in it
-        return tiff_tags(read).get(BITS_PER_SAMPLE, 1)
+    if kind == "TIFF":
+        return tags.get(BITS_PER_SAMPLE, 1)
     if kind == "PNG":
         return int.from_bytes(data[_PNG_DEPTH : _PNG_DEPTH + 1])
     return 16 if _pnm_maximum(data) > 255 else 8

@@ -29,6 +29,12 @@ def two_passes(model: nn.Module, optimizer: Any, x: Tensor = X) -> None:
         step(zero_grad=True)
 
 
+def one_pass(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(X).pow(2).mean().backward()
+    optimizer.step()
+
+
 def test_a_schedule_that_ends_a_rounding_below_zero() -> None:
     model = layer()
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
@@ -56,12 +62,7 @@ def test_nesterov_does_nothing_in_a_group_without_momentum() -> None:
             SAM(groups, torch.optim.SGD, rho=0.0, **options) if wrap else torch.optim.SGD(groups, **options)
         )
         for _ in range(3):
-            if wrap:
-                two_passes(model, optimizer)
-            else:
-                optimizer.zero_grad()
-                model(X).pow(2).mean().backward()
-                optimizer.step()
+            (two_passes if wrap else one_pass)(model, optimizer)
         made.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*made)
 
@@ -106,12 +107,7 @@ def test_adamw_without_eps() -> None:
             else torch.optim.AdamW(model.parameters(), lr=0.01, eps=0.0)
         )
         for _ in range(4):
-            if wrap:
-                two_passes(model, optimizer)
-            else:
-                optimizer.zero_grad()
-                model(X).pow(2).mean().backward()
-                optimizer.step()
+            (two_passes if wrap else one_pass)(model, optimizer)
         if wrap:
             assert int(optimizer.skipped) == 0
             assert optimizer.blocks[0].flat.data.isfinite().all(), "the padding stays zero"
