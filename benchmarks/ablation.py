@@ -6,9 +6,10 @@
     python benchmarks/ablation.py --dataset cifar10-half --data-dir HALF.npz --sweeps one-view   # minutes a run
     python benchmarks/ablation.py --dataset cifar10-lt-resnet8 --data-dir CIFAR --sweeps last-fifth    # hours
     python benchmarks/ablation.py --dataset cifar10-finetuned --data-dir AFTER.npz --weights BEFORE.safetensors --sweeps fine-tuning
+    python benchmarks/ablation.py --dataset plankton --data-dir PLANKTON --sweeps published-weights    # from published weights
     python benchmarks/ablation.py --table                               # means and 95 % intervals from the rows there are
 Runs are made in this process, all cells at one seed before the next, so that a budget that ends early still compares like
-with like. A cell and seed that has its row is not run again. HALF.npz is what half_size.py writes. Rows: case
+with like. A cell and seed that has its row is not run again. HALF.npz is what half_size.py writes, PLANKTON natural.py. Rows: case
 "<data set>/<cell>/seed=<k>" of ablation.jsonl, or of ablation-<data set>.jsonl for other data than digits-lt.
 """
 
@@ -30,7 +31,7 @@ import seeded
 import torch
 from ablation_cells import RELEASE, SWEEPS, USUAL, Cell, baseline_of, same, sweeps_of
 
-from ltfast.recipes import cifar10_speedrun
+from ltfast.recipes import cifar10_speedrun, fine_tuning
 
 FIGURES = ("top1", "medium", "few", "ece")
 DIGITS = "digits-lt"
@@ -51,10 +52,16 @@ SPEEDRUN = {
     **cifar10_speedrun(), **SMALL, "imbalance": 100.0, "model": "resnet14-w32", "epochs": 60, "warmup": 3.0,
     "untimed_steps": 0, "table": False,
 }  # fmt: skip
+# Plankton as it was found (natural.py), 195 to 2 pictures a class: the recipe for fine-tuning in half its epochs, on pictures that two
+# CPU cores can take.
+PLANKTON = {
+    **fine_tuning(), "epochs": 20, "device": "cpu", "compile": "on", "model": "mobilenet_v2", "weights": "IMAGENET1K_V1",
+    "image_size": 64,
+}  # fmt: skip
 STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF), "cifar10-lt-resnet8": ("cifar10-lt", FULL),
     FINE_TUNED: ("folder-small", FINE), "cifar10-five": ("folder-small", {**FINE, "lr": 0.1}),
-    "speedrun-half": ("folder-small", SPEEDRUN),
+    "speedrun-half": ("folder-small", SPEEDRUN), "plankton": ("folder", PLANKTON),
 }  # fmt: skip
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 _kept: dict[tuple[Any, ...], tuple[float, State]] = {}  # the newest end of scouting and its share of the epochs

@@ -171,6 +171,17 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             for parts in ("gsa-paper+gkp", "gkp-gsa")
         },
     },
+    "published-weights": {  # of the rules that gain there, on other pictures from published weights
+        name: Cell(name.partition(",")[0], {"scout": 0.0} if "," in name else {})
+        for name in (
+            "balanced-softmax",
+            "balanced-softmax+asam",
+            "balanced-softmax+gsa-full,scout=0.0",
+            "ce",
+            "balanced-softmax+sam",
+            "balanced-softmax+imbsam",
+        )
+    },
     "from-scratch": {name: Cell(name, {}) for name in ("balanced-softmax", "balanced-softmax+asam")},
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
         **{
@@ -273,7 +284,12 @@ SWEEPS: dict[str, dict[str, Cell]] = {
 
 
 # Sweeps that belong to one study, and that no other one runs.
-OWN = {"fine-tuning": "cifar10-finetuned", "from-scratch": "cifar10-five", "speedrun": "speedrun-half"}
+OWN = {
+    "fine-tuning": "cifar10-finetuned",
+    "from-scratch": "cifar10-five",
+    "speedrun": "speedrun-half",
+    "published-weights": "plankton",
+}
 
 
 def sweeps_of(study: str) -> list[str]:

@@ -23,6 +23,7 @@ import ablation  # noqa: E402
 import accuracy  # noqa: E402
 import half_size  # noqa: E402
 import harness  # noqa: E402
+import natural  # noqa: E402
 import other_classes  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
@@ -226,6 +227,25 @@ def test_a_part_of_a_pack_has_the_files_of_its_classes_numbered_afresh():
         assert found[f"{name}_labels"].tolist() == [1, 0, 1]
 
 
+def test_a_folder_of_classes_is_split_with_its_tail(tmp_path, monkeypatch):
+    for name, count in (("common", 300), ("rare", 9), ("other", 40)):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for place in range(count):
+            (tmp_path / "all" / name / f"{place}.jpg").touch()
+    for out in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["natural.py", str(tmp_path / "all"), str(tmp_path / out)])
+        natural.main()
+    found = {
+        split: {folder.name: {path.name for path in folder.iterdir()} for folder in (tmp_path / "a" / split).iterdir()}
+        for split in ("train", "test")
+    }
+    assert {name: len(files) for name, files in found["test"].items()} == {"common": 25, "rare": 4, "other": 20}
+    assert {name: len(files) for name, files in found["train"].items()} == {"common": 28, "rare": 2, "other": 2}
+    for name, files in found["train"].items():
+        assert not files & found["test"][name]
+        assert files == {path.name for path in (tmp_path / "b" / "train" / name).iterdir()}
+
+
 def test_studies_are_configurations_of_known_data_sets():
     for study in ablation.STUDIES:
         for cell in ablation.SWEEPS["one-view"].values():
@@ -233,6 +253,7 @@ def test_studies_are_configurations_of_known_data_sets():
             sizes = {
                 ablation.DIGITS: (60, 64), "cifar10-half": (40, 64), "cifar10-lt-resnet8": (200, 256),
                 "cifar10-finetuned": (40, 32), "cifar10-five": (40, 32), "speedrun-half": (60, 128),
+                "plankton": (20, 32),
             }  # fmt: skip
             assert (config.optim.epochs, config.data.batch) == sizes[study]
     assert ablation.configured("cifar10-lt", "bcl", {}).optim.epochs == 200
