@@ -27,6 +27,7 @@ from ltfast.report.style import (
     marker,
     panels,
     shorten,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ Runs = Sequence[Entry]
 # Above this many classes a mark is the mean of the classes of one size: with three test images per class, as iNaturalist has,
 # thousands of marks would lie on four lines, one over the other.
 CLASS_MARKS = 1000
+LABELS = {
+    1: (28, 24),
+    2: (22, 18),
+    3: (16, 12),
+}  # panels beside each other: characters of a row's and a column's class name
 
 
 def draw_class_size(runs: Runs) -> Figure:
@@ -106,11 +112,13 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
     """Shares of tail classes' test images by predicted class, one panel a run: (name, numbers, class names, counts)."""
     columns = min(3, len(runs))
     deepest = max(len(c.rows) for _, c, _, _ in runs)
-    upright = max((len(name) for _, _, names, _ in runs for name in names), default=0) >= 4  # names below the columns
-    figure, axes = panels(columns, -(-len(runs) // columns), height=1.3 + 0.27 * deepest + 0.6 * upright)
+    beside, below = LABELS[columns]  # characters of a row's and a column's name
+    longest = max((len(name) for _, _, names, _ in runs for name in names), default=0)
+    upright = 0.0 if longest < 4 else 0.05 * min(below, longest)  # inches of the names below the columns
+    figure, axes = panels(columns, -(-len(runs) // columns), height=1.3 + 0.27 * deepest + upright)
     image = None
     for ax, (name, found, names, counts) in zip(axes, runs, strict=False):
-        long, short = distinct(names, 16), distinct(names, 12)
+        long, short = distinct(names, beside), distinct(names, below)
         image = ax.imshow(found.shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         ax.grid(False)
         ax.set_yticks(range(len(found.rows)), [f"{long[c]} ({counts[c]})" for c in found.rows])
@@ -119,7 +127,7 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
         for i, j in np.ndindex(found.shares.shape):
             value = found.shares[i, j]
             if value >= 0.5:
-                look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
+                look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5 if columns < 3 else 6}
                 ax.text(j, i, str(int(value + 0.5)), color="white" if value > 55 else INK, **look)
         for i, row in enumerate(found.rows):
             if row in found.columns:
@@ -175,8 +183,8 @@ def draw_reliability(runs: Runs) -> Figure:
 
 def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
     """The least accurate classes of one run, a row each: what they are taken for, most confident mistakes first."""
-    worst, long, short = found.worst, distinct(names, 18), distinct(names, 11)
-    figure, axes = panels(PICTURES + 1, len(worst), width=1.05, height=1.25, width_ratios=[1.6] + [1] * PICTURES)
+    worst, long, short = found.worst, distinct(names, 17, wrapped), distinct(names, 15, wrapped)
+    figure, axes = panels(PICTURES + 1, len(worst), width=1.05, height=1.35, width_ratios=[1.6] + [1] * PICTURES)
     for r, item in enumerate(worst):
         row = axes[r * (PICTURES + 1) : (r + 1) * (PICTURES + 1)]
         for ax in row:
@@ -187,7 +195,7 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
         row[0].text(0, 0.58, f"{int(item.accuracy + 0.5)} % right\n{images}", va="top", **where)
         for ax, mistake in zip(row[1:], item.mistakes, strict=False):
             ax.imshow(mistake.picture, vmin=0, vmax=1, interpolation="nearest")
-            ax.set_title(f"as {short[mistake.predicted]}\n{100 * mistake.confidence:.0f} %", fontsize=7.5)
+            ax.set_title(f"{short[mistake.predicted]}\n{100 * mistake.confidence:.0f} %", fontsize=7, linespacing=1.05)
             ax.set_axis_on()
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
@@ -195,5 +203,5 @@ def draw_worst(name: str, found: Predictions, names: Sequence[str]) -> Figure:
                 spine.set(visible=True, color=FAINT)
         if not item.mistakes:
             row[1].text(0, 0.5, "no mistake", va="center", fontsize=8, transform=row[1].transAxes)
-    figure.suptitle(f"{shorten(name, 40)}: most confident mistakes", fontsize=10)
+    figure.suptitle(f"{shorten(name, 40)}: most confident mistakes, under what they were taken for", fontsize=10)
     return figure

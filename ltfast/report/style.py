@@ -4,7 +4,7 @@ and hatches as well. Matplotlib's Agg canvas is used without pyplot, so nothing 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,11 +124,21 @@ def shorten(text: str, length: int = 22) -> str:
     return f"{text[: length - 3 - keep]}...{text[-keep:]}"
 
 
-def distinct(names: Sequence[str], length: int) -> list[str]:
-    """`shorten` of each; names that would read the same have their place in `names` before them."""
-    short = [shorten(name, length) for name in names]
+def wrapped(text: str, length: int) -> str:
+    """On two lines of about `length` characters, broken after a space, "_", "-" or "/" where one stands late enough."""
+    if len(text) <= length:
+        return text
+    at = max(text.rfind(mark, 0, length) for mark in " _-/") + 1
+    if at <= length // 3:
+        return shorten(text, length)
+    return f"{text[:at].rstrip()}\n{shorten(text[at:], length)}"
+
+
+def distinct(names: Sequence[str], length: int, cut: Callable[[str, int], str] = shorten) -> list[str]:
+    """`cut` of each; names that would read the same have their place in `names` before them."""
+    short = [cut(name, length) for name in names]
     shared = {text for text, n in Counter(short).items() if n > 1}
-    return [f"{i}: {shorten(names[i], length - 4)}" if text in shared else text for i, text in enumerate(short)]
+    return [f"{i}: {cut(names[i], length - 4)}" if text in shared else text for i, text in enumerate(short)]
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:

@@ -11,6 +11,7 @@ from ltfast.errors import UserError
 from ltfast.recipes import method_values
 from ltfast.report import items, numbers
 from ltfast.report.runs import Missing, RunView, one_an_epoch, open_runs
+from ltfast.report.style import distinct, shorten, wrapped
 from ltfast.runs import RunFolder
 
 
@@ -303,6 +304,15 @@ def make_folder(path, rows):
     (path / "config.toml").write_text('method = "ce"\n')
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
+
+
+def test_long_class_names_stand_on_two_lines_and_stay_apart():
+    assert wrapped("heron", 12) == "heron"
+    assert wrapped("hydromedusae_sideview_big", 15) == "hydromedusae_\nsideview_big"
+    assert wrapped("Danaus plexippus", 12) == "Danaus\nplexippus"
+    assert wrapped("x_averylongname", 8) == shorten("x_averylongname", 8)  # one letter has no line
+    alike = ["copepod_calanoid_small_antennae", "copepod_calanoid_frilly_antennae"]
+    assert distinct(alike, 12, wrapped) == [f"{i}: {wrapped(name, 8)}" for i, name in enumerate(alike)]
 
 
 def test_runs_get_short_distinct_names_and_clear_errors(tmp_path):
