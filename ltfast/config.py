@@ -98,7 +98,7 @@ class Model:
 
     model: str = _opt(
         "resnet32",
-        "encoder: resnet8|resnet20|resnet32... (CIFAR style, resnet8-w32 twice as wide) or a torchvision classifier",
+        "encoder: resnet8|resnet20|resnet32... (CIFAR style, resnet8-w32 twice as wide), a torchvision classifier, or timm/NAME",
         paper="resnet32",
     )
     classifier: str = _opt("cosine", "classifier layer", choices=("cosine", "linear"), paper="cosine")
@@ -107,7 +107,7 @@ class Model:
     projection_out: int = _opt(128, "output width of the projection heads", paper="128 (CIFAR), 1024", least=1)
     weights: str | None = _opt(
         None,
-        "start from these encoder weights: a file, or DEFAULT = torchvision's for this model; none = random, in any recipe",
+        "start from these encoder weights: a file, or DEFAULT = torchvision's or timm's for this model; none = random, in any recipe",
     )
 
 

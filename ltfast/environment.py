@@ -32,6 +32,7 @@ def environment(*, cpu: bool = False) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "torchvision": installed("torchvision"),
+        "timm": installed("timm"),
         "numpy": installed("numpy"),
         "dali": installed("nvidia-dali-cuda130"),
         "cuda": torch.version.cuda if cuda else None,

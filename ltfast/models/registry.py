@@ -1,4 +1,4 @@
-"""Encoders by name: the CIFAR ResNets of resnet.py and every torchvision classifier with its last layer removed."""
+"""Encoders by name: the CIFAR ResNets of resnet.py, every torchvision classifier with its last layer removed, timm's models."""
 
 import difflib
 import os
@@ -10,6 +10,7 @@ from torch import nn
 
 from ltfast.checkpoint import current_names
 from ltfast.errors import UserError
+from ltfast.models import timm_encoder
 from ltfast.models.resnet import CIFAR_DEPTHS, CIFAR_STRIDES, SMALL_STRIDES, CifarResNet
 
 STEMS = ("default", "small")
@@ -20,7 +21,7 @@ _AUXILIARY = {"inception_v3": ("AuxLogits",), "googlenet": ("aux1", "aux2")}
 
 
 def encoder_names() -> list[str]:
-    """Every name create_encoder takes, ours first. resnet8..resnet110 also take a width: resnet8-w32."""
+    """Every name create_encoder takes but timm's, ours first. resnet8..resnet110 also take a width: resnet8-w32."""
     import torchvision
 
     return [f"resnet{depth}" for depth in CIFAR_DEPTHS] + torchvision.models.list_models(module=torchvision.models)
@@ -42,13 +43,14 @@ def create_encoder(
     weights: str | None = None,
     fetch: bool = True,
 ) -> tuple[nn.Module, int]:
-    """(module [B, in_channels, H, W] -> [B, D], D) for a name of encoder_names().
+    """(module [B, in_channels, H, W] -> [B, D], D) for a name of encoder_names(), or "timm/" and a name of timm's.
 
     width: channels of the first stage of a CIFAR ResNet (16; D = 4 * width), also as a suffix: resnet8-w32.
     stem: "small" keeps resolution early: CIFAR ResNets use strides (1, 1, 2); torchvision ResNets get a 3x3 stride-1 first
         convolution and no max-pool (32 x 32 or 64 x 64 pictures).
-    image_size: pixels per side (224), used by vit_* and maxvit_* only: their position tables depend on it.
-    weights: torchvision weight name ("IMAGENET1K_V1", "DEFAULT"), None = random; fetch: False checks the name only.
+    image_size: pixels per side (224), used by vit_* and maxvit_* and by timm's: their position tables depend on it.
+    weights: torchvision weight name ("IMAGENET1K_V1", "DEFAULT"), of timm's models "DEFAULT", None = random; fetch: False
+        checks the name only.
     Raises UserError naming the option for anything a user can get wrong.
     """
     if stem not in STEMS:
@@ -69,10 +71,14 @@ def create_encoder(
             raise UserError(f"width: {width} must be at least 1")
         cifar = CifarResNet(int(match[1]), in_channels, width, SMALL_STRIDES if stem == "small" else CIFAR_STRIDES)
         return cifar, cifar.feature_dim
-    if name not in encoder_names():
+    by_timm = name.startswith(timm_encoder.PREFIX)
+    if not by_timm and name not in encoder_names():
         raise UserError(_unknown(name))
     if width is not None:
         raise UserError(f"width: {width} is for the CIFAR ResNets, not {name}; leave it out")
+    if by_timm:
+        own = name.removeprefix(timm_encoder.PREFIX)
+        return timm_encoder.create(own, in_channels, image_size, weights, fetch)
     return _torchvision_encoder(name, in_channels, stem, image_size, weights, fetch)
 
 
