@@ -6,7 +6,6 @@ A run is decided in this order, later wins: defaults < recipe of the dataset < m
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import operator
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ltfast.errors import UserError
+from ltfast.errors import UserError, closest
 
 # Bounds of a number, in the words of the error. Options that bound each other are compared where they are used.
 LIMITS = {
@@ -348,7 +347,7 @@ TYPES: dict[str, Any] = {name: hint for cls in SECTIONS.values() for name, hint 
 def nearest(name: str, known: Any) -> str:
     """' (did you mean X?)' or an empty string; X are all that go on from `name` by a hyphen, or the one most like it."""
     longer = [other for other in known if other.startswith(f"{name}-")]
-    close = longer or difflib.get_close_matches(name, list(known), n=1)
+    close = longer or [other for other in [closest(name, known)] if other]
     return f" (did you mean {', '.join(close[:-1])}{' or ' if close[1:] else ''}{close[-1]}?)" if close else ""
 
 

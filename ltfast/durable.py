@@ -260,6 +260,10 @@ class Durable:
                 f"{self.folder}/metrics.jsonl: lacks {counted(lost, 'byte')} that were there when the checkpoint was "
                 "written; rows of earlier epochs are missing"
             )
+        if changed := self.folder.changed_environment(self.config):
+            self.log("env", epoch=self.epoch, **changed)
+            told = ", ".join(f"{name} {value}" for name, value in sorted(changed.items()))
+            self.progress.note(f"goes on with other than env.json says: {told}")
 
     def _check_unsaved(self) -> None:
         """UserError if the run has got as far as its first training state: without one it would be trained again."""

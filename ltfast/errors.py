@@ -1,4 +1,7 @@
-"""The one exception that the command line turns into a single line and exit code 2."""
+"""The one exception that the command line turns into a single line and exit code 2, and what its messages have in common."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -19,3 +22,8 @@ def explained(error: Exception, model: str) -> UserError | None:
             "leave --deterministic out or use another --model"
         )
     return None
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of `known` that is most like `name`, to ask whether it is meant; None where none is much like it."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

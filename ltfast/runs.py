@@ -196,6 +196,17 @@ class RunFolder:
             env = environment(cpu=config.run.device == "cpu")
             write_atomically(self.path / "env.json", [json.dumps(env, indent=1).encode() + b"\n"])
 
+    def changed_environment(self, config: Config) -> dict[str, Any]:
+        """What is other here than where the run began, by the names of env.json; {} where that file cannot be read."""
+        try:
+            began = json.loads((self.path / "env.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(began, dict):
+            return {}
+        now = environment(cpu=config.run.device == "cpu")
+        return {name: now[name] for name in began.keys() & now.keys() - {"date"} if now[name] != began[name]}
+
     @property
     def config(self) -> Config:
         """The resolved config of the run."""

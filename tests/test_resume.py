@@ -355,6 +355,21 @@ def test_a_kill_while_the_folder_is_made(undisturbed: Path, tmp_path: Path, left
     assert json.loads((out / "env.json").read_text())["torch"] == torch.__version__
 
 
+def test_a_run_that_goes_on_with_other_versions_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, notes = tmp_path / "run", []
+    monkeypatch.setattr(Progress, "note", lambda _, text: notes.append(text))
+    train(config(out), progress=StopAt(4))
+    env = json.loads((out / "env.json").read_text())
+    (out / "env.json").write_text(json.dumps({**env, "torch": "1.0", "date": "long ago"}))
+    train(config(out), resume=str(out))
+    assert f"goes on with other than env.json says: torch {torch.__version__}" in notes
+    (row,) = RunFolder(out).metrics("env")
+    assert row == {"kind": "env", "epoch": row["epoch"], "torch": torch.__version__}
+    for text in ("", "[]"):
+        (out / "env.json").write_text(text)
+        assert RunFolder(out).changed_environment(config(out)) == {}
+
+
 def test_tensorboard_shows_every_epoch_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

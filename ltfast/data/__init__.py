@@ -5,7 +5,6 @@ Small sets live on the device (small.py); large ones are decoded on the way (lar
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from ltfast.data.base import Batch, Source, shot_groups
 from ltfast.data.registry import DATASETS, LARGE, DatasetInfo
-from ltfast.errors import UserError
+from ltfast.errors import UserError, closest
 
 __all__ = ["DATASETS", "Batch", "DatasetInfo", "Source", "load", "shot_groups"]
 
@@ -49,8 +48,8 @@ def load(
     the large sets only. UserError, one line, for anything a user can fix.
     """
     if dataset not in DATASETS:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(DATASETS)}"
+        near = closest(dataset, DATASETS)
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(DATASETS)}"
         raise UserError(f"--dataset {dataset!r} is unknown; {hint}")
     if data_dir is not None and not str(data_dir):
         raise UserError("--data-dir: is empty; give it a value or leave it out")

@@ -1,6 +1,5 @@
 """Encoders by name: the CIFAR ResNets of resnet.py, every torchvision classifier with its last layer removed, timm's models."""
 
-import difflib
 import os
 import re
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from ltfast.checkpoint import current_names
-from ltfast.errors import UserError
+from ltfast.errors import UserError, closest
 from ltfast.models import timm_encoder
 from ltfast.models.resnet import CIFAR_DEPTHS, CIFAR_STRIDES, SMALL_STRIDES, CifarResNet
 
@@ -83,8 +82,8 @@ def create_encoder(
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), encoder_names(), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else "try resnet32 (small pictures) or resnet50"
+    close = closest(name.lower(), encoder_names(), cutoff=0.5)
+    hint = f"did you mean {close!r}?" if close else "try resnet32 (small pictures) or resnet50"
     return f"model: unknown name {name!r}; {hint}"
 
 

@@ -5,13 +5,12 @@ timm is not among ltfast's requirements: `pip install "ltfast[timm]"`.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltfast.errors import UserError
+from ltfast.errors import UserError, closest
 
 PREFIX = "timm/"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which the pipelines of pictures in colour normalise
@@ -35,8 +34,8 @@ def create(
         raise UserError(f"model: {PREFIX}{name} needs timm, which is not installed: pip install timm") from None
 
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(pretrained="." in name), n=1, cutoff=0.5)
-        hint = f"did you mean {PREFIX}{close[0]}?" if close else "timm.list_models() lists its names"
+        close = closest(name, timm.list_models(pretrained="." in name), cutoff=0.5)
+        hint = f"did you mean {PREFIX}{close}?" if close else "timm.list_models() lists its names"
         raise UserError(f"model: timm has no {name!r}; {hint}")
     if weights is not None:
         _check_published(name, weights, in_channels)
