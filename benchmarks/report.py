@@ -117,6 +117,18 @@ def from_scratch() -> str:
     return tables("cifar10-five", "from-scratch")
 
 
+PLANKTON = (
+    "PlanktonSet 1.0, 121 classes in the frequencies of nature (`benchmarks/natural.py`): {model} with the weights {weights}, "
+    "{image_size} pixels, {epochs} epochs, batch {batch}, lr {lr:g}, {schedule}; up to 25 test pictures a class, 2,627 in all; "
+    "{device}.".format(**ablation.PLANKTON)
+)
+
+
+def plankton(study: str = "plankton") -> str:
+    """What gained in fine-tuning on CIFAR's pictures, on other ones from published weights."""
+    return tables(study, "published-weights")
+
+
 SPEEDRUN = (
     "The recipe `cifar10-lt-speedrun` on all 12,406 training pictures at half size, with a {model} and {epochs} epochs, {device}; all "
     "10,000 pictures of the test split. Rows: [ablation-speedrun-half.jsonl](ablation-speedrun-half.jsonl)".format(
@@ -344,6 +356,9 @@ def report() -> str:
         f"The authors' released training function on the same pictures:\n\n{half_cifar(*RELEASE)}",
         f"## Fine-tuning\n\n{FINE_TUNING}\n\n{fine_tuning()}",
         f"{FROM_SCRATCH}\n\n{from_scratch()}",
+        f"### From published weights\n\n{PLANKTON}\n\n2,793 training pictures, 195 to 2 a class "
+        f"([rows](ablation-plankton.jsonl)):\n\n{plankton()}",
+        f"Three times as many ([rows](ablation-plankton-thrice.jsonl)):\n\n{plankton('plankton-thrice')}",
         f"## The speedrun's recipe at half size\n\n{SPEEDRUN}\n\n{speedrun()}",
         f"## Answers for other class frequencies\n\nRows: [prior.jsonl](prior.jsonl)\n\n{priors()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
@@ -364,6 +379,7 @@ def fill_page(path: Path) -> None:
     made["half-cifar-release"] = lambda: half_cifar(*RELEASE)
     made["fine-tuning"] = fine_tuning
     made["from-scratch"] = from_scratch
+    made |= {"plankton": plankton, "plankton-thrice": lambda: plankton("plankton-thrice")}
     made |= {"speedrun": speedrun, "prior": priors}
     made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
     made |= gpu_tables.TABLES
