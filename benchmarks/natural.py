@@ -1,7 +1,7 @@
 """A folder of classes as it was found in nature, split into train and test: fine-tuning from published weights.
 
     python benchmarks/natural.py PLANKTON OUT --share 0.1
-    python benchmarks/ablation.py --dataset plankton --data-dir OUT --sweeps published-weights    # plankton-thrice: of --share 0.3
+    python benchmarks/ablation.py --dataset plankton --data-dir OUT --sweeps published-weights
 
 PLANKTON is the training part of PlanktonSet 1.0 (Cowen et al. 2015; the National Data Science Bowl's): 30,336 pictures in 121
 folders of 1,979 to 9. OUT has links to the files as `--dataset folder` wants them: OUT/test/<class> up to 25 pictures of a

@@ -23,7 +23,7 @@ from ltfast.launch import processes_here
 from ltfast.losses import membership_for
 from ltfast.models import LongTailModel, create_encoder
 from ltfast.models.conv import use_own_kernels
-from ltfast.models.registry import is_cifar_encoder
+from ltfast.models.registry import expected_levels, is_cifar_encoder, tries_a_picture
 from ltfast.modes import evaluating
 from ltfast.objective import Forward, Objective
 from ltfast.optim.rules import Rule
@@ -177,7 +177,7 @@ def build_data(config: Config, device: torch.device, ranks: Ranks, trained: Sequ
         limit_train=data.limit_train or None, val_per_class=data.val_per_class, batch=data.batch,
         views=None if data.views == "auto" else data.views, num_views=config.loss.n_views, sampler=data.sampler, seed=config.run.seed,
         device=device, rank=ranks.rank, world=ranks.world, epochs_total=config.optim.epochs, download=data.download,
-        image_size=data.image_size, trained=trained,
+        image_size=data.image_size, trained=trained, levels=expected_levels(config.model.model),
         **(large if data.dataset in LARGE else {}),
     )  # fmt: skip
     return source
@@ -220,7 +220,7 @@ def build_model(
     given = Path(cfg.weights or "")
     published = cfg.weights if given.name == cfg.weights and not given.suffix and not given.exists() else None
     encoder, dim = create_encoder(cfg.model, channels, stem=stem, image_size=side, weights=published, fetch=fetch)
-    if side < TORCHVISION_SIDE and not is_cifar_encoder(cfg.model):
+    if side < TORCHVISION_SIDE and not tries_a_picture(cfg.model):
         check_size(cfg.model, encoder, input_shape)
     projection = (cfg.projection_hidden, cfg.projection_out) if config.loss.loss == "bcl" else None
     model = LongTailModel(encoder, dim, num_classes, projection=projection, scale=cfg.scale, classifier=cfg.classifier)

@@ -7,12 +7,15 @@ equations, but refuses CPU tensors and waits for the host once a layer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltfast.collectives import sum_over_ranks
 from ltfast.dist import Ranks
+from ltfast.errors import UserError
 
 
 class SyncedBatchNorm(_BatchNorm):
@@ -24,8 +27,11 @@ class SyncedBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape."""
-        if not self.training:
-            return super().forward(x)
+        y = self._normalised(x) if self.training else super().forward(x)
+        part: Any = self
+        return part.act(part.drop(y)) if _activates(self) else y
+
+    def _normalised(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -52,11 +58,19 @@ class SyncedBatchNorm(_BatchNorm):
             running.add_((new - running) * factor)
 
 
+def _activates(part: nn.Module) -> bool:
+    """True for timm's BatchNormAct2d, which drops and activates what it has normalised."""
+    return hasattr(part, "act") and hasattr(part, "drop")
+
+
 def synchronise(module: nn.Module, ranks: Ranks) -> None:
     """Make every BatchNorm take its training statistics over all ranks; parameters and buffers stay the same objects.
 
     Not those of a LongTailModel's `center_projection`, whose batch is not the pictures but the classes' weights, the same
     on every rank.
+
+    Raises:
+        UserError: a subclass of BatchNorm that does something of its own.
     """
     if ranks.world == 1:
         return
@@ -64,4 +78,9 @@ def synchronise(module: nn.Module, ranks: Ranks) -> None:
     whole = set() if centers is None else set(centers.modules())
     for part in module.modules():
         if isinstance(part, _BatchNorm) and part not in whole:
+            own = type(part).forward not in (_BatchNorm.forward, SyncedBatchNorm.forward, nn.SyncBatchNorm.forward)
+            if own and not _activates(part):
+                raise UserError(
+                    f"--sync-bn: {type(part).__name__} of this --model is not known here; leave --sync-bn out"
+                )
             part.__class__ = SyncedBatchNorm

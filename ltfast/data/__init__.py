@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ltfast.data.base import Batch, Source, shot_groups
+from ltfast.data.base import Batch, Levels, Source, shot_groups
 from ltfast.data.registry import DATASETS, LARGE, DatasetInfo
 from ltfast.errors import UserError, closest
 
@@ -38,14 +38,15 @@ def load(
     epochs_total: int | None = None,
     image_size: int | None = None,
     trained: Sequence[str] | None = None,
+    levels: Levels | None = None,
     **options: Any,
 ) -> Source:
     """The named data set, ready to iterate. None means the data set's own default (`DATASETS[dataset]`).
 
     batch: global batch; views: a recipe name or view modules, num_views of them used (1 or 3); val_per_class: images a
     class held out of train for checkpoint choice; download: may fetch a public set that is missing; image_size: side to
-    resize pictures to; trained: classes of a model that is to be evaluated, on a folder or list that may lack train; options: of
-    the large sets only. UserError, one line, for anything a user can fix.
+    resize pictures to; trained: classes of a model that is to be evaluated, on a folder or list that may lack train; levels:
+    what to normalise pictures in colour by; options: of the large sets only. UserError, one line, for anything a user can fix.
     """
     if dataset not in DATASETS:
         near = closest(dataset, DATASETS)
@@ -70,6 +71,7 @@ def load(
         "epochs_total": epochs_total,
         "image_size": image_size,
         "trained": trained,
+        "levels": levels,
     }
     if dataset in LARGE:
         from ltfast.data.large import load_large

@@ -18,6 +18,8 @@ SPLITS = ("train", "val", "test")
 SHOT_NAMES = ("many", "medium", "few")
 MANY_ABOVE = 100
 FEW_BELOW = 20
+Levels = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation of each channel, of values in 0..1."""
 
 
 class Batch(NamedTuple):

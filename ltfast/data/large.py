@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ltfast.data.base import Source
+from ltfast.data.base import Levels, Source
 from ltfast.data.check import read_bad_list
 from ltfast.data.dali_pipeline import dali_available
 from ltfast.data.folders import limit, thin
@@ -82,6 +82,7 @@ def load_large(
     imbalance_type: str = "exp",
     epochs_total: int | None = None,
     trained: Sequence[str] | None = None,
+    levels: Levels | None = None,
 ) -> Source:
     """imagenet-lt, inat18, places-lt, folder, list or webdataset as a Source; see `ltfast.data.load` for the common
     options.
@@ -102,6 +103,7 @@ def load_large(
         "imagenet" if views is None else views if isinstance(views, str) else tuple(views), num_views
     )
     public = PUBLIC.get(dataset)
+    mean, std = levels or ((public.mean, public.std) if public else (IMAGENET_MEAN, IMAGENET_STD))
     options: dict[str, Any] = {
         "views": recipes,
         "image_size": image_size,
@@ -114,8 +116,8 @@ def load_large(
         "epochs_total": epochs_total,
         "workers": own_cores() if workers < 0 else workers,
         "on_bad_image": on_bad_image,
-        "mean": public.mean if public else IMAGENET_MEAN,
-        "std": public.std if public else IMAGENET_STD,
+        "mean": mean,
+        "std": std,
     }
     lists = find_lists(
         dataset, data_dir, train_list=train_list, val_list=val_list, test_list=test_list, val_per_class=val_per_class,

@@ -9,6 +9,7 @@ import torch
 
 from ltfast.data import cifar
 from ltfast.data.augment import DIGITS_MEAN, DIGITS_STD, RECIPES, Plain, View, recipe
+from ltfast.data.base import Levels
 from ltfast.data.digits import MIN_PER_CLASS, read_digits
 from ltfast.data.pack import read_pack
 from ltfast.data.pool import Pool, Splits, held_out_splits, long_tail_splits
@@ -38,6 +39,7 @@ def load_small(
     epochs_total: int | None,
     image_size: int | None,
     trained: Sequence[str] | None,
+    levels: Levels | None,
 ) -> SmallSource:
     """See `ltfast.data.load`."""
     info = DATASETS[dataset]
@@ -57,7 +59,8 @@ def load_small(
             where=where,
         )
     )
-    mean, std = _normalisation(dataset, splits)
+    colour = splits.images["train"].shape[1] == 3
+    mean, std = levels if levels is not None and colour else _normalisation(dataset, splits)
     return SmallSource(
         splits,
         views=_views(info.views if views is None else views, num_views, mean, std, splits),
@@ -94,7 +97,7 @@ def _read(
     return pool, str(data_dir)
 
 
-def _normalisation(dataset: str, splits: Splits) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(dataset: str, splits: Splits) -> Levels:
     """Mean and deviation per channel: the field's constants, or those of the training split."""
     if dataset == "digits-lt":
         return DIGITS_MEAN, DIGITS_STD

@@ -32,6 +32,16 @@ def is_cifar_encoder(name: str) -> bool:
     return match is not None and int(match[1]) in CIFAR_DEPTHS
 
 
+def tries_a_picture(name: str) -> bool:
+    """True where any picture will do, or create_encoder has found out that those will."""
+    return is_cifar_encoder(name) or name.startswith(timm_encoder.PREFIX)
+
+
+def expected_levels(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) of each channel, 0..1 scale, of the pictures that a model's weights expect; None: those of the data set."""
+    return timm_encoder.levels(name.removeprefix(timm_encoder.PREFIX)) if name.startswith(timm_encoder.PREFIX) else None
+
+
 def create_encoder(
     name: str,
     in_channels: int = 3,
@@ -83,7 +93,7 @@ def create_encoder(
 
 def _unknown(name: str) -> str:
     close = closest(name.lower(), encoder_names(), cutoff=0.5)
-    hint = f"did you mean {close!r}?" if close else "try resnet32 (small pictures) or resnet50"
+    hint = f"did you mean {close!r}?" if close else "try resnet32 (small pictures), resnet50 or timm/NAME"
     return f"model: unknown name {name!r}; {hint}"
 
 

@@ -65,7 +65,8 @@ def _rule(layer: nn.Module) -> Callable[..., Gradients] | None:
         return _of_convolution
     if type(layer) is nn.Linear:
         return _of_linear
-    if isinstance(layer, _BatchNorm) and layer.affine and layer.running_mean is not None:
+    plain = isinstance(layer, _BatchNorm) and not hasattr(layer, "act")  # timm's applies its activation, too
+    if plain and layer.affine and layer.running_mean is not None:
         return _of_batchnorm
     return None
 
