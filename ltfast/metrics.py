@@ -139,8 +139,8 @@ def format_table(
     """Plain-text table of a to_dict() result, beside a baseline's if given: overall figures first, then classes.
 
     counts [C]: training images, beside those that were tested where the result says so. Up to 30 classes each get a row in
-    class order, beyond that the 10 least accurate, of equal ones those with the most training images. A row for images
-    without a finite output comes in where there are any.
+    class order, beyond that the 10 least accurate, of equal ones those with the most training images. Rows for images
+    without a finite output, and for classes without a right answer where those are more than ten, come in where there are any.
     """
     counts = [int(c) for c in counts]
     if not len(counts) == len(class_names) == len(result["per_class"]):
@@ -163,6 +163,11 @@ def format_table(
         shown = [c for c in order if result["per_class"][c] is not None]
         order = sorted(shown, key=lambda c: (result["per_class"][c], -counts[c]))[:TABLE_WORST_CLASSES]
         title = f"{len(order)} worst classes"
+        if shown and result["per_class"][order[-1]] == 0:  # which of them are the ten says little
+            tested_ones = [[v for v in run["per_class"] if v is not None] for run in runs]
+            rows.append(
+                ("classes never right %", images(), [100 * v.count(0) / len(v) if v else None for v in tested_ones])
+            )
     classes = [
         (class_names[c], images(counts[c], tested and tested[c]), [run["per_class"][c] for run in runs]) for c in order
     ]

@@ -233,6 +233,7 @@ def test_table_of_many_classes_shows_the_ten_worst() -> None:
     worst = sorted((c for c in range(40) if c != 7), key=lambda c: result["per_class"][c])[:10]
     assert shown == worst
     assert "10 worst classes" in table
+    assert "never right" not in table
 
 
 def test_of_equally_bad_classes_the_table_shows_the_largest() -> None:
@@ -242,3 +243,5 @@ def test_of_equally_bad_classes_the_table_shows_the_largest() -> None:
     table = format_table(result, [f"class-{c}" for c in range(2000)], counts)
     shown = [int(line.split()[0].split("-")[1]) for line in table.splitlines() if line.startswith("class-")]
     assert shown == list(range(1996, 1986, -1))
+    assert "\nclasses never right %" in table
+    assert next(line for line in table.splitlines() if "never right" in line).split()[-1] == "100.00"
