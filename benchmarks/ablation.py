@@ -62,6 +62,7 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     DIGITS: (DIGITS, SMALL), "cifar10-half": ("folder-small", HALF), "cifar10-lt-resnet8": ("cifar10-lt", FULL),
     FINE_TUNED: ("folder-small", FINE), "cifar10-five": ("folder-small", {**FINE, "lr": 0.1}),
     "speedrun-half": ("folder-small", SPEEDRUN), "plankton": ("folder", PLANKTON),
+    "plankton-fast": ("folder", {**PLANKTON, "lr": 0.02}),
 }  # fmt: skip
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 _kept: dict[tuple[Any, ...], tuple[float, State]] = {}  # the newest end of scouting and its share of the epochs

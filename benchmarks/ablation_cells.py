@@ -160,9 +160,9 @@ SWEEPS: dict[str, dict[str, Cell]] = {
         ),
         # What plain descent does with the time that SAM takes, and what the learning rate does to both.
         "balanced-softmax,twice the epochs": Cell("balanced-softmax", {"epochs": 80}),
-        **settings_of("balanced-softmax", "lr", (0.01, 0.05)),
+        **settings_of("balanced-softmax", "lr", (0.005, 0.01, 0.05)),
         **settings_of("balanced-softmax+sam", "lr", (0.05,)),
-        **settings_of("balanced-softmax+asam", "lr", (0.05,)),
+        **settings_of("balanced-softmax+asam", "lr", (0.005, 0.05)),
         "balanced-softmax+gkp": Cell("balanced-softmax+gkp", {}),
         **{
             f"balanced-softmax+{parts},scout=0.8,gkp_lambda=0.05": Cell(

@@ -253,7 +253,7 @@ def test_studies_are_configurations_of_known_data_sets():
             sizes = {
                 ablation.DIGITS: (60, 64), "cifar10-half": (40, 64), "cifar10-lt-resnet8": (200, 256),
                 "cifar10-finetuned": (40, 32), "cifar10-five": (40, 32), "speedrun-half": (60, 128),
-                "plankton": (20, 32),
+                "plankton": (20, 32), "plankton-fast": (20, 32),
             }  # fmt: skip
             assert (config.optim.epochs, config.data.batch) == sizes[study]
     assert ablation.configured("cifar10-lt", "bcl", {}).optim.epochs == 200
