@@ -119,16 +119,20 @@ def from_scratch() -> str:
 
 PLANKTON = (
     "PlanktonSet 1.0, 121 classes in the frequencies of nature (`benchmarks/natural.py`): {model} with the weights {weights}, "
-    "{image_size} pixels, {epochs} epochs, batch {batch}, lr {lr:g}, {schedule}; 2,793 training pictures, 195 to 2 a class, and "
-    "up to 25 test pictures a class, 2,627 in all; {device}. Rows: [ablation-plankton.jsonl](ablation-plankton.jsonl)".format(
-        **ablation.PLANKTON
-    )
+    "{image_size} pixels, {epochs} epochs, batch {batch}, {schedule}; 2,793 training pictures, 195 to 2 a class, and up to 25 test "
+    "pictures a class, 2,627 in all; {device}.".format(**ablation.PLANKTON)
 )
 
 
-def plankton() -> str:
+def plankton(study: str = "plankton") -> str:
     """What gained in fine-tuning on CIFAR's pictures, on other ones from published weights."""
-    return tables("plankton", "published-weights")
+    return tables(study, "published-weights")
+
+
+def rate(study: str) -> str:
+    """The learning rate of a study, and where its rows are."""
+    name = ablation.bench_of(study)
+    return f"lr {ablation.study_of(study)[1]['lr']:g} ([rows]({name}.jsonl))"
 
 
 SPEEDRUN = (
@@ -358,7 +362,8 @@ def report() -> str:
         f"The authors' released training function on the same pictures:\n\n{half_cifar(*RELEASE)}",
         f"## Fine-tuning\n\n{FINE_TUNING}\n\n{fine_tuning()}",
         f"{FROM_SCRATCH}\n\n{from_scratch()}",
-        f"From published weights:\n\n{PLANKTON}\n\n{plankton()}",
+        f"### From published weights\n\n{PLANKTON}\n\n"
+        + "\n\n".join(f"With {rate(study)}:\n\n{plankton(study)}" for study in ("plankton", "plankton-fast")),
         f"## The speedrun's recipe at half size\n\n{SPEEDRUN}\n\n{speedrun()}",
         f"## Answers for other class frequencies\n\nRows: [prior.jsonl](prior.jsonl)\n\n{priors()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
@@ -379,7 +384,7 @@ def fill_page(path: Path) -> None:
     made["half-cifar-release"] = lambda: half_cifar(*RELEASE)
     made["fine-tuning"] = fine_tuning
     made["from-scratch"] = from_scratch
-    made["plankton"] = plankton
+    made |= {"plankton": plankton, "plankton-fast": lambda: plankton("plankton-fast")}
     made |= {"speedrun": speedrun, "prior": priors}
     made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
     made |= gpu_tables.TABLES
