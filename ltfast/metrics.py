@@ -140,7 +140,7 @@ def format_table(
 
     counts [C]: training images, beside those that were tested where the result says so. Up to 30 classes each get a row in
     class order, beyond that the 10 least accurate, of equal ones those with the most training images. Rows for images
-    without a finite output, and for classes without a right answer where those are more than ten, come in where there are any.
+    without a finite output, and for classes without a right answer where those are ten or more, come in where there are any.
     """
     counts = [int(c) for c in counts]
     if not len(counts) == len(class_names) == len(result["per_class"]):

@@ -37,11 +37,8 @@ Runs = Sequence[Entry]
 # Above this many classes a mark is the mean of the classes of one size: with three test images per class, as iNaturalist has,
 # thousands of marks would lie on four lines, one over the other.
 CLASS_MARKS = 1000
-LABELS = {
-    1: (28, 24),
-    2: (22, 18),
-    3: (16, 12),
-}  # panels beside each other: characters of a row's and a column's class name
+# Characters of a row's and a column's class name, by the number of panels beside each other.
+LABELS = {1: (28, 24), 2: (22, 18), 3: (16, 12)}
 
 
 def draw_class_size(runs: Runs) -> Figure:
@@ -112,7 +109,7 @@ def draw_confusion(runs: Sequence[tuple[str, Confusion, Sequence[str], Sequence[
     """Shares of tail classes' test images by predicted class, one panel a run: (name, numbers, class names, counts)."""
     columns = min(3, len(runs))
     deepest = max(len(c.rows) for _, c, _, _ in runs)
-    beside, below = LABELS[columns]  # characters of a row's and a column's name
+    beside, below = LABELS[columns]
     longest = max((len(name) for _, _, names, _ in runs for name in names), default=0)
     upright = 0.0 if longest < 4 else 0.05 * min(below, longest)  # inches of the names below the columns
     figure, axes = panels(columns, -(-len(runs) // columns), height=1.3 + 0.27 * deepest + upright)
