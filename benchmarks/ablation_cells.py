@@ -178,13 +178,6 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             "balanced-softmax+asam",
             "balanced-softmax+gsa-full,scout=0.0",
             "ce",
-            "balanced-softmax+sam",
-            "balanced-softmax+imbsam",
-        )
-    }
-    | {  # as long as on CIFAR's pictures: the paper's bounds grow with the network's weights
-        "balanced-softmax+gsa-full,scout=0.0,radius=x0.25": Cell(
-            "balanced-softmax+gsa-full", {"scout": 0.0, **radius(0.25)}
         )
     },
     "from-scratch": {name: Cell(name, {}) for name in ("balanced-softmax", "balanced-softmax+asam")},
