@@ -222,13 +222,13 @@ class Durable:
 
     def save_state(self) -> None:
         """Everything `--resume` needs; written in the background while training goes on."""
-        if self.batch == 0:
-            self.save_weights("last")
         tensors, meta, shared = resume.capture(cast("Trainer", self))
         self.watch.saved()
         self.saved = self.steps, self.batch
         if self.store is not None and self.folder is not None:
             self.store.save_state(self.steps, tensors, meta, shared, before=self.folder.sync_log)
+            if self.batch == 0:
+                self.save_weights("last")  # after the state: weights without one tell that it has been lost
             for problem in self.store.problems():
                 self.progress.note(f"{problem}; training goes on, older checkpoints are intact")
 
@@ -270,8 +270,9 @@ class Durable:
         if self.folder is None:
             return
         run, weights, done = self.folder, self.folder.last.exists(), len(self.folder.metrics("epoch"))
-        # One state is on the disk before the next epoch's is begun; the first may have been lost with its process.
-        if weights or done > self.config.run.checkpoint_every or self.folder.metrics("test"):
+        # The first state may have been lost with its process; it is on the disk before the second one, which follows the
+        # log of its epoch, is begun.
+        if weights or done > 2 * self.config.run.checkpoint_every or self.folder.metrics("test"):
             raise UserError(
                 f"--resume {run}: it has trained for {counted(done, 'epoch')}, but no training state (state-*) is left in "
                 "checkpoints/; going on would start again"

@@ -254,9 +254,9 @@ class Notes(StopAt):
 
 
 def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path: Path) -> None:
-    """Stopped in its third epoch, and finished: neither is trained again over what it has measured."""
+    """Stopped in its fourth epoch, and finished: neither is trained again over what it has measured."""
     out = tmp_path / "run"
-    for resumed, stop in ((None, 23), (str(out), 0)):
+    for resumed, stop in ((None, 32), (str(out), 0)):
         train(config(out, "ce"), resume=resumed, progress=StopAt(stop))
         before = (out / "metrics.jsonl").read_bytes()
         (out / "checkpoints").rename(tmp_path / "aside")
@@ -457,6 +457,33 @@ def test_kill_9(undisturbed: Path, length: tuple[int, float], tmp_path: Path) ->
     reached = survive(tmp_path / "run", moments)
     print("killed", moments, "steps saved then", reached)
     assert_same_run(undisturbed, tmp_path / "run")
+
+
+def killed_at_the_first_state(out: str, epochs: int) -> None:
+    """Train; be killed when the first training state is about to be written and the log has so many epochs."""
+    torch.set_num_threads(1)
+    real, path = checkpoint.save, Path(out)
+
+    def save(file: Path, *args: Any) -> str:
+        if file.name.startswith("state-"):
+            while len(RunFolder(path).metrics("epoch")) < epochs:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(file, *args)
+
+    checkpoint.save = save  # type: ignore[assignment]
+    train(config(path, "ce", epochs=3))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_kill_while_the_first_state_is_written_starts_again(tmp_path: Path, epochs: int) -> None:
+    """Also on a disk so slow that the next epoch ends meanwhile: nothing but that epoch is lost."""
+    out = tmp_path / "run"
+    assert procs.wait(procs.start(killed_at_the_first_state, str(out), epochs)) == -signal.SIGKILL
+    train(config(out), resume=str(out))
+    train(config(tmp_path / "whole", "ce", epochs=3))
+    assert_same_run(tmp_path / "whole", out)
 
 
 @pytest.mark.slow
