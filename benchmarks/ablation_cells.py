@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 RHO = (2e-3, 3e-3)  # the paper's clip of Eq. 13
 RELEASE = "release"  # in the place of a method: the released training function
-# Of cells that do not say: what comes after scouting has 60 % of the run to act; GKP has the paper's strength.
-USUAL = {"scout": 0.4, "gkp_lambda": 10.0}
+# Of cells that do not say: what comes after scouting has 60 % of the run to act; GKP has the paper's strength; the classifier
+# begins at random, from published weights too.
+USUAL = {"scout": 0.4, "gkp_lambda": 10.0, "imprint": "off"}
 
 
 class Cell(NamedTuple):
@@ -17,6 +18,17 @@ class Cell(NamedTuple):
 
     method: str
     settings: dict[str, Any]
+
+
+# From published weights, the classifier begun at the mean features of its classes.
+IMPRINTED = {
+    f"{method},imprint=on{more}": Cell(method, {"imprint": "on", **settings})
+    for method, more, settings in (
+        ("balanced-softmax", "", {}),
+        ("balanced-softmax+asam", "", {}),
+        ("balanced-softmax+gsa-full", ",scout=0.0", {"scout": 0.0}),
+    )
+}
 
 
 def radius(factor: float) -> dict[str, Any]:
@@ -170,15 +182,16 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             )
             for parts in ("gsa-paper+gkp", "gkp-gsa")
         },
+        **IMPRINTED,
+        "balanced-softmax,imprint=on,lr=0.005": Cell("balanced-softmax", {"imprint": "on", "lr": 0.005}),
+        "balanced-softmax+asam,imprint=on,lr=0.005": Cell("balanced-softmax+asam", {"imprint": "on", "lr": 0.005}),
     },
-    "published-weights": {  # of the rules that gain there, on other pictures from published weights
-        name: Cell(name.partition(",")[0], {"scout": 0.0} if "," in name else {})
-        for name in (
-            "balanced-softmax",
-            "balanced-softmax+asam",
-            "balanced-softmax+gsa-full,scout=0.0",
-            "ce",
-        )
+    "published-weights": {  # the baseline and the rules that gain there, on other pictures
+        **{
+            name: Cell(name.partition(",")[0], {"scout": 0.0} if "," in name else {})
+            for name in ("balanced-softmax", "balanced-softmax+asam", "balanced-softmax+gsa-full,scout=0.0", "ce")
+        },
+        **IMPRINTED,
     },
     "from-scratch": {name: Cell(name, {}) for name in ("balanced-softmax", "balanced-softmax+asam")},
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?

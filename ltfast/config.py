@@ -108,6 +108,17 @@ class Model:
         None,
         "start from these encoder weights: a file, or DEFAULT = torchvision's or timm's for this model; none = random, in any recipe",
     )
+    imprint: str = _opt(
+        "auto",
+        "begin the cosine classifier at the mean features of its classes (weight imprinting); auto = with --weights",
+        choices=("auto", "on", "off"),
+        paper="off",
+    )
+
+    @property
+    def imprints(self) -> bool:
+        """Whether the classifier begins at mean features rather than at random."""
+        return self.imprint == "on" or (self.imprint == "auto" and bool(self.weights) and self.classifier == "cosine")
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,10 @@ def build_config(dataset: str, method: str, file_values: Mapping[str, Any], flag
     refuse_unread(dataset, {name: value for name, value in given.items() if value != FIELDS[name][1].default})
     if config.optim.nesterov and config.optim.optimizer == "sgd" and config.optim.momentum == 0:
         raise UserError("nesterov=True: it needs momentum; set --momentum above 0 or leave --nesterov out")
+    if config.model.imprint == "on" and config.model.classifier != "cosine":
+        raise UserError(
+            "imprint='on': only a cosine classifier can begin at mean features; leave --imprint or --classifier out"
+        )
     if config.preserve.gkp and config.preserve.groups == 1:
         raise UserError(
             "groups=1: GKP holds each group by the anchors of the others, and of one group there are none; use at least 2, "
