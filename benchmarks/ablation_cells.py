@@ -192,6 +192,10 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             for name in ("balanced-softmax", "balanced-softmax+asam", "balanced-softmax+gsa-full,scout=0.0", "ce")
         },
         **IMPRINTED,
+        **{  # as many as the recipe for fine-tuning has
+            f"balanced-softmax{given},epochs=40": Cell("balanced-softmax", {"epochs": 40, **settings})
+            for given, settings in (("", {}), (",imprint=on", {"imprint": "on"}))
+        },
     },
     "from-scratch": {name: Cell(name, {}) for name in ("balanced-softmax", "balanced-softmax+asam")},
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
