@@ -196,7 +196,11 @@ def shared_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags that scouting depends on: where it begins, and the descent. Cells change others of sharpness and preservation."""
     from ltfast.config import FIELDS
 
-    return {n: v for n, v in flags.items() if n in ("data_dir", "weights") or FIELDS[n][0] in ("optim", "data", "loss")}
+    return {
+        n: v
+        for n, v in flags.items()
+        if n in ("data_dir", "weights", "imprint") or FIELDS[n][0] in ("optim", "data", "loss")
+    }
 
 
 def mechanics(run: Any) -> dict[str, float]:

@@ -228,7 +228,7 @@ class Durable:
         if self.store is not None and self.folder is not None:
             self.store.save_state(self.steps, tensors, meta, shared, before=self.folder.sync_log)
             if self.batch == 0:
-                self.save_weights("last")  # after the state: weights without one tell that it has been lost
+                self.save_weights("last")  # after the state: a kill in between must not leave weights alone
             for problem in self.store.problems():
                 self.progress.note(f"{problem}; training goes on, older checkpoints are intact")
 
@@ -236,7 +236,7 @@ class Durable:
         """Continue from the newest whole training state; from the start if there has never been one.
 
         Raises:
-            UserError: there has been one, or weights, and none is left.
+            UserError: there is none, but weights, results or so many logged epochs that there has been one.
         """
         store = self.store = self._open_store()
         if self.folder is not None and store is not None:
@@ -270,11 +270,11 @@ class Durable:
         if self.folder is None:
             return
         run, weights, done = self.folder, self.folder.last.exists(), len(self.folder.metrics("epoch"))
-        # The first state may have been lost with its process; it is on the disk before the second one, which follows the
-        # log of its epoch, is begun.
+        # The first state may have been lost with its process: it is on the disk before weights are, and before the second
+        # one, which follows the log of its epoch, is begun.
         if weights or done > 2 * self.config.run.checkpoint_every or self.folder.metrics("test"):
             raise UserError(
-                f"--resume {run}: it has trained for {counted(done, 'epoch')}, but no training state (state-*) is left in "
+                f"--resume {run}: it has trained for {counted(done, 'epoch')}, but no training state (state-*) is in "
                 "checkpoints/; going on would start again"
                 + (
                     f" and overwrite its weights{run.progress('last')}, which `ltfast eval {run}` evaluates"

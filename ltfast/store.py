@@ -146,8 +146,10 @@ class Store:
                 with torch.cuda.device(event.device):  # a thread begins on GPU 0, which may be another's
                     event.synchronize()
             self._again.pop(kind, None)
-            self._retry()
-            self._try(kind, lambda: write(host))
+            failed = list(self._again.items())
+            self._try(kind, lambda: write(host))  # a state before the weights that wait: see Durable.save_state
+            for other, again in failed:
+                self._try(other, again)
 
         self._jobs[kind] = self._thread.submit(work)
 

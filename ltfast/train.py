@@ -32,8 +32,6 @@ from ltfast.flat import FlatBuffers, FlatParameters
 from ltfast.launch import on_cpu, tell_begun
 from ltfast.memory import check_main_memory, out_of_memory
 from ltfast.metrics import format_table
-from ltfast.models.imprint import imprint, pictures_per_class
-from ltfast.modes import untuned
 from ltfast.observe import AscentMeter, observe_epoch, quality_row
 from ltfast.places import moved
 from ltfast.preserve import Anchor, MemoryBank, QualityStats, group_classes, group_sizes
@@ -47,6 +45,7 @@ from ltfast.resume import load_bank
 from ltfast.runs import RunFolder
 from ltfast.schedule import alpha_at, lambda_of, lr_at, scouting_epochs
 from ltfast.speedrun import warm_up
+from ltfast.start import imprint_classifier
 from ltfast.step import TrainStep
 from ltfast.survive import Action, Signals
 from ltfast.syncbn import synchronise
@@ -111,14 +110,6 @@ class Trainer(Durable):
             )
             self.bank.load_state_dict(self.ranks.tensors(state, kept=WEIGHTS))
 
-    def imprint(self) -> None:
-        """Begin the cosine classifier at the mean features of its classes, where the encoder does not begin at random."""
-        chosen = pictures_per_class(self.source.train_labels, seed=self.config.run.seed)
-        self.progress.note(f"the classifier begins at the mean features of {counted(len(chosen), 'picture')}")
-        batches = ((batch.views[0], batch.labels) for batch in self.source.evaluate("train", chosen))
-        with untuned(), build.build_autocast(self.config, self.device)():
-            imprint(self.model, batches, self.ranks)
-
     # -- the algorithm ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
@@ -128,10 +119,10 @@ class Trainer(Durable):
         """
         with Signals(self.ranks.main) as signals:
             self.guard(signals)
-            if self.steps == 0 and self.config.model.imprints:
-                self.imprint()
             if self.config.run.untimed_steps and self.steps == 0:
                 warm_up(self, self.config.run.untimed_steps)
+            if self.config.model.imprints and self.steps == 0:
+                imprint_classifier(self)
             for epoch in range(self.epoch, self.config.optim.epochs):
                 self.epoch = epoch
                 if self.grouping_due(epoch):

@@ -481,6 +481,14 @@ def test_scouting_goes_on_from_where_a_shorter_one_ended(monkeypatch) -> None:
         assert torch.equal(tensors[name], value), name
 
 
+def test_cells_that_scout_begin_as_they_say(monkeypatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(train, "imprint_classifier", lambda trainer: begun.append(trainer.config.model.imprint))
+    for settings in ({"imprint": "on"}, {}):
+        ablation.run_cell("digits-lt", ablation.Cell("gsa-full", {"scout": 0.5, **settings}), 6, {"epochs": 2})
+    assert begun == ["on"], "once, in the scouting that both would share"
+
+
 def test_what_a_plain_cell_has_in_common_with_others() -> None:
     for base, sweep in (("balanced-softmax", "last-fifth"), ("bcl", "last-fifth-three-views")):
         cells = ablation.SWEEPS[sweep]

@@ -227,6 +227,26 @@ def test_what_is_to_be_written_again_is_settled_before_its_memory_is_used_again(
     assert float(checkpoint.load(tmp_path / "last.safetensors")[0]["theta"][0]) == 2
 
 
+def test_a_state_is_written_before_the_weights_that_wait_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in between leaves no weights without the state that they follow."""
+    saved, order = checkpoint.save, []
+
+    def save(path: Path, *args: Any) -> None:
+        order.append(path.name)
+        if len(order) == 1:
+            raise OSError(errno.ENOSPC, "full")
+        saved(path, *args)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    store = Store(tmp_path)
+    store.save_weights("last", state(1), {})
+    store.save_state(1, state(1), {})
+    store.flush()
+    assert order == ["last.safetensors", "state-000000001.safetensors", "last.safetensors"]
+
+
 def test_an_error_of_one_kind_is_seen_by_the_next_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, saved = Store(tmp_path), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *args: 1 / 0)

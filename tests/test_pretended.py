@@ -160,8 +160,9 @@ def test_the_host_waits_as_often_whatever_the_number_of_steps(gpu: Gpu, tmp_path
 
 
 def test_half_precision_trains(gpu: Gpu, tmp_path: Path) -> None:
-    """Loss scaling, unscaling of the group gradients, skipped steps: all without the host."""
-    rows = train(tmp_path / "run", "--precision", "fp16", "--method", "gsa-exact+gkp", "--objective", "per_group")
+    """Loss scaling, unscaling of the group gradients, skipped steps: all without the host; from an imprinted classifier."""
+    method = ("--method", "gsa-exact+gkp", "--objective", "per_group", "--imprint", "on")
+    rows = train(tmp_path / "run", "--precision", "fp16", *method)
     losses = [row["loss"] for row in rows if row["kind"] == "epoch" and row["phase"] == "train"]
     assert losses[-1] < losses[0]
 

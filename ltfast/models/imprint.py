@@ -16,15 +16,13 @@ from ltfast.models.heads import CosineClassifier, unit_rows
 from ltfast.models.longtail import LongTailModel
 from ltfast.modes import evaluating
 
-PICTURES = 32  # of a class, at most, that a run looks at
-
 
 @torch.no_grad()
 def imprint(model: LongTailModel, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks | None = None) -> int:
     """Set each row of the cosine classifier to the direction of its class's mean unit feature; returns how many rows.
 
     The model is run in evaluation mode, so BatchNorm keeps its statistics; then its modes are what they were. A class without a
-    picture, or whose features are not finite, keeps its row.
+    picture of finite features keeps its row.
 
     Args:
         batches: (pictures [B, ch, H, W], labels int64 [B]) on the model's device: plain views, on each rank its share of them.
@@ -39,14 +37,15 @@ def imprint(model: LongTailModel, batches: Iterable[tuple[Tensor, Tensor]], rank
     sums = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     with evaluating(model):
         for pictures, labels in batches:
-            sums.index_add_(0, labels, unit_rows(model.features(pictures)).double())
+            rows = unit_rows(model.features(pictures)).double()
+            sums.index_add_(0, labels, torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0))
     rows = unit_rows((ranks or Ranks()).sum_(sums))
-    known = rows.isfinite().all(1) & (rows != 0).any(1)
+    known = (rows != 0).any(1)
     weight.copy_(torch.where(known[:, None], rows.to(weight.dtype), weight))
     return int(known.sum())
 
 
-def pictures_per_class(labels: Tensor, most: int = PICTURES, seed: int = 0) -> Tensor:
+def pictures_per_class(labels: Tensor, most: int, seed: int = 0) -> Tensor:
     """Positions of at most `most` pictures of each class, int64, increasing; drawn without replacement, by the seed alone.
 
     labels: int64 [n], on the host.

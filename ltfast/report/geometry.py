@@ -199,6 +199,8 @@ def initial_weights(live: Live) -> Sequence[Tensor]:
     """The weights the run started from: a function of its config and seed."""
     from ltfast import build
 
+    if live.folder.metrics("imprint"):
+        raise Missing("its classifier began at mean features, which are not kept")
     try:
         model = build.build_model(live.config, live.source.input_shape, live.source.num_classes)
     except UserError as error:

@@ -15,6 +15,7 @@ from ltfast.models import LongTailModel, imprint
 from ltfast.models.imprint import pictures_per_class
 from ltfast.progress import Progress
 from ltfast.recipes import build_config
+from ltfast.runs import RunFolder
 from ltfast.train import Trainer, train
 from tests import procs
 from tests.test_resume import SMALL, StopAt, assert_same_run
@@ -53,13 +54,16 @@ def test_rows_by_loops() -> None:
         assert row == pytest.approx([t / math.hypot(*total) for t in total], abs=1e-12)
 
 
-def test_a_class_of_features_that_are_not_finite_keeps_its_row() -> None:
+def test_pictures_of_features_that_are_not_finite_are_left_out() -> None:
     model, x = small_model(), pictures()
     before = model.classifier.weight.detach().clone()
-    x[4] = math.nan
+    x[3:5] = math.nan  # one of three of class 0, the only one of 4
     assert imprint(model, [(x, LABELS)]) == 2
     assert model.classifier.weight[4].equal(before[4])
-    assert model.classifier.weight.isfinite().all()
+    good = torch.tensor([0, 1, 2, 5, 6])
+    again = small_model()
+    imprint(again, [(pictures()[good], LABELS[good])])
+    torch.testing.assert_close(model.classifier.weight, again.classifier.weight)
 
 
 def test_a_linear_classifier_is_refused() -> None:
@@ -118,48 +122,91 @@ def settings(encoder: Path | None, **values: Any) -> Any:
     return build_config("digits-lt", "balanced-softmax", {}, given)
 
 
+class Begun(Trainer):
+    """Stops before its first step."""
+
+    def train_epoch(self, epoch: int) -> Any:
+        raise StopIteration
+
+
+def begun(config: Any, progress: Progress | None = None) -> Begun:
+    trainer = Begun(config, None, Ranks(), progress or Progress())
+    with pytest.raises(StopIteration):
+        trainer.fit()
+    return trainer
+
+
+def test_a_run_begins_at_the_means_of_its_training_pictures(encoder: Path) -> None:
+    trainer = begun(settings(encoder))
+    found = trainer.model.classifier.weight.detach().clone()
+    with torch.no_grad():
+        trainer.model.classifier.weight.zero_()
+    chosen = pictures_per_class(trainer.source.train_labels, 32)
+    assert imprint(trainer.model, [(b.views[0], b.labels) for b in trainer.source.evaluate("train", chosen)]) == 10
+    torch.testing.assert_close(trainer.model.classifier.weight, found)
+    assert trainer.seconds > 0, "of the first epoch"
+
+
 @pytest.mark.parametrize("wanted", ["auto", "on", "off"])
 def test_where_weights_are_given(encoder: Path, wanted: str) -> None:
-    class First(Trainer):
-        def train_epoch(self, epoch: int) -> Any:
-            raise StopIteration
-
-    trainer, notes = None, Notes()
+    notes = Notes()
     for weights in (encoder, None):
-        trainer = First(settings(weights, imprint=wanted), None, Ranks(), notes)
-        drawn = trainer.model.classifier.weight.detach().clone()
-        with pytest.raises(StopIteration):
-            trainer.fit()
-        found = trainer.model.classifier.weight
+        drawn = Trainer(settings(weights), None, Ranks(), Progress()).model.classifier.weight
         done = wanted == "on" or (wanted == "auto" and weights is not None)
-        assert found.equal(drawn) is not done
-        if done:
-            imprint(trainer.model, [(b.views[0], b.labels) for b in trainer.source.evaluate("train", chosen(trainer))])
-            torch.testing.assert_close(trainer.model.classifier.weight, found)
+        assert begun(settings(weights, imprint=wanted), notes).model.classifier.weight.equal(drawn) is not done
     assert len([line for line in notes.lines if "mean features of" in line]) == {"auto": 1, "on": 2, "off": 0}[wanted]
 
 
-def chosen(trainer: Trainer) -> Tensor:
-    return pictures_per_class(trainer.source.train_labels, seed=trainer.config.run.seed)
+def test_no_more_pictures_than_that_in_all(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltfast.start.TOTAL", 20)
+    notes = Notes()
+    begun(settings(encoder), notes)
+    assert notes.lines[-1] == "the classifier begins at the mean features of 20 pictures"
 
 
-def test_a_run_that_goes_on_is_not_imprinted_again(encoder: Path, tmp_path: Path) -> None:
+def test_untimed_steps_come_before_and_leave_nothing(encoder: Path) -> None:
+    rows = [begun(settings(encoder, untimed_steps=steps)).model.classifier.weight for steps in (0, 2)]
+    assert rows[0].equal(rows[1])
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_run_that_goes_on_is_not_imprinted_again(encoder: Path, tmp_path: Path, weights: bool) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
-    train(settings(encoder, out=str(whole)))
-    train(settings(encoder, out=str(out)), progress=StopAt(4))
-    train(settings(encoder, out=str(out)), resume=str(out))
+    given = settings(encoder if weights else None, imprint="on")
+    train(given.with_(out=str(whole)))
+    train(given.with_(out=str(out)), progress=StopAt(4))
+    train(given, resume=str(out))
     assert_same_run(whole, out)
+    (row,) = RunFolder(out).metrics("imprint")
+    counts = RunFolder(out).data_row["counts"]
+    assert (row["classes"], row["pictures"]) == (10, sum(min(n, 32) for n in counts))
+
+
+def test_a_class_without_a_usable_picture_is_told(encoder: Path) -> None:
+    notes = Notes()
+
+    class Blind(Begun):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            real = self.source.evaluate
+
+            def evaluate(*key: Any) -> Any:
+                for batch in real(*key):
+                    yield batch._replace(views=(batch.views[0].where(batch.labels[:, None, None, None] > 1, math.nan),))
+
+            self.source.evaluate = evaluate
+
+    trainer = Blind(settings(encoder), None, Ranks(), notes)
+    with pytest.raises(StopIteration):
+        trainer.fit()
+    assert notes.lines[-1] == "classes whose classifier rows begin at random, without a usable picture: 2"
+    assert trainer.model.classifier.weight.isfinite().all()
 
 
 def test_what_the_encoder_knows_is_not_lost(encoder: Path) -> None:
     """Before the first step the imprinted network is better than chance by far, the other is not."""
-    accuracy = {}
-    for wanted in ("on", "off"):
-        trainer = Trainer(settings(encoder, imprint=wanted), None, Ranks(), Progress())
-        if trainer.config.model.imprints:
-            trainer.imprint()
-        accuracy[wanted] = trainer.evaluate("test")["top1"]
-    assert accuracy["on"] > 50 > 25 > accuracy["off"]
+    on, off = (begun(settings(encoder, imprint=wanted)).evaluate("test")["top1"] for wanted in ("on", "off"))
+    assert on > 50 > 25 > off
 
 
 def test_auto_wants_weights_and_a_cosine_classifier(encoder: Path) -> None:

@@ -166,6 +166,10 @@ def test_plain_run_falls_back_to_initial_and_best(runs, tmp_path):
     assert labels[0] == "t0: initial"
     assert labels[1].startswith("t1: best")
     assert not torch.equal(points[0], points[1])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "imprint", "pictures": 9, "classes": 3, "seconds": 1.0}\n')
+    with pytest.raises(Missing, match="classifier began at mean features"):
+        geometry.three_points(live)
     bare = copy_without(str(tmp_path / "run"), tmp_path / "bare", "best.safetensors")
     with pytest.raises(Missing, match="no weights of earlier epochs"):
         geometry.three_points(bare)
