@@ -196,7 +196,8 @@ def print_plan(config: Config, resumed: bool = False) -> None:
         + (f"; the first {scouts} epochs scout" if scouts > 1 else "; the first epoch scouts" if scouts else ""),
         "descent": f"{optim.optimizer}, lr {optim.lr:g}, {optim.schedule} schedule, warm-up {optim.warmup:g} epochs, "
         f"weight decay {optim.weight_decay:g}",
-        "weights": config.model.weights or "random",
+        "weights": (config.model.weights or "random")
+        + (", the classifier at the mean features of its classes" if config.model.imprints else ""),
         "processes": f"{plan.processes}, each {counted(plan.images_a_process, 'image')} a step",
         "parameters": f"{plan.parameters:,} ({plan.encoder_parameters:,} in the encoder)",
         "groups": groups,

@@ -345,7 +345,7 @@ def test_dry_run_refuses_what_training_refuses_and_fetches_no_weights(tmp_path: 
     words = ["train", "--dry-run", "--dataset", "list", "--data-dir", str(tmp_path), *lists, "--model", "resnet18"]
     assert main([*words, "--method", "ce", "--weights", "DEFAULT", "--lr", "0.02"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["weights"].strip() == "DEFAULT"
+    assert lines["weights"].strip() == "DEFAULT, the classifier at the mean features of its classes"
     assert lines["descent"].strip() == "sgd, lr 0.02, cosine schedule, warm-up 0 epochs, weight decay 0.0005"
     assert main([*words, "--method", "cc-sam"]) == 2
     assert "cc-sam: 129 classes, one group each, is more than 128" in capsys.readouterr().err
@@ -362,7 +362,8 @@ def test_the_recipe_of_fine_tuning_takes_any_pictures_and_leaves_the_last_word_t
     ):
         assert main([*words, *more, "--model", "resnet18"]) == 0
         lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-        assert (lines["method"].strip(), lines["weights"].strip()) == (f"{method} on resnet18", "DEFAULT")
+        assert lines["method"].strip() == f"{method} on resnet18"
+        assert lines["weights"].strip().startswith("DEFAULT, the classifier at")
         assert lines["descent"].strip().startswith(f"sgd, lr {lr}, cosine schedule, warm-up 3 epochs")
         assert "40 epochs x 4 steps" in lines["steps"]
     for none in ("none", ""):
