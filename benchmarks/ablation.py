@@ -281,17 +281,17 @@ def mean_of(runs: Iterable[Mapping[str, float]], figure: str) -> str:
     return f"{statistics.fmean(values):.2f}" if values else "-"
 
 
-def differences(cell: str, runs: seeded.Runs, figure: str) -> list[float]:
-    """A figure of a cell's last runs minus the baseline's."""
-    pairs = seeded.pairs(runs, cell, baseline_of(cell))
+def differences(cell: str, runs: seeded.Runs, figure: str, base: str | None = None) -> list[float]:
+    """A figure of a cell's last runs minus that of `base`, the cell's baseline if none is given."""
+    pairs = seeded.pairs(runs, cell, base or baseline_of(cell))
     return [run[figure] - partner[figure] for run, partner in pairs if figure in run and figure in partner]
 
 
-def paired(cell: str, runs: seeded.Runs, figure: str) -> str:
+def paired(cell: str, runs: seeded.Runs, figure: str, base: str | None = None) -> str:
     """Mean difference to the baseline of the same seeds, +- half of its 95 % interval."""
-    deltas = differences(cell, runs, figure)
+    deltas = differences(cell, runs, figure, base)
     if not deltas:
-        return "no baseline" if not seeded.pairs(runs, cell, baseline_of(cell)) else "-"
+        return "no baseline" if not seeded.pairs(runs, cell, base or baseline_of(cell)) else "-"
     mean, half = interval(deltas)
     return f"{mean:+.2f} +- {half:.2f}" if len(deltas) > 1 else f"{mean:+.2f} (one seed)"
 

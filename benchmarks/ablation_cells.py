@@ -11,6 +11,7 @@ RELEASE = "release"  # in the place of a method: the released training function
 # Of cells that do not say: what comes after scouting has 60 % of the run to act; GKP has the paper's strength; the classifier
 # begins at random, from published weights too.
 USUAL = {"scout": 0.4, "gkp_lambda": 10.0, "imprint": "off"}
+IMPRINTED = ",imprint=on"  # in the name of a cell whose classifier begins at mean features
 
 
 class Cell(NamedTuple):
@@ -18,17 +19,6 @@ class Cell(NamedTuple):
 
     method: str
     settings: dict[str, Any]
-
-
-# From published weights, the classifier begun at the mean features of its classes.
-IMPRINTED = {
-    f"{method},imprint=on{more}": Cell(method, {"imprint": "on", **settings})
-    for method, more, settings in (
-        ("balanced-softmax", "", {}),
-        ("balanced-softmax+asam", "", {}),
-        ("balanced-softmax+gsa-full", ",scout=0.0", {"scout": 0.0}),
-    )
-}
 
 
 def radius(factor: float) -> dict[str, Any]:
@@ -182,20 +172,23 @@ SWEEPS: dict[str, dict[str, Cell]] = {
             )
             for parts in ("gsa-paper+gkp", "gkp-gsa")
         },
-        **IMPRINTED,
-        "balanced-softmax,imprint=on,lr=0.005": Cell("balanced-softmax", {"imprint": "on", "lr": 0.005}),
-        "balanced-softmax+asam,imprint=on,lr=0.005": Cell("balanced-softmax+asam", {"imprint": "on", "lr": 0.005}),
     },
-    "published-weights": {  # the baseline and the rules that gain there, on other pictures
-        **{
-            name: Cell(name.partition(",")[0], {"scout": 0.0} if "," in name else {})
-            for name in ("balanced-softmax", "balanced-softmax+asam", "balanced-softmax+gsa-full,scout=0.0", "ce")
-        },
-        **IMPRINTED,
-        **{  # as many as the recipe for fine-tuning has
-            f"balanced-softmax{given},epochs=40": Cell("balanced-softmax", {"epochs": 40, **settings})
-            for given, settings in (("", {}), (",imprint=on", {"imprint": "on"}))
-        },
+    "published-weights": {  # of the rules that gain there, on other pictures from published weights
+        name: Cell(name.partition(",")[0], {"scout": 0.0} if "," in name else {})
+        for name in ("balanced-softmax", "balanced-softmax+asam", "balanced-softmax+gsa-full,scout=0.0", "ce")
+    },
+    "imprinting": {  # a classifier that begins at the mean features of its classes, beside one that begins at random
+        f"{method}{IMPRINTED * on}{f',{name}={value}' if name else ''}": Cell(
+            method, {**({name: value} if name else {}), **({"imprint": "on"} if on else {})}
+        )
+        for method, name, value in (
+            ("balanced-softmax", "", 0),
+            ("balanced-softmax+asam", "", 0),
+            ("balanced-softmax", "epochs", 40),
+            ("balanced-softmax", "lr", 0.005),
+            ("balanced-softmax+asam", "lr", 0.005),
+        )
+        for on in (False, True)
     },
     "from-scratch": {name: Cell(name, {}) for name in ("balanced-softmax", "balanced-softmax+asam")},
     "long": {  # five times the epochs of the others on small pictures: does what a rule costs or gains depend on them?
@@ -304,6 +297,7 @@ OWN = {
     "from-scratch": "cifar10-five",
     "speedrun": "speedrun-half",
     "published-weights": "plankton",
+    "imprinting": "plankton",
 }
 
 

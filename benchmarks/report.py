@@ -21,6 +21,7 @@ import gpu_tables
 import peer_tables
 import prior
 import seeded
+from ablation_cells import IMPRINTED
 from harness import RESULTS
 from peer_tables import NOT_MEASURED
 
@@ -127,6 +128,21 @@ PLANKTON = (
 def plankton(study: str = "plankton") -> str:
     """What gained in fine-tuning on CIFAR's pictures, on other ones from published weights."""
     return tables(study, "published-weights")
+
+
+def imprinting(study: str = "plankton") -> str:
+    """What it changes that the classifier begins at mean features: each method and setting against itself."""
+    runs = ablation.read(RESULTS / f"{ablation.bench_of(study)}.jsonl")
+    lines = ["| cell | seeds | top-1 % from random | from mean features | top-1 | few | ECE |", "|" + "---|" * 7]
+    for name in ablation.SWEEPS["imprinting"]:
+        plain = name.replace(IMPRINTED, "")
+        on, off = ablation.same(name), ablation.same(plain)
+        pairs = seeded.pairs(runs, on, off) if plain != name else []
+        if pairs:
+            means = [ablation.mean_of([pair[side] for pair in pairs], "top1") for side in (1, 0)]
+            gains = [ablation.paired(on, runs, figure, off) for figure in ("top1", "few", "ece")]
+            lines.append("| " + " | ".join([f"`{plain}`", str(len(pairs)), *means, *gains]) + " |")
+    return "\n".join(lines)
 
 
 def rate(study: str) -> str:
@@ -363,7 +379,9 @@ def report() -> str:
         f"## Fine-tuning\n\n{FINE_TUNING}\n\n{fine_tuning()}",
         f"{FROM_SCRATCH}\n\n{from_scratch()}",
         f"### From published weights\n\n{PLANKTON}\n\n"
-        + "\n\n".join(f"With {rate(study)}:\n\n{plankton(study)}" for study in ("plankton", "plankton-fast")),
+        + "\n\n".join(f"With {rate(study)}:\n\n{plankton(study)}" for study in ("plankton", "plankton-fast"))
+        + f"\n\nThe classifier begun at the mean features of its classes, lr .005:\n\n{imprinting()}"
+        + f"\n\nOn CIFAR's pictures:\n\n{imprinting(ablation.FINE_TUNED)}",
         f"## The speedrun's recipe at half size\n\n{SPEEDRUN}\n\n{speedrun()}",
         f"## Answers for other class frequencies\n\nRows: [prior.jsonl](prior.jsonl)\n\n{priors()}",
         f"## Precision\n\n{kept}\n\n{precision()}",
@@ -385,6 +403,7 @@ def fill_page(path: Path) -> None:
     made["fine-tuning"] = fine_tuning
     made["from-scratch"] = from_scratch
     made |= {"plankton": plankton, "plankton-fast": lambda: plankton("plankton-fast")}
+    made |= {"imprinting": imprinting, "imprinting-cifar": lambda: imprinting(ablation.FINE_TUNED)}
     made |= {"speedrun": speedrun, "prior": priors}
     made["digits-lt-paired"] = lambda: preset_pairs("digits-lt")
     made |= gpu_tables.TABLES
