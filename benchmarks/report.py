@@ -380,8 +380,8 @@ def report() -> str:
         f"{FROM_SCRATCH}\n\n{from_scratch()}",
         f"### From published weights\n\n{PLANKTON}\n\n"
         + "\n\n".join(f"With {rate(study)}:\n\n{plankton(study)}" for study in ("plankton", "plankton-fast"))
-        + f"\n\nThe classifier begun at the mean features of its classes, lr .005:\n\n{imprinting()}"
-        + f"\n\nOn CIFAR's pictures:\n\n{imprinting(ablation.FINE_TUNED)}",
+        + f"\n\nThe classifier begun at the mean features of its classes, {rate('plankton')}:\n\n{imprinting()}"
+        + f"\n\nOn CIFAR's pictures, {rate(ablation.FINE_TUNED)} where nothing else is said:\n\n{imprinting(ablation.FINE_TUNED)}",
         f"## The speedrun's recipe at half size\n\n{SPEEDRUN}\n\n{speedrun()}",
         f"## Answers for other class frequencies\n\nRows: [prior.jsonl](prior.jsonl)\n\n{priors()}",
         f"## Precision\n\n{kept}\n\n{precision()}",

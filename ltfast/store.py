@@ -146,10 +146,8 @@ class Store:
                 with torch.cuda.device(event.device):  # a thread begins on GPU 0, which may be another's
                     event.synchronize()
             self._again.pop(kind, None)
-            failed = list(self._again.items())
             self._try(kind, lambda: write(host))  # a state before the weights that wait: see Durable.save_state
-            for other, again in failed:
-                self._try(other, again)
+            self._retry(but=kind)
 
         self._jobs[kind] = self._thread.submit(work)
 
@@ -164,9 +162,10 @@ class Store:
             if kind != "state":  # a later state stands in for it
                 self._again[kind] = write
 
-    def _retry(self) -> None:
+    def _retry(self, but: str | None = None) -> None:
         for kind, write in list(self._again.items()):
-            self._try(kind, write)
+            if kind != but:
+                self._try(kind, write)
 
     def _to_host(self, kind: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Copies on the host, and the event after which those that come from a GPU are there."""

@@ -363,7 +363,7 @@ def test_the_recipe_of_fine_tuning_takes_any_pictures_and_leaves_the_last_word_t
         assert main([*words, *more, "--model", "resnet18"]) == 0
         lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
         assert lines["method"].strip() == f"{method} on resnet18"
-        assert lines["weights"].strip().startswith("DEFAULT, the classifier at")
+        assert lines["weights"].strip() == "DEFAULT, the classifier at the mean features of its classes"
         assert lines["descent"].strip().startswith(f"sgd, lr {lr}, cosine schedule, warm-up 3 epochs")
         assert "40 epochs x 4 steps" in lines["steps"]
     for none in ("none", ""):

@@ -18,7 +18,7 @@ from ltfast.recipes import build_config
 from ltfast.runs import RunFolder
 from ltfast.train import Trainer, train
 from tests import procs
-from tests.test_resume import SMALL, StopAt, assert_same_run
+from tests.test_resume import SMALL, Notes, StopAt, assert_same_run
 
 LABELS = torch.tensor([0, 2, 2, 0, 4, 2, 0])  # of five classes; none of 1 and 3
 
@@ -99,14 +99,6 @@ def test_ranks_end_with_the_same_rows(tmp_path: Path) -> None:
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")
